@@ -1,0 +1,628 @@
+"""Reproduces the study with one command: makes the environment, finds the data, runs all notebooks, prints results.
+
+    python reproduce.py                        the demo: about five minutes on two cores, once the environment is there
+    python reproduce.py --profile cpu          the real cohort on a two-core machine, about ten hours
+    python reproduce.py --profile paper        224x224 and full budgets, on one GPU or several
+    python reproduce.py --only Resnet_atk      one notebook (may be repeated)
+    python reproduce.py figures                every figure and table again from the committed records, in seconds
+    python reproduce.py --test -- -k metrics   the tests; what follows -- goes to pytest
+
+The first run makes .venv and installs env/requirements.txt there. A run that was stopped, at any moment and in any way,
+is finished by the same command. Results of the demo lie under runs/; only `cpu` and `paper` on real data write to
+assets/, models/ and README.md.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11, 3.12 or 3.13 is needed and this is {}.{}: start reproduce.py with one of those, for example "
+             "`python3.12 reproduce.py`.".format(*sys.version_info[:2]))
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import textwrap
+import threading
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+REQUIREMENTS = ROOT / "env" / "requirements.txt"
+#: Stands in a virtual environment whose installation is complete, and says for which pins.
+MARKER = "alzheimer-environment.json"
+NEWEST_TESTED = (3, 13)
+
+PREPARE = "dataset/prepare_dataset.ipynb"
+#: A folder with more files than this is summed up in the list of what a run wrote.
+LISTED = 24
+#: Every notebook of the study in the order in which it runs; each reads what those before it wrote.
+NOTEBOOKS = (PREPARE, "dataset/leak_audit.ipynb", "models/Resnet.ipynb", "models/Resnet_atk.ipynb",
+             "models/Efficientnet.ipynb", "models/Efficientnet_atk.ipynb", "models/Dinov2.ipynb",
+             "models/Dinov2_atk.ipynb", "models/ensemble.ipynb", "models/results.ipynb")
+#: Pass over these where a clone does not have them.
+OPTIONAL = {"dataset/leak_audit.ipynb", "models/ensemble.ipynb"}
+PROFILES = ("demo", "cpu", "paper")
+#: Where a notebook is executed before the result is put in its place.
+SCRATCH = ".scratch"
+
+
+class ReproduceError(Exception):
+    """A failure that a user can mend: one sentence that says what was found and what to do."""
+
+
+# --- What runs, and where it writes --------------------------------------------------------------------------------
+
+
+def runs_folder() -> Path:
+    return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs")).absolute()
+
+
+def result_root(profile: str, data: str) -> Path:
+    """Where a run writes: the rule of `utils.utils_funcs.result_root`, which cannot be imported before the environment
+    is there."""
+    return ROOT if profile in ("cpu", "paper") and data == "real" else runs_folder() / f"{profile}-{data}"
+
+
+def is_prepared(root: Path) -> bool:
+    """Whether `prepare_dataset.ipynb` has written every set of both protocols under `root`."""
+    folder = root / "dataset" / "dataset_variables"
+    parts = ("slice", *(f"patient/fold{fold}" for fold in range(5)))
+    sets = [folder / part / f"{name}_set.pt" for part in parts for name in ("train", "validation", "test")]
+    return all(path.is_file() for path in sets)
+
+
+def present_notebooks() -> set[str]:
+    return {path for path in NOTEBOOKS if (ROOT / path).is_file()}
+
+
+def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> list[str]:
+    """The notebooks to run, in order.
+
+    Args:
+        only: names without folder and extension; empty for all.
+        present: the notebooks that this clone has.
+        prepared: whether the data set is prepared; where it is not, its notebook comes first.
+
+    Raises:
+        ReproduceError: for an unknown name, or when a notebook of the study is missing.
+    """
+    if missing := [path for path in NOTEBOOKS if path not in present | OPTIONAL]:
+        raise ReproduceError(f"This clone lacks {', '.join(missing)}: get it back with `git checkout -- {missing[0]}`.")
+    names = {Path(path).stem: path for path in NOTEBOOKS if path in present}
+    if unknown := [name for name in only if name not in names]:
+        raise ReproduceError(f"--only {unknown[0]} names no notebook: expected one of {', '.join(names)}.")
+    wanted = {names[name] for name in only} or set(names.values())
+    if not prepared:
+        wanted.add(PREPARE)
+    return [path for path in names.values() if path in wanted]
+
+
+def set_parameters(notebook: dict, values: dict[str, object]) -> dict:
+    """A copy of `notebook` in whose cell tagged `parameters` the names in `values` are assigned these values.
+
+    The cell itself is rewritten instead of adding a second one after it, so that an executed notebook shows the
+    parameters that its outputs belong to, in the place where a reader changes them.
+    """
+    notebook = json.loads(json.dumps(notebook))
+    for cell in notebook["cells"]:
+        if "parameters" in cell.get("metadata", {}).get("tags", ()):
+            source = "".join(cell["source"])
+            for name, value in values.items():
+                pattern = rf"(?m)^({re.escape(name)}[ \t]*=[ \t]*)[^#\n]*?([ \t]*(?:#.*)?)$"
+                source, count = re.subn(pattern, lambda match: match[1] + repr_double(value) + match[2], source)
+                if count != 1:
+                    raise ReproduceError(f"The cell tagged `parameters` assigns {name} {count} times, expected once.")
+            cell["source"] = source.splitlines(keepends=True)
+            return notebook
+    raise ReproduceError("The notebook has no cell tagged `parameters`: tag the one that sets profile and retrain.")
+
+
+def repr_double(value: object) -> str:
+    """`value` as Python source, text in double quotes as everywhere in this repository."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def without_traces(notebook: dict) -> dict:
+    """A copy of `notebook` without what the runner leaves in it: paths of this machine, times of day, empty tags."""
+    notebook = json.loads(json.dumps(notebook))
+    notebook["metadata"].pop("papermill", None)
+    for cell in notebook["cells"]:
+        for key in ("papermill", "execution"):
+            cell["metadata"].pop(key, None)
+        if not cell["metadata"].get("tags", True):
+            del cell["metadata"]["tags"]
+    return notebook
+
+
+def first_error(notebook: dict) -> str | None:
+    """`cell 7: StudyError: …` for the first cell that raised, or None."""
+    number = 0
+    for cell in notebook["cells"]:
+        number += cell["cell_type"] == "code"
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "error":
+                return f"code cell {number}: {output['ename']}: {output['evalue']}".strip()
+    return None
+
+
+def describe_files(files: Sequence[Path], root: Path) -> list[str]:
+    """The names of `files`, folder by folder, in lines of at most 118 characters where names allow it."""
+    folders: dict[str, list[str]] = {}
+    for file in sorted(files):
+        folders.setdefault(file.relative_to(root).parent.as_posix(), []).append(file.name)
+    lines = []
+    for folder, names in folders.items():
+        if len(names) > LISTED:
+            names = [*names[:3], f"… {len(names):,} files"]
+        lines += textwrap.wrap(f"{folder}/: {', '.join(names)}", 118, initial_indent="  ", subsequent_indent="      ",
+                               break_long_words=False, break_on_hyphens=False)
+    return lines
+
+
+def written_files(root: Path, since: float) -> list[Path]:
+    """What a run left under `root`: everything in a folder of runs/, in the repository itself what changed `since`."""
+    if root == ROOT:
+        places = [ROOT / name for name in ("assets", "checkpoints", "dataset", "models", "README.md")]
+        return [file for place in places for file in visible_files(place) if file.stat().st_mtime >= since]
+    return visible_files(root)
+
+
+def visible_files(place: Path) -> list[Path]:
+    files = [place] if place.is_file() else place.rglob("*")
+    return [file for file in files
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place.parent).parts)]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A kill at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- Processes -----------------------------------------------------------------------------------------------------
+
+
+class ProgressLine:
+    """A line that counts the seconds while its work runs: in place on a terminal, once at the end elsewhere."""
+
+    def __init__(self, text: str):
+        self.text, self.start, self.live = text, time.monotonic(), sys.stdout.isatty()
+        print(f"{text} … ", end="", flush=True)
+
+    def seconds(self) -> str:
+        passed = time.monotonic() - self.start
+        return f"{passed:.0f} s" if passed < 600 else f"{passed / 60:.0f} min"
+
+    def tick(self) -> None:
+        if self.live:
+            print(f"\r{self.text} … {self.seconds()} ", end="", flush=True)
+
+    def done(self, word: str = "") -> None:
+        start = f"\r{self.text} … " if self.live else ""
+        print(f"{start}{word}{' after ' if word else ''}{self.seconds()}", flush=True)
+
+
+def run_module(python: Path, module: str, *arguments: str, line: ProgressLine | None = None,
+               environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Runs `python -m module arguments` from the root with its output caught; it ends when this process does."""
+    command = [str(python), str(ROOT / "reproduce.py"), "--as-module", str(os.getpid()), module, *arguments]
+    return run_quietly(command, line=line, environment=environment)
+
+
+def run_quietly(command: Sequence[str], *, line: ProgressLine | None = None,
+                environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
+    try:
+        while True:
+            try:
+                out, err = process.communicate(timeout=1)
+                return subprocess.CompletedProcess(command, process.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                if line:
+                    line.tick()
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+
+
+def as_module(arguments: list[str]) -> None:
+    """The other side of `run_module`: a process that runs a module and does not outlive the one that started it.
+
+    Without this, pip or a notebook would go on writing after `reproduce.py` was killed, beside those of the next start.
+    """
+    parent, module, *rest = arguments
+    threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def end_with(parent: int) -> None:
+    if os.name == "nt":
+        import _winapi
+
+        with contextlib.suppress(OSError):  # the parent is gone already
+            synchronize, infinite = 0x00100000, 0xFFFFFFFF
+            _winapi.WaitForSingleObject(_winapi.OpenProcess(synchronize, False, parent), infinite)
+    else:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+    os._exit(1)
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, without the exception's type or pip's label."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"^(?:[\w.]*(?:Error|Exception)|ERROR): *", "", lines[-1]) if lines else "it gave no reason"
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Holds the lock file `path`, waiting while another process holds it. The system lets go of it when that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        told = False
+        while not try_lock(file.fileno()):
+            if not told:
+                print(f"Another reproduce.py is at work here ({path.name}); waiting for it to end.", flush=True)
+                told = True
+            time.sleep(0.5)
+        yield
+
+
+def try_lock(descriptor: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True  # a file system without locks: better to go on than to wait for ever
+    return True
+
+
+# --- The environment -----------------------------------------------------------------------------------------------
+
+
+def no_deps_pins() -> list[str]:
+    """What pyproject.toml says is installed second, without dependencies."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["alzheimer"]["no_deps"]
+
+
+def fingerprint(requirements: str, python_version: str, no_deps: Sequence[str]) -> str:
+    """SHA-256 of all that decides what an environment holds. Line ends do not: Git may change them."""
+    content = json.dumps([requirements.splitlines(), python_version, list(no_deps)])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def venv_python(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def probe(venv: Path) -> dict | None:
+    """Python version and package folders of a virtual environment; None where its interpreter does not run."""
+    code = ("import json, sys, sysconfig; print(json.dumps({'version': '%d.%d' % sys.version_info[:2], "
+            "'folders': sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})}))")
+    try:
+        answer = subprocess.run([str(venv_python(venv)), "-I", "-c", code], capture_output=True, text=True, timeout=60)
+        return json.loads(answer.stdout) if answer.returncode == 0 else None
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+
+
+def is_complete(venv: Path, wanted: str) -> bool:
+    try:
+        return json.loads((venv / MARKER).read_text(encoding="utf-8"))["fingerprint"] == wanted
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def drop_half_installed(folders: Sequence[str]) -> list[str]:
+    """Makes pip install again what a kill left in the middle; returns the names of those packages.
+
+    pip takes a package for installed once its metadata can be read, but writes INSTALLER only after the last of its
+    files. What begins with `~` is a package that pip had set aside to replace it.
+    """
+    dropped = []
+    for folder in map(Path, folders):
+        for entry in folder.glob("*.dist-info"):
+            if not (entry / "INSTALLER").is_file():
+                shutil.rmtree(entry)
+                dropped.append(entry.name.split("-")[0])
+        for entry in folder.glob("~*"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return dropped
+
+
+def unexpected_conflicts(pip_check: str, no_deps: Sequence[str]) -> list[str]:
+    """Lines of `pip check` other than the one we accept: the old `requests` that a package of `no_deps` asks for."""
+    names = "|".join(re.escape(pin.split("==")[0]) for pin in no_deps)
+    accepted = re.compile(rf"(?:{names}) \S+ has requirement requests\b|No broken requirements found")
+    return [line for line in pip_check.splitlines() if line.strip() and not accepted.match(line)]
+
+
+def make_environment(venv: Path = VENV) -> Path:
+    """The interpreter of a virtual environment that holds every pinned package; made or finished where it is not.
+
+    Raises:
+        ReproduceError: when it cannot be made.
+    """
+    with one_at_a_time(venv.with_name(f"{venv.name}-lock")):
+        state = probe(venv)
+        if state is None:
+            state = make_venv(venv)
+        if tuple(map(int, state["version"].split("."))) < (3, 11):
+            raise ReproduceError(f"{venv} holds Python {state['version']} and 3.11 or newer is needed: delete that "
+                                 "folder and run the same command again.")
+        wanted = fingerprint(REQUIREMENTS.read_text(encoding="utf-8"), state["version"], no_deps_pins())
+        if not is_complete(venv, wanted):
+            (venv / MARKER).unlink(missing_ok=True)
+            install(venv, state["folders"])
+            write_atomically(venv / MARKER, json.dumps({"fingerprint": wanted, "python": state["version"]}) + "\n")
+    return venv_python(venv)
+
+
+def make_venv(venv: Path) -> dict:
+    """Makes the virtual environment anew, over whatever lies there and has no interpreter that runs."""
+    if venv.exists() and not venv.is_dir():
+        raise ReproduceError(f"{venv} is a file, and that is where the environment goes: move it away.")
+    if sys.version_info[:2] > NEWEST_TESTED:
+        version = ".".join(map(str, sys.version_info[:2]))
+        print(f"Note: Python {version} is newer than those that this study is tested with, 3.11 to 3.13.")
+    made = run_quietly([sys.executable, "-m", "venv", "--clear", str(venv)])
+    state = probe(venv) if made.returncode == 0 else None
+    if state is None:
+        reason = last_line(made.stderr or made.stdout)
+        raise ReproduceError(f"Python could not make {venv} ({reason}): on Debian and Ubuntu first run "
+                             "`sudo apt install python3-venv`, then the same command again.")
+    return state
+
+
+def install(venv: Path, folders: Sequence[str]) -> None:
+    python, no_deps, environment = venv_python(venv), no_deps_pins(), venv_environment(venv)
+    again = f"delete {venv} and run the same command again"
+    drop_half_installed(folders)
+    if run_module(python, "pip", "--version", environment=environment).returncode:
+        ready = run_module(python, "ensurepip", "--upgrade", environment=environment)
+        if ready.returncode:
+            raise ReproduceError(f"pip cannot be installed ({last_line(ready.stderr)}): {again}.")
+    line = ProgressLine(f"Installing env/requirements.txt into {venv.name} (once; some minutes and 2 to 7 GB)")
+    for what in (["-r", str(REQUIREMENTS)], ["--no-deps", *no_deps]):
+        result = run_module(python, "pip", "install", "--quiet", "--no-input", "--no-user", "--no-compile",
+                            "--disable-pip-version-check", *what, line=line, environment=environment)
+        if result.returncode:
+            line.done("failed")
+            raise ReproduceError(f"pip could not install {what[-1]} ({pip_error(result.stderr)}): see to the network "
+                                 "and the disk and run the same command again; it goes on where it stopped.")
+    check = run_module(python, "pip", "--disable-pip-version-check", "check", line=line, environment=environment)
+    if conflicts := unexpected_conflicts(check.stdout, no_deps):
+        line.done("failed")
+        raise ReproduceError(f"The installed packages do not fit each other ({conflicts[0]}): {again}.")
+    line.done()
+
+
+def pip_error(text: str) -> str:
+    errors = [line for line in text.splitlines() if line.startswith("ERROR:")]
+    return last_line(errors[0] if errors else text)
+
+
+def venv_environment(venv: Path) -> dict[str, str]:
+    """This process's environment variables without those that would mix another Python's packages in."""
+    kept = {name: value for name, value in os.environ.items()
+            if name not in ("PYTHONHOME", "PYTHONPATH", "__PYVENV_LAUNCHER__")}
+    return {**kept, "VIRTUAL_ENV": str(venv), "PYTHONNOUSERSITE": "1", "PYTHONUTF8": "1",
+            "PATH": os.pathsep.join([str(venv_python(venv).parent), os.environ.get("PATH", "")])}
+
+
+def check_current_environment() -> Path:
+    """This interpreter, if it has what the study imports.
+
+    Raises:
+        ReproduceError: naming what it lacks.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.match(r"[\w.-]+", entry)[0] for entry in (*project["dependencies"], *no_deps_pins())]
+    if missing := [name for name in names if not is_installed(name)]:
+        raise ReproduceError(f"{sys.executable} lacks {', '.join(missing)}: activate the study's environment, or leave "
+                             "out --no-venv and one is made.")
+    return Path(sys.executable)
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# --- The run -------------------------------------------------------------------------------------------------------
+
+
+def find_data(python: Path, environment: dict[str, str]) -> str:
+    """Absolute path of the raw images that the library finds, "" where there are none."""
+    code = "from utils.cohort import find_raw; path = find_raw(); print('raw=%s' % (path.resolve() if path else ''))"
+    line = ProgressLine("Looking for the raw images")
+    answer = run_quietly([str(python), "-c", code], environment=environment, line=line)
+    line.done("failed" if answer.returncode else "")
+    if answer.returncode:
+        raise ReproduceError(last_line(answer.stderr))
+    found = [text for text in answer.stdout.splitlines() if text.startswith("raw=")][-1]  # a download prints too
+    return found.removeprefix("raw=")
+
+
+def run_notebook(python: Path, notebook: str, root: Path, own: Path, values: dict[str, object],
+                 environment: dict[str, str], line: ProgressLine) -> None:
+    """Executes `notebook` in its own folder and puts the result under `root`; where a cell fails, what was done so far
+    under `own`/failed.
+
+    Raises:
+        ReproduceError: when a cell fails, with its error.
+    """
+    source = set_parameters(read_notebook(ROOT / notebook), values)
+    before, after = own / SCRATCH / f"in-{Path(notebook).name}", own / SCRATCH / Path(notebook).name
+    write_atomically(before, json.dumps(source))
+    after.unlink(missing_ok=True)
+    result = run_module(python, "papermill", str(before), str(after), "--kernel", "python3", "--no-progress-bar",
+                        "--no-log-output", "--cwd", str((ROOT / notebook).parent), line=line, environment=environment)
+    executed = source
+    with contextlib.suppress(OSError, ReproduceError):  # it ended before it wrote, or was killed while it wrote
+        executed = without_traces(read_notebook(after))
+    failed = own / "failed" / notebook
+    # A reader who opens the result in Colab wants to see these outputs, not to spend hours on them.
+    executed = set_parameters(executed, {"retrain": False})
+    text = json.dumps(executed, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    write_atomically(failed if result.returncode else root / notebook, text)
+    if result.returncode:
+        line.done("failed")
+        reason = first_error(executed) or f"{last_line(result.stderr)} (no cell raised: often a lack of memory)"
+        raise ReproduceError(f"{notebook} failed: {reason}\nWhat it did so far: {failed}")
+    failed.unlink(missing_ok=True)
+    line.done()
+
+
+def read_notebook(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sentence = f"{path} is not a notebook ({error}): get it back with `git checkout -- {path}`."
+        raise ReproduceError(sentence) from error
+
+
+def run_study(python: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
+    start = time.time()
+    # The environment's own kernel, before any other that happens to be called python3 on this machine.
+    kernels = (Path(sys.prefix) if options.no_venv else VENV) / "share" / "jupyter"
+    environment = {**environment, "ALZHEIMER_QUIET": "1", "JUPYTER_PATH": str(kernels)}
+    raw = find_data(python, environment)
+    # Asked once and handed on, so that all notebooks agree and none waits for a download again.
+    environment |= {"ALZHEIMER_RAW": raw} if raw else {"ALZHEIMER_OFFLINE": "1"}
+    data = "real" if raw else "phantom"
+    print(f"data: {data} ({raw or 'no raw images found: a drawn cohort that shows the machinery and is no result'})")
+    root, own = result_root(options.profile, data), runs_folder() / f"{options.profile}-{data}"
+    with one_at_a_time(own / ".lock"):
+        notebooks = choose_notebooks(options.only, present_notebooks(), is_prepared(root))
+        for number, notebook in enumerate(notebooks, 1):
+            line = ProgressLine(f"[{number}/{len(notebooks)}] {notebook}")
+            values = {"profile": options.profile, "retrain": options.retrain}
+            run_notebook(python, notebook, root, own, values, environment, line)
+        shutil.rmtree(own / SCRATCH, ignore_errors=True)
+        print()
+        report(python, environment, "table", "--root", str(root))
+        if root == ROOT:
+            report(python, environment, "readme")
+        files = written_files(root, start)
+        print(f"\nWritten under {root} ({len(files)} files):", *describe_files(files, root), sep="\n")
+
+
+def report(python: Path, environment: dict[str, str], *arguments: str) -> None:
+    result = run_module(python, "utils.report", *arguments, environment=environment)
+    print(result.stdout.rstrip())
+    if result.returncode:
+        raise ReproduceError(f"`python -m utils.report {arguments[0]}` failed: {last_line(result.stderr)}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("command", nargs="?", choices=("figures",), help="make figures and tables from the committed records")
+    add("--profile", choices=PROFILES, default="demo", help="budgets: minutes, hours, or a GPU (default: demo)")
+    add("--only", action="append", default=[], metavar="NOTEBOOK", help="run this notebook alone; may be repeated")
+    add("--raw", metavar="PATH", help="folder or zip of the raw images (default: found as README says)")
+    add("--retrain", action="store_true", help="train and attack again where a record is there already")
+    add("--test", action="store_true", help="run the tests instead of the notebooks")
+    add("--no-venv", action="store_true", help="use this interpreter (a conda environment, for example)")
+    own, mark, for_pytest = list(arguments), "--" in arguments, []
+    if mark:
+        cut = own.index("--")
+        own, for_pytest = own[:cut], own[cut + 1:]
+    options = parser.parse_args(own)
+    if mark and not options.test:
+        parser.error("what follows -- goes to pytest, so it needs --test")
+    if options.test and (options.command or options.only or options.retrain):
+        parser.error("--test runs the tests alone: leave out figures, --only and --retrain")
+    if options.command and (options.only or options.retrain or options.raw):
+        parser.error("figures reads the committed records alone: leave out --only, --retrain and --raw")
+    options.pytest_arguments = for_pytest
+    return options
+
+
+def raw_choice(option: str | None) -> str | None:
+    """What --raw or ALZHEIMER_RAW names, as an absolute path, since notebooks run in their own folders."""
+    raw = option or os.environ.get("ALZHEIMER_RAW") or None
+    if raw is None:
+        return None
+    path = Path(raw).expanduser().resolve()
+    if not path.exists():
+        asked = "--raw" if option else "ALZHEIMER_RAW"
+        raise ReproduceError(f"{asked} names {path}, which does not exist: give the folder or the zip of the raw "
+                             "images, or leave it out.")
+    return str(path)
+
+
+def run(options: argparse.Namespace) -> int:
+    raw = raw_choice(options.raw) if options.command is None else None
+    if not options.test and options.command is None:
+        choose_notebooks(options.only, present_notebooks(), prepared=True)  # a slip shows now, not after installing
+    python = check_current_environment() if options.no_venv else make_environment()
+    environment = {**os.environ, "PYTHONUTF8": "1"} if options.no_venv else venv_environment(VENV)
+    environment |= {"ALZHEIMER_RAW": raw} if raw else {}
+    if options.test:
+        return subprocess.call([str(python), "-m", "pytest", *options.pytest_arguments], cwd=ROOT, env=environment)
+    if options.command == "figures":
+        report(python, environment, "figures")
+        report(python, environment, "readme")
+    else:
+        run_study(python, options, environment)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream that a notebook or a test has replaced
+            stream.reconfigure(errors="replace")
+    try:
+        return run(parse(arguments))
+    except ReproduceError as error:
+        print(f"\nreproduce.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--as-module"]:
+        as_module(sys.argv[2:])
+    else:
+        sys.exit(main(sys.argv[1:]))

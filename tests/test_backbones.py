@@ -1,0 +1,112 @@
+"""backbones: raw pixels in, four logits out, whatever the batch; checkpoints come back whole or say what does not fit."""
+
+import pytest
+import torch
+
+from utils.backbones import build_model, load_model, save_model
+from utils.utils_funcs import BACKBONES, MODELS, StudyError
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def model(request):
+    torch.manual_seed(0)
+    network = build_model(request.param, pretrained=False, input_size=70 if request.param == "Dinov2" else 64)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # timm starts residual branches at zero: until trained they pass no gradient
+            torch.nn.init.ones_(module.weight)
+    return network
+
+
+def test_raw_pixels_give_four_logits(model):
+    logits = model(torch.rand(3, 1, 128, 128))
+    assert logits.shape == (3, 4) and logits.dtype == torch.float32 and not model.training
+
+
+def test_logits_do_not_depend_on_the_batch(model):
+    images = torch.rand(7, 1, 128, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole, single = model(images), torch.cat([model(image[None]) for image in images])
+        shuffled = model(images.flip(0)).flip(0)
+    assert (whole - single).abs().max() < 1e-4
+    assert (whole - shuffled).abs().max() < 1e-4
+
+
+def test_gradients_reach_every_pixel_region(model):
+    images = torch.rand(2, 1, 128, 128, requires_grad=True)
+    model(images).square().sum().backward()
+    blocks = images.grad.abs().unfold(2, 32, 32).unfold(3, 32, 32).amax((-1, -2))
+    assert (blocks > 0).all(), "some part of the image cannot be attacked"
+
+
+def test_a_checkpoint_restores_the_same_logits(model, tmp_path):
+    images = torch.rand(2, 1, 128, 128)
+    save_model(model, tmp_path / "model.safetensors", {"note": "x"})
+    restored = load_model(tmp_path / "model.safetensors")
+    assert restored.init == "random" and restored.name == model.name and not restored.training
+    assert torch.equal(restored(images), model(images))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_loaded_nothing_says_random(name, capsys, monkeypatch):
+    monkeypatch.setattr("utils.backbones._TOLD", set())
+    model = build_model(name, pretrained=True)
+    assert model.init == "random", "the tests run without a hub"
+    assert "random weights" in capsys.readouterr().out
+
+
+def test_local_weights_are_loaded_and_named(tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+
+    source = timm.create_model("resnet34")
+    save_file(source.state_dict(), tmp_path / "resnet34.a1_in1k.safetensors")
+    monkeypatch.setenv("ALZHEIMER_WEIGHTS", str(tmp_path))
+    model = build_model("Resnet")
+    assert model.init == "imagenet1k"
+    assert torch.equal(model.body.conv1.weight, source.conv1.weight)
+
+
+def test_local_dinov2_weights_are_loaded_and_named(tmp_path, monkeypatch):
+    from transformers import Dinov2Config, Dinov2Model
+
+    source = Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, patch_size=14, image_size=518))
+    source.save_pretrained(tmp_path / "dinov2-small")
+    monkeypatch.setenv("ALZHEIMER_WEIGHTS", str(tmp_path))
+    model = build_model("Dinov2_atk")
+    assert model.init == "lvd142m"
+    assert torch.equal(model.body.backbone.embeddings.cls_token, source.embeddings.cls_token)
+
+
+def test_an_empty_weights_folder_is_an_error_not_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALZHEIMER_WEIGHTS", str(tmp_path))
+    for name in BACKBONES:
+        with pytest.raises(StudyError, match="unset ALZHEIMER_WEIGHTS"):
+            build_model(name)
+
+
+def test_dinov2_refuses_a_size_it_would_silently_crop():
+    with pytest.raises(StudyError, match="multiple"):
+        build_model("Dinov2", pretrained=False, input_size=128)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (64, 64), (2, 64, 64)])
+def test_anything_but_one_channel_is_refused(shape):
+    with pytest.raises(StudyError, match=r"\(N, 1, H, W\)"):
+        build_model("Resnet", pretrained=False)(torch.rand(shape))
+
+
+def test_checkpoints_that_do_not_fit_say_so(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(StudyError, match="No checkpoint"):
+        load_model(tmp_path / "nothing.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(StudyError, match="no readable safetensors"):
+        load_model(tmp_path / "half.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(StudyError, match="not written by this project"):
+        load_model(tmp_path / "foreign.safetensors")
+    model = build_model("Resnet", pretrained=False)
+    save_model(model, tmp_path / "wrong.safetensors", state=build_model("Efficientnet", pretrained=False).state_dict())
+    with pytest.raises(StudyError, match="does not fit Resnet"):
+        load_model(tmp_path / "wrong.safetensors")

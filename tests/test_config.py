@@ -1,0 +1,45 @@
+"""config: profiles change budgets, names are checked, eps reads as people write it."""
+
+import dataclasses
+
+import pytest
+
+from utils.config import PROFILES, RunConfig, folds_of, make_config, parse_eps
+from utils.utils_funcs import MODELS, StudyError
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_profile_makes_every_model(profile, model):
+    config = make_config(profile, model)
+    assert (config.profile, config.model) == (profile, model)
+    assert config.headline_eps in config.eps
+    if config.backbone == "Dinov2":
+        assert (config.input_size or 126) % 14 == 0
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().epochs = 3
+
+
+@pytest.mark.parametrize("bad", [dict(model="ResNet"), dict(epoch=3), dict(profile="huge")])
+def test_wrong_names_are_one_sentence_errors(bad):
+    with pytest.raises(StudyError):
+        make_config(**{"profile": "demo", **bad})
+
+
+@pytest.mark.parametrize("text,value", [("4/255", 4 / 255), ("0.005", 0.005), ("0", 0.0), ("0.5/255", 0.5 / 255)])
+def test_eps_reads_as_written(text, value):
+    assert parse_eps(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["4", "four", "1/0", "-1/255"])
+def test_an_eps_outside_the_pixel_range_is_refused(text):
+    with pytest.raises(StudyError):
+        parse_eps(text)
+
+
+def test_the_published_split_has_one_fold_and_the_honest_one_five():
+    assert folds_of("cpu", "slice") == (0,)
+    assert folds_of("cpu", "patient") == (0, 1, 2, 3, 4)

@@ -1,0 +1,181 @@
+"""data: who is in which set, whatever is drawn; the refusal fires; batches and augmentation keep their promises."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from utils import data
+from utils.cohort import Cohort
+from utils.utils_funcs import ROOT, StudyError
+
+
+def people_like_the_real_ones() -> tuple[np.ndarray, np.ndarray]:
+    label = np.repeat([0, 1, 2, 3], [100, 70, 28, 2])
+    return np.arange(200), np.random.default_rng(1).permutation(label)
+
+
+def make_set(people, labels=None, name="set") -> data.ImageSet:
+    people = torch.as_tensor(people)
+    count = len(people)
+    labels = torch.zeros(count, dtype=torch.long) if labels is None else torch.as_tensor(labels)
+    slices = torch.tensor([(people[:row] == people[row]).sum() for row in range(count)])
+    return data.ImageSet(torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 8, 8), labels, people, slices,
+                         [f"{row:064x}" for row in range(count)], name)
+
+
+def test_no_person_on_both_sides(phantom_sets):
+    for fold in range(5):
+        sets = data.load_sets(phantom_sets, "patient", fold)
+        data.check_people_apart(sets)
+        assert all(len(part) for part in sets.values())
+
+
+def test_the_published_split_shares_people_and_the_loader_says_so(phantom_sets):
+    leaky = data.load_sets(phantom_sets, "slice", 0)
+    real_only = {name: part.pick(torch.nonzero(part.people >= 0)[:, 0]) for name, part in leaky.items()}
+    with pytest.raises(data.PeopleSharedError, match=r"Person \d+ is in both train and"):
+        data.check_people_apart(real_only)
+
+
+def test_a_leaky_prepared_file_is_refused_on_load(phantom_sets, tmp_path):
+    for name in data.SETS:
+        data.save_set(data.load_set(phantom_sets, "patient", 0, "train" if name == "test" else name),
+                      data.set_path(tmp_path, "patient", 0, name))
+    with pytest.raises(data.PeopleSharedError, match="train and test"):
+        data.load_sets(tmp_path, "patient", 0)
+
+
+def test_an_image_of_nobody_known_is_refused():
+    with pytest.raises(data.PeopleSharedError, match="unknown"):
+        data.check_people_apart({"train": make_set([1, -1]), "test": make_set([2])})
+
+
+def test_folds_cover_everybody_once_and_are_stratified():
+    people, label = people_like_the_real_ones()
+    folds = data.assign_folds(people, label)
+    for fold in range(5):
+        roles = np.array([folds.roles(fold)[person] for person in people])
+        test, validation = roles == "test", roles == "validation"
+        assert test.sum() == 40
+        assert [(test & (label == value)).sum() for value in (0, 1)] == [20, 14]
+        assert (test & (label == 2)).sum() in (5, 6)
+        assert validation.sum() == 20 and not (validation & (label == 3)).any()
+    assert sorted(folds.fold[label == 3].tolist())[0] != sorted(folds.fold[label == 3].tolist())[1]
+    assert max(map(len, folds.validation_of)) == 1, "nobody validates twice in a cohort of this size"
+
+
+def test_folds_survive_their_file(tmp_path):
+    folds = data.assign_folds(*people_like_the_real_ones())
+    data.write_folds(folds, tmp_path / "folds.csv")
+    again = data.read_folds(tmp_path / "folds.csv")
+    assert np.array_equal(again.fold, folds.fold) and again.validation_of == folds.validation_of
+
+
+def test_the_committed_folds_belong_to_the_committed_cohort():
+    from utils.cohort import read_cohort
+
+    people, label = data.people_of(read_cohort(ROOT / "dataset" / "cohort.csv"))
+    folds = data.read_folds(data.COMMITTED_FOLDS)
+    assert np.array_equal(folds.patient_id, people) and np.array_equal(folds.label, label)
+
+
+def toy_cohort(split: str) -> Cohort:
+    count = 180
+    known = np.arange(count) < 120
+    return Cohort(file_sha256=np.array([f"{(row * 7919) % 10007:064x}" for row in range(count)]),
+                  pixel_sha256=np.array([f"{row:064x}" for row in range(count)]),
+                  source_split=np.array([split if row % 10 else "test" if split else "" for row in range(count)]),
+                  label=np.arange(count) % 4, kind=np.where(known, "real", "synthetic"), duplicate_of=np.array([""] * count),
+                  patient_id=np.where(known, np.arange(count) // 12, -1), slice_index=np.where(known, np.arange(count) % 12, -1))
+
+
+def test_the_published_split_is_kept_and_divided_8_to_1():
+    cohort = toy_cohort("train")
+    parts = data.split_slices(cohort)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(180)), "every image is in exactly one set"
+    assert set(parts["test"]) == set(np.flatnonzero(cohort.source_split == "test"))
+    assert len(parts["train"]) / len(parts["validation"]) == pytest.approx(8, rel=0.15)
+
+
+def test_a_copy_without_train_and_test_is_divided_and_tested_on_real_images_only():
+    cohort = toy_cohort("")
+    parts = data.split_slices(cohort)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(180))
+    assert len(parts["test"]) > 0 and (cohort.kind[parts["test"]] == "real").all()
+
+
+def test_the_honest_protocol_takes_no_synthetic_image_and_no_duplicate():
+    cohort = toy_cohort("train")
+    kind = cohort.kind.copy()
+    kind[5] = "duplicate"
+    cohort = dataclasses.replace(cohort, kind=kind)
+    folds = data.assign_folds(*data.people_of(cohort))
+    rows = np.concatenate(list(data.split_people(cohort, folds, 0).values()))
+    assert set(cohort.kind[rows]) == {"real"} and 5 not in rows
+
+
+def test_prepared_files_hold_native_8_bit_images(phantom_sets):
+    content = torch.load(data.set_path(phantom_sets, "patient", 2, "test"), weights_only=True)
+    assert content["images"].dtype == torch.uint8 and content["images"].shape[1:] == (1, 64, 64)
+    assert len(content["files"]) == len(content["labels"]) == len(content["people"])
+
+
+def test_a_missing_file_says_what_to_run(tmp_path):
+    with pytest.raises(StudyError, match="prepare_dataset.ipynb"):
+        data.load_sets(tmp_path, "patient", 0)
+
+
+def test_a_small_part_is_spread_over_classes_people_and_slices(phantom_sets):
+    whole = data.load_set(phantom_sets, "patient", 0, "train")
+    rows = data.spread(whole, 24)
+    part = whole.pick(rows)
+    assert len(part) == 24 and np.array_equal(rows, data.spread(whole, 24))
+    present = part.labels.bincount(minlength=4)[whole.labels.bincount(minlength=4) > 0]
+    assert present.min() >= present.max() - 1
+    non = part.labels == 0
+    assert len(part.people[non].unique()) >= min(6, whole.balance()["Non"][0]), "one slice of many people, not many of one"
+    assert len(data.spread(whole, 10**6)) == len(whole)
+
+
+def test_an_epoch_with_stride_2_draws_half_of_everybody():
+    part = make_set(np.repeat([3, 7, 9], 32))
+    drawn = data.epoch_rows(part, 2, torch.Generator().manual_seed(0))
+    for person in (3, 7, 9):
+        slices = part.slices[drawn][part.people[drawn] == person].sort().values
+        assert len(slices) == 16 and (slices.diff() == 2).all()
+    again = data.epoch_rows(part, 2, torch.Generator().manual_seed(0))
+    other = data.epoch_rows(part, 2, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, again) and not torch.equal(drawn, other)
+
+
+def test_an_epoch_without_stride_draws_every_image_once():
+    drawn = data.epoch_rows(make_set(np.repeat([3, -1], 20)), 1, torch.Generator().manual_seed(0))
+    assert sorted(drawn.tolist()) == list(range(40))
+
+
+def test_batches_cover_the_rows_in_order_and_never_end_with_one_image():
+    part = make_set(np.arange(33))
+    seen = [(images, labels) for images, labels in data.batches(part, torch.arange(33), 16, "cpu")]
+    assert [len(labels) for _, labels in seen] == [16, 17]
+    assert torch.allclose(torch.cat([images for images, _ in seen])[:, 0, 0, 0] * 255, torch.arange(33.0))
+
+
+def test_augmentation_keeps_range_and_shape_and_follows_its_generator():
+    images = torch.rand(8, 1, 32, 32)
+    once = data.augment(images, 1.0, torch.Generator().manual_seed(4))
+    assert once.shape == images.shape and 0 <= once.min() and once.max() <= 1
+    assert torch.equal(once, data.augment(images, 1.0, torch.Generator().manual_seed(4)))
+    assert not torch.allclose(once, images)
+    assert torch.equal(data.augment(images, 0.0, torch.Generator()), images)
+
+
+def test_images_of_odd_sizes_come_to_the_commonest_one():
+    from utils.cohort import RawImages
+
+    sizes = [(20, 20), (20, 20), (31, 17)]
+    raw = RawImages(paths=["a", "b", "c"], images=[np.full(size, 9, np.uint8) for size in sizes], file_sha256=["", "", ""],
+                    source_split=["", "", ""], label=np.zeros(3, np.int64))
+    stack = data.stack_images(raw)
+    assert stack.shape == (3, 1, 20, 20) and (stack == 9).all()

@@ -1,0 +1,429 @@
+"""Explanations: the maps by their contract, and the measures of whether to believe them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from utils import grad_cam
+from utils.backbones import PixelClassifier, build_model
+from utils.utils_funcs import BACKBONES, StudyError
+
+#: The planted patch of the phantom: 64 px, aligned to the 32 px grid that a ResNet or EfficientNet has at 128 px.
+PATCH = slice(32, 96)
+GRADIENT_METHODS = ("gradcam", "gradcam++", "layercam")
+
+
+def planted(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images whose class is decided only by the orientation of the stripes in the patch, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    angle = (labels * np.pi / 4)[:, None, None]
+    phase = 2 * np.pi * torch.rand(count, 1, 1, generator=generator)
+    images = torch.zeros(count, 1, 128, 128)
+    images[:, 0, PATCH, PATCH] = 0.4 + 0.3 * torch.sin(2 * np.pi / 8 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase)
+    return images, labels
+
+
+class SmallNet(nn.Module):
+    """A stride-32 network that trains in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 24, 32, 48)
+        stages = [nn.Sequential(nn.Conv2d(i, o, 7 if i == 3 else 3, 4 if i == 3 else 2, 3 if i == 3 else 1, bias=False),
+                                nn.BatchNorm2d(o), nn.ReLU(inplace=True)) for i, o in zip(widths, widths[1:])]
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.fc = nn.Linear(48, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.layer4(self.layer3(self.layer2(self.layer1(images)))).mean(dim=(2, 3)))
+
+
+def small_model() -> PixelClassifier:
+    return PixelClassifier(SmallNet(), name="SmallNet", init="random", input_size=None).eval()
+
+
+def fit(model: nn.Module, *, count: int, epochs: int, lr: float) -> nn.Module:
+    images, labels = planted(count, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (count // 32))
+    model.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(count)[: count // 32 * 32].split(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained() -> PixelClassifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return fit(small_model(), count=512, epochs=8, lr=3e-3)
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request: pytest.FixtureRequest) -> PixelClassifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return build_model(request.param, pretrained=False, input_size=70)
+
+
+@pytest.fixture(scope="module")
+def slices() -> Tensor:
+    return torch.rand(5, 1, 96, 128, generator=torch.Generator().manual_seed(2))
+
+
+def in_patch(maps: Tensor) -> float:
+    mask = torch.zeros(maps.shape, dtype=torch.bool)
+    mask[:, PATCH, PATCH] = True
+    return float(np.nanmean(grad_cam.anatomy_shares(maps, {"patch": mask})["patch"]))
+
+
+# --- Maps -------------------------------------------------------------------------------------------------------------
+
+def methods_of(model: PixelClassifier) -> tuple[str, ...]:
+    return GRADIENT_METHODS + (("rollout",) if model.name == "Dinov2" else ())
+
+
+def test_maps_have_native_resolution_and_fill_the_unit_range(backbone, slices):
+    for method in methods_of(backbone):
+        maps = grad_cam.explain(backbone, slices, method=method)
+        assert maps.shape == (5, 96, 128) and maps.dtype == torch.float32 and maps.device == slices.device
+        assert maps.min() >= 0 and maps.max() <= 1 and torch.isfinite(maps).all()
+        assert ((maps.amax(dim=(1, 2)) == 1) | (maps.amax(dim=(1, 2)) == 0)).all(), method
+
+
+def test_a_map_does_not_depend_on_its_batch(backbone, slices):
+    for method in methods_of(backbone):
+        together = grad_cam.explain(backbone, slices, method=method, batch_size=5)
+        alone = torch.cat([grad_cam.explain(backbone, image[None], method=method) for image in slices])
+        assert (together - alone).abs().max() < 1e-3, method
+        assert torch.equal(together, grad_cam.explain(backbone, slices.flip(0), method=method).flip(0)) or (
+            together - grad_cam.explain(backbone, slices.flip(0), method=method).flip(0)).abs().max() < 1e-3
+
+
+def fingerprint(model: nn.Module) -> list:
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training) for m in model.modules()]
+    gradients = [(p.requires_grad, None if p.grad is None else (id(p.grad), float(p.grad.sum()))) for p in model.parameters()]
+    return [hooks, gradients, [buffer.double().sum().item() for buffer in model.buffers()]]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_gradients_and_hooks_are_untouched_afterwards(backbone, slices, fails, monkeypatch):
+    model = copy.deepcopy(backbone).train()
+    list(model.modules())[5].eval()
+    parameters = list(model.parameters())
+    parameters[0].grad, parameters[1].grad = torch.ones_like(parameters[0]), torch.full_like(parameters[1], 3)
+    parameters[2].requires_grad_(False)
+    implementation = model.body.backbone.config._attn_implementation if model.name == "Dinov2" else None
+    before = fingerprint(model)
+    if fails:
+        monkeypatch.setattr(F, "kl_div", lambda *_, **__: 1 / 0)
+    for method in (*methods_of(model), "attack"):
+        targets = torch.full((2,), 99 if fails else 1)
+        try:
+            if method == "attack":
+                grad_cam.explanation_attack(model, slices[:2], 4 / 255, steps=1)
+            else:
+                grad_cam.explain(model, slices[:2], targets, method=method)
+            assert not fails or method == "rollout"
+        except (StudyError, ZeroDivisionError):
+            assert fails
+        assert fingerprint(model) == before, method
+    if implementation:
+        assert model.body.backbone.config._attn_implementation == implementation
+
+
+def test_explain_works_where_the_caller_turned_gradients_off(trained, slices):
+    expected = grad_cam.explain(trained, slices)
+    with torch.no_grad():
+        assert torch.equal(grad_cam.explain(trained, slices), expected)
+    with torch.inference_mode():
+        assert torch.equal(grad_cam.explain(trained, slices.clone()), expected)
+
+
+def test_scorecam_explains_and_stays_silent(trained, capfd):
+    images, _ = planted(2, seed=5)
+    maps = grad_cam.explain(trained, images, method="scorecam")
+    assert maps.amax(dim=(1, 2)).tolist() == [1, 1]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_differentiable_map_is_the_one_of_the_package(backbone, slices):
+    upsample = grad_cam._upsampler(backbone, grad_cam.target_layer(backbone), slices[:1])
+    coarse: list[Tensor] = []
+    targets = torch.ones(5, dtype=torch.int64)
+
+    def shifted(maps: Tensor) -> Tensor:  # grad-cam subtracts each map's minimum before it is enlarged
+        coarse.append(maps)
+        return upsample(maps - maps.amin(dim=(1, 2), keepdim=True))
+
+    with grad_cam._eager_attention(backbone.body) if backbone.name == "Dinov2" else torch.enable_grad():
+        ours = grad_cam._unit_range(grad_cam._cam_graph(backbone, slices, targets, shifted)[1].detach())
+    assert (ours - grad_cam.explain(backbone, slices, targets)).abs().max() < 1e-3
+
+
+def test_cells_are_drawn_where_they_look(backbone):
+    """The gradient of one cell with respect to the pixels is centred where the enlarged map puts that cell."""
+    model = build_model(backbone.name, pretrained=False, input_size=224)  # large enough for a cell away from the border
+    layer = model.body.layer2 if backbone.name == "Resnet" else model.body.blocks[2] if backbone.name == "Efficientnet" else (
+        model.body.backbone.encoder.layer[0].norm1)
+    pixels = torch.rand(1, 1, 224, 224, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    kept: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _m, _i, output: kept.append(output))
+    model(pixels)
+    hook.remove()
+    features = (grad_cam._tokens_to_map(model) or (lambda x: x))(kept[0])
+    row, column = features.shape[2] // 2, features.shape[3] // 3
+    seen = torch.zeros(224, 224)
+    for channel in range(0, features.shape[1], max(1, features.shape[1] // 8)):
+        seen += torch.autograd.grad(features[0, channel, row, column], pixels, retain_graph=True)[0][0, 0].square()
+    seen = torch.where(seen > 0.01 * seen.max(), seen, 0)
+    cell = torch.zeros(1, *features.shape[2:])
+    cell[0, row, column] = 1
+    drawn = grad_cam._upsampler(model, layer, pixels[:1].detach())(cell)[0]
+    stride = 224 / features.shape[2]
+    for axis in (0, 1):
+        place = [float((mass.sum(1 - axis) * torch.arange(224)).sum() / mass.sum()) for mass in (seen, drawn)]
+        assert abs(place[0] - place[1]) < 0.3 * stride, "half a cell is what stretching the map over the image is wrong by"
+
+
+def test_bad_requests_are_refused_in_one_sentence(trained, slices):
+    for wrong in (dict(method="magic"), dict(method="rollout"), dict(targets=torch.zeros(2, dtype=torch.int64))):
+        with pytest.raises(StudyError):
+            grad_cam.explain(trained, slices, **wrong)
+    with pytest.raises(StudyError):
+        grad_cam.explain(trained, slices[:, 0])
+
+
+# --- Trust ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_a_trained_model_is_explained_by_the_planted_patch(trained, method):
+    images, labels = planted(64, seed=1)
+    assert (grad_cam._predict(trained, images, 64).argmax(1) == labels).float().mean() > 0.95
+    assert in_patch(grad_cam.explain(trained, images, method=method)) >= 0.7
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_a_random_model_does_not_favour_the_patch(method):
+    images, _ = planted(16, seed=1)
+    shares = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            shares.append(in_patch(grad_cam.explain(small_model(), images, method=method)))
+    assert np.nanmean(shares) <= 2 * 64**2 / 128**2
+
+
+def test_randomising_the_last_layer_changes_every_gradient_map(backbone):
+    generator = torch.Generator().manual_seed(4)
+    images = F.interpolate(torch.rand(6, 1, 12, 12, generator=generator), size=(128, 128), mode="bilinear")
+    for method in GRADIENT_METHODS:
+        assert np.mean(grad_cam.randomisation_check(backbone, images, method=method, depth=1)[stage_names(backbone)[0]]) < 0.5, method
+
+
+def stage_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in grad_cam._stages(model)]
+
+
+def test_rollout_fails_the_sanity_check_and_is_marked(slices):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = build_model("Dinov2", pretrained=False, input_size=70)
+    changed = grad_cam.randomisation_check(model, slices[:2], method="rollout", depth=1, draws=1)
+    assert np.allclose(changed["head"], 1)
+    record = grad_cam.explanation_record({"rollout:randomisation:00 head": changed["head"]}, np.array([0, 1]), np.array([0, 1]))
+    assert record["rollout"]["randomisation"]["passed"] is False
+
+
+def test_randomisation_covers_every_parameter_and_leaves_the_model_alone(backbone):
+    covered = sum(p.numel() for _, stage in grad_cam._stages(backbone) for p in stage.parameters())
+    assert covered == sum(p.numel() for p in backbone.parameters())
+
+
+def test_true_maps_are_more_faithful_than_random_ones(trained):
+    images, labels = planted(16, seed=1)
+    result = grad_cam._faithfulness(trained, images, grad_cam.explain(trained, images), labels, 4, 64, 0)
+    assert result["deletion"].mean() < result["deletion of random maps"].mean() - 0.05
+    assert result["insertion"].mean() > result["insertion of random maps"].mean() + 0.05
+    assert result["road"].mean() > result["road of random maps"].mean() + 0.05
+
+
+def test_curves_start_and_end_with_the_whole_image_and_its_blur(trained):
+    images, labels = planted(4, seed=1)
+    curves = grad_cam.deletion_insertion(trained, images, torch.rand(4, 128, 128), labels, steps=4)
+    assert np.allclose(curves["deletion"][:, 0], curves["insertion"][:, -1], atol=1e-5)
+    assert np.allclose(curves["deletion"][:, -1], curves["insertion"][:, 0], atol=1e-5)
+
+
+# --- Anatomy ----------------------------------------------------------------------------------------------------------
+
+def drawn_brain() -> tuple[Tensor, Tensor, Tensor]:
+    """A grey ellipse with white matter, two dark ventricles and a sulcus, and the true brain and ventricles."""
+    y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
+    brain = ((y - 64) / 54) ** 2 + ((x - 64) / 48) ** 2 <= 1
+    white = ((y - 64) / 42) ** 2 + ((x - 64) / 36) ** 2 <= 1
+    ventricles = ((y - 62) / 16) ** 2 + (((x - 64).abs() - 9) / 6) ** 2 <= 1
+    image = torch.where(ventricles, 0.12, torch.where(white, 0.8, 0.5)) * brain
+    image[60:66, 100:112] = 0.12
+    noise = 0.02 * torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    return (image + noise * brain).clamp(0, 1)[None, None], brain, ventricles
+
+
+def test_masks_find_the_drawn_brain_and_its_ventricles_but_not_the_sulcus():
+    image, brain, ventricles = drawn_brain()
+    masks = {name: mask[0] for name, mask in grad_cam.anatomy_masks(image).items()}
+    for found, true in ((masks["brain"], brain), (masks["csf"], ventricles)):
+        assert (found & true).sum() / (found | true).sum() > 0.9
+    assert not masks["csf"][60:66, 100:112].any()
+    assert not (masks["background"] & (masks["brain"] | masks["rim"])).any()
+    assert (masks["rim"] & masks["brain"]).any() and (masks["rim"] & ~masks["brain"]).any()
+
+
+def test_a_uniform_map_has_each_regions_area_as_its_share_and_an_empty_one_has_none():
+    masks = grad_cam.anatomy_masks(drawn_brain()[0])
+    shares = grad_cam.anatomy_shares(torch.ones(1, 128, 128), masks)
+    assert all(np.isclose(shares[name], shares[f"{name}_area"]) for name in masks)
+    assert np.isnan(grad_cam.anatomy_shares(torch.zeros(1, 128, 128), masks)["brain"]).all()
+
+
+def test_an_image_without_a_brain_has_empty_masks():
+    masks = grad_cam.anatomy_masks(torch.zeros(1, 1, 64, 64))
+    assert masks["background"].all() and not masks["brain"].any() and not masks["csf"].any()
+
+
+@pytest.mark.skipif("ALZHEIMER_RAW" not in os.environ, reason="needs the real slices")
+def test_masks_of_real_slices_have_anatomical_sizes():
+    raw = Path(os.environ["ALZHEIMER_RAW"])
+    if raw.is_dir():
+        files = sorted(raw.rglob("*.jpg"))[::400]
+        opened = [Image.open(file) for file in files]
+    else:
+        with zipfile.ZipFile(raw) as archive:
+            names = [name for name in sorted(archive.namelist()) if name.endswith(".jpg") and "/test/" in f"/{name}"][::40]
+            opened = [Image.open(io.BytesIO(archive.read(name))) for name in names]
+    images = torch.from_numpy(np.stack([np.asarray(image.convert("L")) for image in opened]))[:, None].float() / 255
+    area = {name: mask.float().mean(dim=(1, 2)).numpy() for name, mask in grad_cam.anatomy_masks(images).items()}
+    assert (0.3 < area["brain"]).all() and (area["brain"] < 0.65).all()
+    assert (area["csf"] < 0.16).all() and np.median(area["csf"]) > 0.01
+    assert (0.25 < area["background"]).all()
+
+
+# --- Under attack -----------------------------------------------------------------------------------------------------
+
+def test_similarity_is_one_for_equal_maps_and_chance_for_independent_ones():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(4, 128, 128, generator=generator), torch.rand(4, 128, 128, generator=generator)
+    same, other = grad_cam.map_similarity(first, first), grad_cam.map_similarity(first, second)
+    assert all(np.allclose(values, 1) for values in same.values())
+    assert np.allclose(other["iou_top20"], 1 / 9, atol=0.02) and np.abs(other["rank_correlation"]).max() < 0.05
+    assert np.abs(other["ssim"]).max() < 0.2
+
+
+def test_equal_zeros_do_not_count_as_agreement():
+    nothing = torch.zeros(3, 64, 64)
+    similarity = grad_cam.map_similarity(nothing, nothing)
+    assert (similarity["iou_top20"] < 0.2).all() and (similarity["rank_correlation"] == 0).all()
+
+
+def test_the_explanation_attack_keeps_the_prediction_and_moves_the_map(trained):
+    images, _ = planted(8, seed=1)
+    eps = 8 / 255
+    moved = grad_cam.explanation_attack(trained, images, eps, steps=30)
+    before, after = (grad_cam._predict(trained, x, 8).softmax(1) for x in (images, moved))
+    targets = before.argmax(1)
+    assert (moved - images).abs().max() <= eps + 1e-6 and moved.min() >= 0 and moved.max() <= 1
+    assert torch.equal(after.argmax(1), targets)
+    assert (before - after).gather(1, targets[:, None]).abs().max() <= 0.1 + 1e-4
+    clean_map = grad_cam.explain(trained, images, targets)
+    similar = grad_cam.map_similarity(clean_map, grad_cam.explain(trained, moved, targets))
+    noise = (images + eps * torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).sign()).clamp(0, 1)
+    by_noise = grad_cam.map_similarity(clean_map, grad_cam.explain(trained, noise, targets))
+    assert similar["iou_top20"].mean() < by_noise["iou_top20"].mean() - 0.05
+
+
+def test_an_attack_with_eps_zero_changes_nothing(trained):
+    images, _ = planted(2, seed=1)
+    assert torch.equal(grad_cam.explanation_attack(trained, images, 0.0, steps=2), images)
+
+
+# --- Record and figures -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def measures(trained) -> dict[str, np.ndarray]:
+    images, _ = planted(8, seed=1)
+    noise = 0.02 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    return grad_cam.explanation_measures(trained, images, methods=("gradcam",), adversarial={"4/255": images + noise},
+                                         sample=[0, 3], fresh=small_model)
+
+
+def test_measures_are_one_number_a_slice_and_nan_outside_the_sample(measures):
+    assert all(values.shape == (8,) for values in measures.values())
+    assert np.flatnonzero(~np.isnan(measures["gradcam:faithfulness:road"])).tolist() == [0, 3]
+    assert not np.isnan(measures["gradcam:attack 4/255:ssim"]).any()
+
+
+def test_the_record_is_json_with_clustered_intervals(measures):
+    labels, people = np.arange(8) % 4, np.arange(8) // 2 * 0 + np.arange(8)
+    record = json.loads(json.dumps(grad_cam.explanation_record(measures, labels, people), allow_nan=False))
+    shares = record["gradcam"]["anatomy"]["brain"]
+    assert shares["ci"][0] <= shares["value"] <= shares["ci"][1] and shares["n_people"] == 8
+    assert np.isclose(shares["value"], np.nanmean(measures["gradcam:anatomy:brain"]), atol=1e-6)
+    assert len(shares["by_class"]) == 4
+    assert record["gradcam"]["faithfulness"]["road"]["n_slices"] == 2
+    assert isinstance(record["gradcam"]["randomisation"]["passed"], bool)
+    assert list(record["gradcam"]["randomisation"]["stages"])[0] == "00 fc"
+
+
+def test_figures_show_every_slice_with_both_classes_and_a_probability(slices):
+    maps, predictions = torch.rand(5, 96, 128), torch.tensor([[0.1, 0.2, 0.6, 0.1]] * 5)
+    figure = grad_cam.overlay_figure(slices, maps, predictions, [2, 0, 1, 3, 2], title="Resnet")
+    titles = [axis.get_title() for axis in figure.axes[:5]]
+    assert titles[0] == "true Mild\n✓ Mild 0.60" and titles[1] == "true Non\n✗ Mild 0.60"
+    assert len(figure.axes) == 3 * 5 + 1
+    grid = grad_cam.comparison_figure({"Resnet": (slices, maps, predictions), "Resnet_atk": (slices, maps, predictions)},
+                                      [2, 0, 1, 3, 2])
+    assert len(grid.axes) == 2 * 3 * 5 + 1
+    for made in (figure, grid, grad_cam.person_strip(slices, maps, predictions, 2)):
+        made.savefig(io.BytesIO(), format="png")
+
+
+def test_the_gif_has_a_frame_a_slice_and_is_small_enough_for_a_readme(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = F.interpolate(torch.rand(32, 1, 32, 32, generator=generator), size=(128, 128), mode="bilinear")
+    maps = F.interpolate(torch.rand(32, 1, 4, 4, generator=generator), size=(128, 128), mode="bilinear")[:, 0]
+    path = grad_cam.person_gif(images, maps, tmp_path / "person.gif")
+    with Image.open(path) as picture:
+        assert picture.n_frames == 32 and picture.size == (320, 160)
+    assert path.stat().st_size < 1_500_000 and list(tmp_path.iterdir()) == [path]
+
+
+# --- The real backbones, trained --------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_trained_backbone_is_explained_by_the_planted_patch(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = fit(build_model(name, pretrained=False), count=512, epochs=8, lr=3e-4 if name == "Dinov2" else 1e-3)
+    images, labels = planted(32, seed=1)
+    assert (grad_cam._predict(model, images, 32).argmax(1) == labels).float().mean() > 0.9
+    for method in GRADIENT_METHODS:
+        assert in_patch(grad_cam.explain(model, images, method=method)) >= 0.7, method

@@ -1,0 +1,70 @@
+"""README says what the records say, links to what exists, and names the repository as pyproject.toml does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from utils import report
+from utils.records import read_entries
+from utils.utils_funcs import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GENERATED = README.split(report.BEGIN)[1].split(report.END)[0].strip()
+PROSE = README.split(report.BEGIN)[0] + README.split(report.END)[1]
+
+
+def test_readme_equals_the_records() -> None:
+    assert report.results_markdown(read_entries(ROOT)) == GENERATED, "run `python -m utils.report readme`"
+
+
+def test_every_relative_link_and_figure_exists() -> None:
+    page = re.sub(r"(?s)```.*?```", "", README)
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", page)
+    links += re.findall(r'(?:src|href)="(?!https?://|#)([^"]+)"', page)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_anchor_exists() -> None:
+    titles = {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+              for title in re.findall(r"(?m)^#+ (.+)$", README)}
+    assert [anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README) if anchor not in titles] == []
+
+
+def test_badges_and_citation_follow_the_address() -> None:
+    address = report.repository_address(ROOT)
+    badges = re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+\.ipynb)", README)
+    assert badges and {owner for owner, _ in badges} == {address}
+    assert [path for _, path in badges if not (ROOT / path).is_file()] == []
+    assert f'repository-code: "https://github.com/{address}"' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"git clone https://github.com/{address}.git" in README and f"https://github.com/{address}}}" in README
+
+
+def test_every_notebook_has_its_badge() -> None:
+    notebooks = [path.relative_to(ROOT).as_posix() for folder in ("models", "dataset")
+                 for path in (ROOT / folder).glob("*.ipynb")]
+    assert [path for path in notebooks if f"/blob/main/{path}" not in README] == []
+
+
+def test_every_figure_of_a_record_exists() -> None:
+    missing = [name for model, _ in read_entries(ROOT) if (ROOT / "assets" / model / "robustness.png").exists()
+               for name in ("confusion_matrix", "loss_curve", "accuracy_curve")
+               if not (ROOT / "assets" / model / f"{name}.png").is_file()]
+    assert missing == []
+
+
+def test_prose_bears_no_score() -> None:
+    """Percentages outside the generated part would be results that no record bears."""
+    allowed = {"50 %",
+               "95 %"}  # the constant answer's accuracy, which the class counts give; the level of the intervals
+    assert set(re.findall(r"\d+(?:\.\d+)? ?%", PROSE)) <= allowed
+
+
+@pytest.mark.parametrize("command",
+                         ["python reproduce.py", "python reproduce.py --test", "pip install -r env/requirements.txt",
+                                     "pip install --no-deps torchattacks==3.5.1", "python -m utils.cohort",
+                          "python -m utils.report"])
+def test_readme_gives_the_commands(command: str) -> None:
+    assert command in PROSE

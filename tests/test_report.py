@@ -1,0 +1,372 @@
+"""A record says what its predictions and units bear, nothing else; tables, figures and publishing follow from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score
+
+from utils import figures, metrics, report
+from utils.records import attacks_of, read_entries, standing, study_rows, summarise, variants_of, write_record
+from utils.utils_funcs import ROOT, StudyError
+
+EPS = ("1/255", "4/255", "8/255")
+N_BOOT = 50
+ATTACKS = {"noise": 0.05, "fgsm": 0.6, "pgd20": 1.0, "pgd20_merged": 1.0, "pgd20_binary": 0.9}
+
+
+def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fall: float = 0.6, **told):
+    """Predictions and units of a small study whose attacks lower the true logit by strength × eps × `fall`."""
+    generator = np.random.default_rng(seed)
+    person_class = np.repeat(np.arange(4), (10, 7, 4, 2))
+    people = np.repeat(np.arange(len(person_class)), 4)
+    labels, count = person_class[people], 4 * len(person_class)
+    folds = people % 2 if protocol == "patient" else np.zeros(count, dtype=int)
+    logits = generator.normal(size=(count, 4)) + 2 * np.eye(4)[labels]
+    rows = {"labels": labels.astype(np.int8), "fold": folds.astype(np.int8), "seed": np.zeros(count, np.int8),
+            "patient_id": people.astype(np.int32),
+            "slice_index": np.tile(np.arange(4), len(person_class)).astype(np.int16),
+            "file_sha256": np.arange(count * 32).astype(np.uint8).reshape(count, 32), "clean": metrics.to_half(logits)}
+    meta: dict = {}
+    for number, eps in enumerate(EPS):
+        for name, strength in ATTACKS.items():
+            down = strength * 2 ** number * fall * (1 + generator.random(count))
+            rows[f"{eps}:{name}"] = metrics.to_half(logits - down[:, None] * np.eye(4)[labels])
+            meta.setdefault(eps, {})[name] = {"n_attacked": 7, "seconds": 1.5, "steps": 20, "norm": "linf"}
+    sampled = rows["4/255:pgd20"].copy()
+    sampled[np.arange(count) % 4 > 0] = np.nan
+    rows["4/255:autoattack"], meta["4/255"]["autoattack"] = sampled, {"n_attacked": 3, "seconds": 9.0, "norm": "linf"}
+    rows["0.5:pgd_l2"], meta["0.5"] = metrics.to_half(-9.0 * np.eye(4)[labels]), {"pgd_l2": {"norm": "l2",
+                                                                                             "seconds": 1.0}}
+    history = [{"epoch": e, "train_loss": 1 / e, "train_accuracy": 1 - 0.5 / e, "validation_loss": 1.2 / e,
+                "validation_accuracy": 0.6, "validation_balanced_accuracy": 0.5, "adversarial_validation_loss": None}
+               for e in (1, 2, 3)]
+    unit = {"model": model, "regime": "atk" if model.endswith("_atk") else "clean", "protocol": protocol,
+            "data": "real",
+            "profile": "demo", "init": "random", "search": "none", "search_people": [], "seed": 0,
+            "cohort_sha256": "ab",
+            "config": {"headline_eps": "4/255", "epochs": 3}, "environment": {"torch": "2"}, "hardware": "2 cores",
+            "wall_seconds": {"train": 10.0, "attack": 5.0}, "git_commit": "abc", "git_dirty": False, "attacks": meta,
+            "sanity": [{"check": "pgd_le_fgsm", "passed": True, "figure": 0.1, "note": ""}], "history": history,
+            "best_epoch": 2, "explanation": {}, **told}
+    return rows, [{**copy.deepcopy(unit), "fold": int(fold)} for fold in np.unique(folds)]
+
+
+def write_study(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
+    for number, model in enumerate(models):
+        for protocol in ("slice", "patient"):
+            rows, units = study(model, protocol, seed=number, fall=0.1 if model.endswith("_atk") else 0.6, **told)
+            write_record(root / "assets" / model / f"{protocol}.json", summarise(rows, units, n_boot=N_BOOT), rows)
+    return root
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return summarise(*study(), n_boot=N_BOOT)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_study(tmp_path_factory.mktemp("study"))
+    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+# ------------------------------------------------------------------------------------------------------ records
+
+def test_record_has_the_promised_shape(record: dict) -> None:
+    promised = {"schema_version", "model", "regime", "protocol", "data", "profile", "init", "search", "folds", "seeds",
+                "cohort_sha256", "config", "environment", "hardware", "wall_seconds", "git_commit", "git_dirty",
+                "clean",
+                "attacks", "worst_case", "sanity"}
+    assert promised <= set(record) and record["schema_version"] == 1
+    assert record["folds"] == [0, 1] and record["seeds"] == [0]
+    assert set(record["clean"]["slice"]) == set(record["clean"]["person"]) == set(metrics.METRICS)
+    assert record["clean"]["n_slices"] == 92 and record["clean"]["n_people"] == 23
+    assert list(record["attacks"]) == list(record["worst_case"]) == list(EPS)
+    assert {"balanced_accuracy_3", "accuracy", "n_slices", "n_people", "attacks"} <= set(record["worst_case"]["4/255"])
+    for score in record["clean"]["slice"].values():
+        assert score["ci"][0] <= score["value"] <= score["ci"][1]
+    json.dumps(record, allow_nan=False)
+
+
+def test_metadata_of_units_is_merged(record: dict) -> None:
+    block = record["attacks"]["4/255"]["pgd20"]
+    assert (block["n_attacked"], block["seconds"], block["steps"], block["n_slices"]) == (14, 3.0, 20, 92)
+    assert record["wall_seconds"] == {"train": 20.0, "attack": 10.0}
+    assert [check["fold"] for check in record["sanity"]] == [0, 1]
+
+
+def test_worst_case_is_the_mean_of_minima_not_the_minimum_of_means() -> None:
+    rows, units = study()
+    record = summarise(rows, units, n_boot=N_BOOT)
+    labels = rows["labels"]
+    alive = rows["clean"].argmax(1) == labels
+    for name in ATTACKS:
+        alive &= rows[f"4/255:{name}"].argmax(1) == labels
+    alive &= np.isnan(rows["4/255:autoattack"]).any(1) | (rows["4/255:autoattack"].argmax(1) == labels)
+    worst = record["worst_case"]["4/255"]
+    assert worst["accuracy"]["value"] == pytest.approx(alive.mean(), abs=1e-6)
+    assert worst["balanced_accuracy"]["value"] == pytest.approx(np.mean([alive[labels == k].mean() for k in range(4)]),
+                                                                abs=1e-6)
+    assert worst["accuracy"]["value"] < min(block["accuracy"]["value"] for block in record["attacks"]["4/255"].values()
+                                            if block["n_slices"] == worst["n_slices"])
+    assert worst["attacks"] == sorted([*ATTACKS, "autoattack"])
+
+
+def test_attack_on_a_sample_has_its_own_n_and_lowers_only_its_images(record: dict) -> None:
+    assert record["attacks"]["4/255"]["autoattack"]["n_slices"] == 23
+    assert record["worst_case"]["4/255"]["n_slices"] == 92
+
+
+def test_clean_error_is_not_robust() -> None:
+    labels, clean = np.array([0, 1]), np.array([[0, -1, -9, -9], [0, -1, -9, -9.0]])
+    four, three, covered = standing(clean, [np.array([[0, -1, -9, -9], [-1, 0, -9, -9.0]])], labels)
+    assert four.tolist() == three.tolist() == [True, False] and covered.all()
+
+
+def test_other_norms_stay_out_of_the_worst_case(record: dict) -> None:
+    assert record["other_norms"]["l2"]["0.5"]["pgd_l2"]["accuracy"]["value"] == 0
+    assert "0.5" not in record["worst_case"] and record["worst_case"]["1/255"]["accuracy"]["value"] > 0
+
+
+def test_curve_over_eps_never_rises() -> None:
+    rows, units = study()
+    strong = rows["1/255:pgd20"].copy()
+    strong[:20] = metrics.to_half(-9.0 * np.eye(4)[rows["labels"][:20]])
+    record = summarise({**rows, "1/255:pgd20": strong}, units, n_boot=N_BOOT)
+    curve = [record["clean"]["slice"]["accuracy"]["value"],
+             *(worst["union"]["accuracy"]["value"] for worst in record["worst_case"].values())]
+    assert curve == sorted(curve, reverse=True)
+    assert all(worst["union"]["accuracy"]["value"] <= worst["accuracy"]["value"]
+               for worst in record["worst_case"].values())
+
+
+def test_auroc_under_attack_needs_a_binary_attack_and_is_the_most_wrong_ranking(record: dict) -> None:
+    worst = record["worst_case"]["4/255"]["auroc"]["value"]
+    assert worst <= record["attacks"]["4/255"]["pgd20_binary"]["auroc"]["value"]
+    rows, units = study()
+    without = summarise({name: x for name, x in rows.items() if not name.endswith("_binary")}, units, n_boot=N_BOOT)
+    assert without["worst_case"]["4/255"]["auroc"]["value"] is None
+
+
+def test_pooled_predictions_are_scored_not_fold_means() -> None:
+    rows, units = study()
+    record = summarise(rows, units, n_boot=N_BOOT)
+    pooled = balanced_accuracy_score(rows["labels"], rows["clean"].argmax(1))
+    assert record["clean"]["slice"]["balanced_accuracy"]["value"] == pytest.approx(pooled, abs=1e-6)
+
+
+def test_units_stand_whole_in_the_record_so_that_it_can_be_rebuilt() -> None:
+    rows, units = study()
+    record = json.loads(json.dumps(summarise(rows, units, n_boot=N_BOOT)))
+    assert summarise(rows, record["units"], n_boot=N_BOOT) == record
+
+
+@pytest.mark.parametrize("key, other", [("profile", "cpu"), ("data", "phantom"), ("cohort_sha256", "cd")])
+def test_units_that_cannot_be_pooled_are_refused(key: str, other: str) -> None:
+    rows, units = study()
+    units[1][key] = other
+    with pytest.raises(StudyError, match=key):
+        summarise(rows, units, n_boot=N_BOOT)
+
+
+def test_mixed_initialisation_is_said() -> None:
+    rows, units = study()
+    units[1]["init"] = "imagenet1k"
+    assert summarise(rows, units, n_boot=N_BOOT)["init"] == "random + imagenet1k"
+
+
+def test_rows_without_a_unit_are_refused() -> None:
+    rows, units = study()
+    with pytest.raises(StudyError, match="no unit"):
+        summarise(rows, units[:1], n_boot=N_BOOT)
+
+
+def test_people_of_the_search_are_left_out_of_a_second_headline() -> None:
+    rows, units = study(search="fold0", search_people=[1, 12])
+    part = summarise(rows, units, n_boot=N_BOOT)["clean_without_search_people"]
+    kept = ~np.isin(rows["patient_id"], [1, 12])
+    assert part["n_people"] == 21 and part["n_slices"] == kept.sum()
+    assert part["slice"]["accuracy"]["value"] == pytest.approx((rows["clean"].argmax(1) == rows["labels"])[kept].mean(),
+                                                               abs=1e-6)
+    assert part["worst_case"]["4/255"]["n_people"] == 21
+    assert "clean_without_search_people" not in summarise(*study(), n_boot=N_BOOT)
+
+
+def test_variants_have_blocks_of_their_own() -> None:
+    rows, units = study("Ensemble")
+    mean = {f"mean/{name}": x for name, x in rows.items() if name == "clean" or ":" in name}
+    pooled = {**rows, **mean, "knn/clean": metrics.to_half(9.0 * np.eye(4)[rows["labels"]])}
+    assert variants_of(pooled) == [None, "mean", "knn"]
+    assert list(attacks_of(pooled)["4/255"]) == list(attacks_of(pooled, "mean")["4/255"]) and not attacks_of(pooled,
+                                                                                                             "knn")
+    record = summarise(pooled, [{**unit, "variants": {"mean": {"attacks": unit["attacks"]}}} for unit in units],
+                       n_boot=N_BOOT)
+    assert record["variants"]["mean"]["worst_case"] == record["worst_case"]
+    assert record["variants"]["knn"]["clean"]["slice"]["accuracy"]["value"] == 1
+    assert "clean" not in summarise({name: x for name, x in pooled.items() if name not in rows or name in (
+        "labels", "fold", "seed", "patient_id", "slice_index", "file_sha256")}, units, n_boot=N_BOOT)
+
+
+def test_temperatures_are_applied_fold_by_fold() -> None:
+    rows, units = study()
+    for unit, temperature in zip(units, (1.0, 4.0), strict=True):
+        unit["temperature"] = temperature
+    scaled = rows["clean"] / np.where(rows["fold"] == 0, 1.0, 4.0)[:, None]
+    expected = metrics.score(scaled, rows["labels"], rows["patient_id"], n_boot=2)["ece"]["value"]
+    assert summarise(rows, units, n_boot=N_BOOT)["clean_calibrated"]["ece"]["value"] == expected
+
+
+def test_record_of_another_schema_version_is_refused(tmp_path: Path, record: dict) -> None:
+    path = tmp_path / "assets" / "Resnet" / "patient.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**record, "schema_version": 99}))
+    with pytest.raises(StudyError, match="99"):
+        read_entries(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- tables and figures
+
+def test_constant_answer_stands_first_in_every_table(tree: Path) -> None:
+    rows = study_rows(read_entries(tree))
+    assert [row.name for row in rows] == ["Constant answer", "Resnet", "Resnet_atk"]
+    assert [row.number for row in rows] == [1, 2, 3]
+    text = report.results_text([entry.record for entry in read_entries(tree).values()])
+    assert text.count("Constant answer") == 2 and "33.3 [33, 34]" in text
+    assert "data: real · profile demo · random init" in text
+    assert "Row 3: python -m utils.experiment grid --profile demo --models Resnet_atk" in text
+
+
+def test_tables_work_with_any_subset_of_records(tmp_path: Path) -> None:
+    assert "No record" in report.results_text([]) and "No record" in report.results_markdown({})
+    rows, units = study("Dinov2_atk", "slice")
+    record = summarise(rows, units, n_boot=N_BOOT)
+    write_record(tmp_path / "assets" / "Dinov2_atk" / "slice.json", record, rows)
+    assert "Dinov2_atk" in report.results_text([record]) and "WORST CASE" in report.attacks_text(record)
+    assert "assets/results/headline.png" in report.results_markdown(read_entries(tmp_path))
+    assert len(report.draw_figures(tmp_path)) == 9
+
+
+def test_numbers_in_the_readme_are_those_of_the_records(tree: Path) -> None:
+    text = report.write_readme(tree).read_text(encoding="utf-8")
+    for entry in read_entries(tree).values():
+        score = entry.record["clean"]["slice"]["balanced_accuracy_3"]
+        assert report.show(score) in text and report.show(score, brief=True) in text
+    assert "not a result" in text, "a demo run must be announced as one"
+    assert report.write_readme(tree).read_text(encoding="utf-8") == text, "rewriting changes nothing"
+
+
+def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# no markers\n")
+    with pytest.raises(StudyError, match="results:begin"):
+        report.write_readme(tmp_path)
+
+
+def test_twins_are_compared_on_the_same_images(tree: Path) -> None:
+    entries = read_entries(tree)
+    difference = report.twin_difference(entries, "Resnet", "patient")
+    robust, clean = (entries[name, "patient"].record["worst_case"]["4/255"]["balanced_accuracy_3"]["value"]
+                     for name in ("Resnet_atk", "Resnet"))
+    assert difference["worst_case"]["balanced_accuracy_3"]["value"] == pytest.approx(robust - clean, abs=2e-6)
+    assert difference["n_slices"] == 92 and report.twin_difference(entries, "Dinov2", "patient") is None
+
+
+def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "assets", tmp_path / "assets")
+    drawn = report.draw_model_figures(tmp_path, "Resnet_atk") | report.draw_study_figures(tmp_path)
+    assert [path.stem for path in drawn] == [*figures.MODEL_FIGURES, *figures.STUDY_FIGURES]
+    for path, figure in drawn.items():
+        words = " ".join(text.get_text() for text in figure.findobj(match=lambda x: hasattr(x, "get_text")))
+        assert path.is_file() and "data: real · profile demo · random init" in words and figure.get_figwidth() <= 12.5
+        assert any(size in words for size in ("n = 92 slices of 23 people", "10 people, 40 slices", "2 runs"))
+
+
+def test_redrawing_changes_no_byte(tree: Path, tmp_path: Path) -> None:
+    entry = {"patient": read_entries(tree)["Resnet", "patient"]}
+    first, second = (report.save_figure(figures.confusion_figure("Resnet", entry), tmp_path / name).read_bytes()
+                     for name in ("first.png", "second.png"))
+    assert first == second
+
+
+def test_image_grid_says_what_it_shows(tmp_path: Path) -> None:
+    figure = figures.image_grid([np.zeros((8, 8), np.uint8)] * 5, list("abcde"), 3, label="data: phantom")
+    assert report.save_figure(figure, tmp_path / "grid.png").stat().st_size > 0
+    assert "data: phantom" in [text.get_text() for text in figure.texts]
+
+
+def test_findings_name_their_rows(tree: Path) -> None:
+    text = report.findings_markdown(read_entries(tree))
+    assert "(row 2)" in text or "(row 3)" in text
+    assert "`Resnet_atk` − `Resnet`" in text and "No records" in report.findings_markdown({})
+
+
+def test_every_model_has_one_colour_of_its_own() -> None:
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+
+
+def test_importing_report_needs_no_torch() -> None:
+    code = "import sys, utils.report; sys.exit(any(name in sys.modules for name in ('torch', 'sklearn', 'scipy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# -------------------------------------------------------------------------------------------------- publishing
+
+def copy_of(tree: Path, to: Path) -> Path:
+    for name in ("README.md", "CITATION.cff", "pyproject.toml"):
+        to.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tree / name, to / name)
+    return to
+
+
+def test_publish_copies_records_figures_and_notebooks(tree: Path, tmp_path: Path) -> None:
+    run, place = tmp_path / "run", copy_of(tree, tmp_path / "place")
+    shutil.copytree(tree / "assets" / "Resnet", run / "assets" / "Resnet")
+    (run / "assets" / "Resnet" / "slice.json").unlink()
+    (run / "models").mkdir()
+    (run / "models" / "Resnet.ipynb").write_text("{}")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "secret.safetensors").write_text("weights")
+    report.publish(run, place)
+    record = Path("assets") / "Resnet" / "patient.json"
+    assert (place / record).read_bytes() == (run / record).read_bytes()
+    assert (place / "models" / "Resnet.ipynb").is_file() and (place / "assets" / "results" / "headline.png").is_file()
+    assert not (place / "checkpoints").exists() and "`Resnet`" in (place / "README.md").read_text(encoding="utf-8")
+
+
+def test_publish_refuses_phantom_data(tree: Path, tmp_path: Path) -> None:
+    run, place = write_study(tmp_path / "run", models=("Resnet",), data="phantom"), copy_of(tree, tmp_path / "place")
+    with pytest.raises(StudyError, match="phantom"):
+        report.publish(run, place)
+    assert not (place / "assets").exists()
+
+
+def test_publish_never_replaces_a_higher_profile(tree: Path, tmp_path: Path) -> None:
+    place = write_study(copy_of(tree, tmp_path / "place"), models=("Resnet_atk",), profile="cpu")
+    run = write_study(tmp_path / "run", models=("Resnet", "Resnet_atk"))
+    with pytest.raises(StudyError, match="profile cpu"):
+        report.publish(run, place)
+    assert not (place / "assets" / "Resnet").exists(), "nothing is copied where anything is refused"
+
+
+def test_address_follows_pyproject(tree: Path, tmp_path: Path) -> None:
+    place = copy_of(tree, tmp_path)
+    old, text = report.repository_address(place), (place / "pyproject.toml").read_text(encoding="utf-8")
+    (place / "pyproject.toml").write_text(text.replace(old, "someone/brains"), encoding="utf-8")
+    (place / "models").mkdir()
+    badge = f"https://colab.research.google.com/github/{old}/blob/main/models/Resnet.ipynb"
+    (place / "models" / "Resnet.ipynb").write_text(json.dumps({"cells": [badge]}))
+    assert len(report.write_address(place)) == 3
+    readme = (place / "README.md").read_text(encoding="utf-8")
+    assert old not in readme and "github.com/someone/brains" in readme and "cd brains\n" in readme
+    assert "github.com/facebookresearch/dinov2" in readme, "other repositories keep their address"
+    assert "someone/brains/blob/main" in (place / "models" / "Resnet.ipynb").read_text()
+    assert report.write_address(place) == []

@@ -1,0 +1,505 @@
+"""The evaluation cannot be fooled: each condition of an honest one holds, and is seen to fail on a broken version; sham
+defences are flagged or broken; an interrupted run continues to the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+
+import fixtures_attacks as zoo
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils import robustness
+from utils.attacks import ATTACKS
+from utils.config import make_config, parse_eps
+from utils.robustness import (Stage, SuiteResult, accuracy_curves, as_pixels, attack_images, direction_success, evaluate_suite,
+                              fallen, minimal_perturbations, model_from_factory, other_norms_plan, pgd_convergence,
+                              predict_logits, stratified_sample, suite_plan, transfer_matrix, verdict, worst_case)
+from utils.utils_funcs import StudyError
+
+CONFIG = make_config("demo", "Resnet", pgd_steps=8, eps=("2/255", "4/255", "0.005"), sample=24, attack_batch=32)
+IMAGES, LABELS, PEOPLE = zoo.blobs(64, seed=11)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models only lose by sharing their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def evaluate(model: nn.Module, stages: list[Stage] | None = None, **options) -> SuiteResult:
+    return evaluate_suite(model, IMAGES, LABELS, PEOPLE, CONFIG, stages=stages, **options)
+
+
+@functools.cache
+def honest_result() -> SuiteResult:
+    return evaluate(zoo.honest_model())
+
+
+def check(name: str, model: nn.Module | None = None, stages: list[Stage] | None = None) -> bool:
+    """Whether a row of the sanity table passed, for the honest model where none is given."""
+    result = honest_result() if model is None and stages is None else evaluate(model or zoo.honest_model(), stages)
+    return next(row["passed"] for row in result.sanity if row["check"] == name)
+
+
+def pixels(count: int = 16) -> tuple[Tensor, Tensor]:
+    return as_pixels(IMAGES[:count]), torch.as_tensor(LABELS[:count])
+
+
+# -- the 21 conditions: a predicate, what satisfies it, and a broken version that must not -----------------------------
+
+
+def eps_zero_is_clean(attack: Callable[..., Tensor]) -> bool:
+    images, labels = pixels()
+    return torch.equal(attack(zoo.honest_model(), images, labels, 0.0), images)
+
+
+def inside_the_ball_also_in_8_bits(to_8_bits: Callable[[Tensor], Tensor]) -> bool:
+    images, labels = pixels()
+    eps = 4 / 255
+    adversarial = ATTACKS["fgsm"](zoo.honest_model(), images, labels, eps)
+    rounded = to_8_bits(adversarial * 255) / 255
+    return all(bool(((x - images).abs() <= eps + 1e-6).all() and (x >= 0).all() and (x <= 1).all() and x.isfinite().all())
+               for x in (adversarial, rounded))
+
+
+def leaves_the_model_alone(attack: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> bool:
+    model = zoo.honest_model()
+    model[1].train()  # a BatchNorm that a careless train() or eval() of everything would disturb
+    before = [module.training for module in model.modules()], robustness.model_digest(model)
+    attack(model, *pixels())
+    return before == ([module.training for module in model.modules()], robustness.model_digest(model))
+
+
+def careless_attack(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    model.train()
+    return images + model(images).sum() * 0
+
+
+def is_log_of_mean_probability(combine: Callable[[list[nn.Module]], nn.Module]) -> bool:
+    members, images = [zoo.honest_model(0), zoo.honest_model(1)], pixels()[0].requires_grad_(True)
+    ensemble = combine(members)
+    mean = torch.stack([member(images).softmax(1) for member in members]).mean(0)
+    if not torch.allclose(ensemble(images).softmax(1), mean, atol=1e-5):
+        return False
+    whole, = torch.autograd.grad(ensemble(images)[:, 0].sum(), images)
+    expected, = torch.autograd.grad(mean.log()[:, 0].sum(), images)
+    return torch.allclose(whole, expected, atol=1e-4)
+
+
+class MeanOfLogits(zoo.MeanOfMembers):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([member(images) for member in self.members]).mean(0)
+
+
+def rising_curve_is_flagged(curve: tuple[float, ...]) -> bool:
+    """`passed` of the check on a run whose PGD leaves these shares standing."""
+    labels = np.zeros(100, np.int64)
+    logits = {}
+    for eps_text, share in zip(("1/255", "2/255"), curve, strict=True):
+        logits[eps_text, "pgd8"] = np.eye(4, dtype=np.float32)[(np.arange(100) >= 100 * share).astype(int)]
+    run = types.SimpleNamespace(labels=labels, logits=logits)
+    return robustness._falls_with_eps(run, [Stage("pgd", "pgd8")], ("1/255", "2/255"))["passed"]
+
+
+def counts_by_image(aggregate: Callable[[dict, np.ndarray], float]) -> bool:
+    """Two attacks that fell different halves leave nothing standing, though each alone leaves half."""
+    labels = np.zeros(4, np.int64)
+    right, wrong = np.eye(4, dtype=np.float32)[0], np.eye(4, dtype=np.float32)[1]
+    logits = {("4/255", "a"): np.stack([right, right, wrong, wrong]), ("4/255", "b"): np.stack([wrong, wrong, right, right])}
+    return aggregate(logits, labels) == 0
+
+
+def counts_any_iterate(attack: Callable[..., Tensor]) -> bool:
+    images, labels = torch.full((4, 1, 8, 8), 0.5), torch.zeros(4).long()
+    model = zoo.OnTheWay()
+    return bool((model(attack(model, images, labels, 8 / 255)).argmax(1) != labels).all())
+
+
+def last_iterate_only(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    import torchattacks
+
+    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(images, labels)
+
+
+def hits_its_targets(attack: Callable[..., Tensor]) -> bool:
+    images, labels = pixels(32)
+    targets, model = (labels + 2) % 4, zoo.honest_model()
+    found = attack(model, images, labels, 0.3, targets=targets)
+    return bool((model(found).argmax(1) == targets).float().mean() > 0.8)
+
+
+def runs_on_four_classes(run: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> bool:
+    try:
+        run(zoo.honest_model(), *pixels(4))
+    except IndexError:
+        return False
+    return True
+
+
+def official_default(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    from pyautoattack.autopgd_base import APGDAttack_targeted
+
+    return APGDAttack_targeted(model, n_iter=2, eps=1e-4, seed=0).perturb(images, labels)
+
+
+def rescores_exactly(store: Callable[[np.ndarray], np.ndarray]) -> bool:
+    result = honest_result()
+    again = predict_logits(zoo.honest_model(), torch.as_tensor(store(result.kept)))
+    return bool(np.abs(again.numpy() - result.kept_logits).max() < 1e-5)
+
+
+def counts_every_image(score: Callable[[np.ndarray, np.ndarray, np.ndarray], float]) -> bool:
+    """One of four is a clean error and one falls: two of four stand, not two of three."""
+    labels = np.zeros(4, np.int64)
+    right, wrong = np.eye(4, dtype=np.float32)[0], np.eye(4, dtype=np.float32)[1]
+    clean, attacked = np.stack([wrong, right, right, right]), np.stack([wrong, wrong, right, right])
+    return score(clean, attacked, labels) == 0.5
+
+
+def sees_one_image_at_a_time(attack: Callable[..., Tensor]) -> bool:
+    """No choice of the attack depends on how the other test images fare."""
+    images, labels = pixels(12)
+    model = zoo.honest_model()
+    alone = torch.cat([attack(model, x, y, 6 / 255) for x, y in zip(images.split(3), labels.split(3), strict=True)])
+    return torch.allclose(attack(model, images, labels, 6 / 255), alone, atol=1e-6)
+
+
+def tuned_on_the_test_set(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    tried = [ATTACKS["ifgsm"](model, images, labels, eps, steps=3, step_size=step) for step in (eps / 8, eps / 2, eps)]
+    return min(tried, key=lambda found: float(predict_logits(model, found).gather(1, labels[:, None]).mean()))
+
+
+def attacked_as_one_and_through_members(options: dict) -> bool:
+    members = {"a": zoo.honest_model(0), "b": zoo.honest_model(1)}
+    config = dataclasses.replace(CONFIG, suite="standard", eps=("4/255",))
+    plan = [stage for stage in suite_plan(config, tuple(members) if options["members"] else ())
+            if stage.attack in ("pgd", "transfer") and stage.view == "four"]
+    result = evaluate(zoo.MeanOfMembers(*members.values()), plan, sources=members)
+    standing = {name: (~fallen(rows, LABELS)).mean() for (_, name), rows in result.logits.items()}
+    worst = worst_case(result.logits, LABELS, "4/255").mean()
+    return {"pgd8", "transfer_a", "transfer_b"} <= set(standing) and worst <= min(standing.values())
+
+
+def fails_loudly(runner: Callable[[Callable[..., Tensor]], object]) -> bool:
+    """Whether a run with each of three useless attacks ends in an error instead of a robust model."""
+    for useless in (crashing, idle, endless):
+        try:
+            runner(useless)
+        except StudyError:
+            continue
+        return False
+    return True
+
+
+def crashing(model, images, labels, eps, **budget) -> Tensor:
+    raise RuntimeError("out of memory")
+
+
+def idle(model, images, labels, eps, **budget) -> Tensor:
+    return images.clone()
+
+
+def endless(model, images, labels, eps, **budget) -> Tensor:
+    while True:
+        model(images)
+
+
+def our_runner(attack: Callable[..., Tensor]) -> SuiteResult:
+    attack.norm, attack.kind, attack.package = "linf", "white-box", None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ATTACKS, "useless", attack)
+        return evaluate(zoo.honest_model(), [Stage("useless", "useless")], time_limit=0.3)
+
+
+def forgiving_runner(attack: Callable[..., Tensor]) -> float:
+    images, labels = pixels()
+    if attack is endless:
+        return 1.0
+    try:
+        images = attack(zoo.honest_model(), images, labels, 0.1)
+    except RuntimeError:
+        pass
+    return float((predict_logits(zoo.honest_model(), images).argmax(1) == labels).float().mean())
+
+
+TINY_STEP = [Stage("fgsm", "fgsm"), Stage("pgd", "pgd8", budget=dict(steps=3, step_size=1e-4, random_start=False))]
+WITH_SQUARE = [Stage("pgd", "pgd8", budget=dict(steps=8, loss="margin")), Stage("square", "square", budget=dict(queries=300))]
+
+#: Condition → predicate, what must satisfy it, and a broken version that must not.
+CONDITIONS: dict[str, tuple[Callable, object, object]] = {
+    "01 eps 0 gives the clean predictions": (
+        eps_zero_is_clean, ATTACKS["pgd"], lambda model, images, labels, eps: (images + 1 / 255).clamp(0, 1)),
+    "02 inside the ball, also after rounding to 8 bits": (inside_the_ball_also_in_8_bits, torch.round, torch.floor),
+    "03 logits do not depend on the batch": (
+        lambda model: check("batch_independent", model), None, zoo.DependsOnItsBatch()),
+    "04 an attack leaves the model as it was": (
+        leaves_the_model_alone, lambda model, images, labels: ATTACKS["pgd"](model, images, labels, 0.1), careless_attack),
+    "05 raw pixels in, logits out": (lambda model: check("logits_from_pixels", model), None, zoo.Probabilities()),
+    "06 an ensemble is the log of the mean probability": (
+        is_log_of_mean_probability, lambda members: zoo.MeanOfMembers(*members), lambda members: MeanOfLogits(*members)),
+    "07 zero gradients are reported": (lambda model: check("gradients_present", model), None, zoo.ZeroGradient()),
+    "08 PGD is not above FGSM": (lambda stages: check("pgd_le_fgsm", stages=stages), None, TINY_STEP),
+    "09a accuracy does not rise with eps": (rising_curve_is_flagged, (0.8, 0.4), (0.4, 0.8)),
+    "09b eps 1 leaves nothing": (lambda model: check("eps_one_breaks_all", model), None, zoo.QuantisedInput()),
+    "10a twice the steps changes little": (lambda stages: check("converged_in_steps", stages=stages), None, TINY_STEP),
+    "10b another restart changes little": (lambda stages: check("converged_in_restarts", stages=stages), None, TINY_STEP),
+    "11 white box not above black box": (
+        lambda model: check("white_box_le_black_box", model, WITH_SQUARE), zoo.honest_model(), zoo.QuantisedInput()),
+    "12 the mean of minima, not the minimum of means": (
+        counts_by_image, lambda logits, labels: worst_case(logits, labels, "4/255").mean(),
+        lambda logits, labels: min((~fallen(rows, labels)).mean() for rows in logits.values())),
+    "13 any successful iterate counts": (
+        counts_any_iterate, functools.partial(ATTACKS["pgd"], steps=10, step_size=2 / 255, random_start=False), last_iterate_only),
+    "14 targeted means hitting the target": (
+        hits_its_targets, ATTACKS["pgd_targeted"],
+        lambda model, images, labels, eps, targets: ATTACKS["pgd"](model, images, labels, eps)),
+    "15 AutoAttack runs with three targets": (
+        runs_on_four_classes, lambda model, x, y: ATTACKS["apgd_t"](model, x, y, 1e-4, steps=2), official_default),
+    "16a within a quarter of the linear optimum": (
+        lambda budget: zoo.within_oracle("pgd", budget), dict(loss="margin"), dict(steps=3, step_size=1e-5, random_start=False)),
+    "16b quantised input is flagged": (lambda model: check("gradients_present", model), None, zoo.QuantisedInput()),
+    "16c scaled logits are flagged": (lambda model: check("gradients_present", model), None, zoo.ScaledLogits()),
+    "17 kept images give the record again": (
+        rescores_exactly, lambda kept: kept, lambda kept: (kept * 255).astype(np.uint8).astype(np.float32) / 255),
+    "18 every image counts, a clean error as not robust": (
+        counts_every_image, lambda clean, attacked, labels: (~fallen(attacked, labels)).mean(),
+        lambda clean, attacked, labels: (~fallen(attacked, labels))[~fallen(clean, labels)].mean()),
+    "19 no choice looks at the test set": (
+        sees_one_image_at_a_time, functools.partial(ATTACKS["ifgsm"], steps=3), tuned_on_the_test_set),
+    "20 an ensemble is attacked as one, and from its members": (
+        attacked_as_one_and_through_members, dict(members=True), dict(members=False)),
+    "21 a useless attack is a failed run": (fails_loudly, our_runner, forgiving_runner),
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_condition_holds(condition):
+    predicate, sound, _ = CONDITIONS[condition]
+    assert predicate(sound)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_condition_fails_on_a_broken_version(condition):
+    predicate, _, broken = CONDITIONS[condition]
+    assert not predicate(broken)
+
+
+def test_an_honest_model_passes_every_check():
+    result = honest_result()
+    assert [row["check"] for row in result.sanity if not row["passed"]] == []
+    assert len(result.sanity) >= 20 and "nothing speaks against" in verdict(result.sanity)
+    assert all(set(row) == {"check", "passed", "figure", "note"} and isinstance(row["passed"], bool) for row in result.sanity)
+
+
+# -- the zoo -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_sham_defence_is_flagged_or_broken(name):
+    model = zoo.ZOO[name]()
+    result = evaluate(model)
+    flagged = [row["check"] for row in result.sanity if not row["passed"]]
+    balanced = np.mean([worst_case(result.logits, LABELS, "4/255")[LABELS == label].mean() for label in range(4)])
+    honest = np.mean([worst_case(honest_result().logits, LABELS, "4/255")[LABELS == label].mean() for label in range(4)])
+    assert flagged or balanced <= honest, f"{name} passes as robust: {balanced:.0%} balanced"
+    if flagged:
+        assert "do not take these numbers" in verdict(result.sanity)
+
+
+@pytest.mark.parametrize(("defence", "flag"), [
+    (zoo.RandomResizing, "same_every_time"), (zoo.KnowsItsAttacker, "same_under_attack"), (zoo.ChangesItsMode, "same_under_attack"),
+    (zoo.ConstantAnswer, "not_constant"), (zoo.NonFiniteLogits, "finite_logits"), (zoo.QuantisedInput, "gradients_present")])
+def test_the_flag_names_the_defect(defence, flag):
+    assert not check(flag, defence())
+
+
+def test_not_a_number_is_never_a_right_answer():
+    result = evaluate(zoo.NonFiniteLogits(), [Stage("fgsm", "fgsm")])
+    for view in robustness.VIEWS:
+        assert fallen(result.logits["0.005", "fgsm"], LABELS, view).all()
+
+
+# -- the runner --------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_of_the_suites_keeps_the_contract():
+    config = dataclasses.replace(CONFIG, suite="full", eps=("2/255", "4/255"), sample=8, attack_batch=64)
+    short = {"apgd_t": dict(steps=10), "square": dict(queries=50)}
+    mask = torch.zeros(len(LABELS), 1, zoo.SIDE, zoo.SIDE)
+    mask[:, :, 4:12, 4:12] = 1
+    plan = [dataclasses.replace(stage, budget=short.get(stage.attack, stage.budget))
+            for stage in suite_plan(config, ("other",), ("gradcam",)) if stage.attack != "autoattack"]
+    result = evaluate_suite(zoo.honest_model(), IMAGES, LABELS, PEOPLE, config, stages=plan,
+                            sources={"other": zoo.honest_model(1)}, masks={"gradcam": mask})
+    names = {name for _, name in result.logits}
+    assert {"noise", "fgsm", "pgd8", "pgd8_8bit", "pgd8_merged", "pgd8_binary", "transfer_other", "pgd_targeted", "apgd_t",
+            "apgd_t_merged", "square", "square_merged", "pgd_clinical", "kryptonite", "kryptonite_gradcam"} <= names
+    for key, rows in result.logits.items():
+        meta = result.meta[key]
+        assert rows.shape == (len(LABELS), 4) and rows.dtype == np.float32 and np.isfinite(rows).all()
+        assert {"n_attacked", "seconds", "queries", "norm", "kind", "standing_before", "standing_after"} <= set(meta)
+        assert meta["n_attacked"] == len(LABELS) or meta["scope"] == "standing"
+        assert meta["largest_perturbation"] <= parse_eps(key[0]) + 1e-6
+    assert result.meta["4/255", "apgd_t"]["package"].startswith("pyautoattack ")
+    assert result.meta["4/255", "apgd_t"]["n_attacked"] < len(LABELS)
+
+
+def test_skipped_images_carry_the_logits_that_felled_them():
+    plan = [Stage("pgd", "pgd8", budget=dict(steps=8)), Stage("square", "square", scope="standing", budget=dict(queries=20))]
+    result = evaluate_suite(zoo.honest_model(), IMAGES, LABELS, PEOPLE, dataclasses.replace(CONFIG, eps=("4/255",)), stages=plan)
+    felled = fallen(result.logits["4/255", "pgd8"], LABELS)
+    assert felled.any() and not felled.all()
+    assert np.array_equal(result.logits["4/255", "square"][felled], result.logits["4/255", "pgd8"][felled])
+
+
+def test_the_sample_leaves_the_rest_outside():
+    result = evaluate(zoo.honest_model(), [Stage("fgsm", "fgsm"), Stage("pgd_l2", "pgd_l2", scope="sample", eps="0.5")])
+    rows = result.logits["0.5", "pgd_l2"]
+    inside = stratified_sample(LABELS, PEOPLE, CONFIG.sample)
+    assert np.isfinite(rows[inside]).all() and np.isnan(np.delete(rows, inside, axis=0)).all()
+    assert result.meta["0.5", "pgd_l2"]["norm"] == "l2"
+    assert result.meta["0.5", "pgd_l2"]["standing_before"] == (~fallen(result.clean_logits, LABELS)).mean().round(4), \
+        "what an L-infinity attack felled must not count against another norm"
+
+
+def test_other_norms_run_apart_from_the_worst_case():
+    plan = [dataclasses.replace(stage, budget={**stage.budget, **({"generations": 2} if "pixel" in stage.attack else {"steps": 3})})
+            for stage in other_norms_plan(CONFIG)]
+    result = evaluate(zoo.honest_model(), plan)
+    assert {meta["norm"] for meta in result.meta.values()} == {"l2", "l0"}
+
+
+def test_the_stratified_sample_spreads_over_classes_people_and_stacks():
+    labels, people = np.repeat([0, 1, 2, 3], [100 * 8, 70 * 8, 28 * 8, 2 * 8]), np.repeat(np.arange(200), 8)
+    sample = stratified_sample(labels, people, 40)
+    counts = np.bincount(labels[sample], minlength=4)
+    assert len(sample) == len(set(sample)) == 40 and (counts >= 1).all() and abs(counts[0] - 20) <= 2
+    assert len(set(people[sample][labels[sample] == 0])) == counts[0], "a person twice before every person once"
+    assert np.array_equal(stratified_sample(labels, people, 5000), np.arange(1600))
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_numbers(tmp_path):
+    def dies_after(calls: int) -> nn.Module:
+        model = zoo.honest_model()
+        left = [calls]
+
+        def count(*_):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        model.register_forward_hook(count)
+        return model
+
+    calls = []
+    counted = zoo.honest_model()
+    counted.register_forward_hook(lambda *_: calls.append(1))
+    whole = evaluate(counted, None)
+    needed = len(calls)
+    for attempt in (needed // 4, needed // 2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(dies_after(attempt), state_dir=tmp_path)
+    (next(iter(tmp_path.glob("*/*.npz"))).parent / ".half-written.npz.tmp").write_bytes(b"PK")
+    calls.clear()
+    resumed = evaluate(counted, state_dir=tmp_path)
+    assert len(calls) < needed, "nothing was continued"
+    assert whole.logits.keys() == resumed.logits.keys()
+    for key in whole.logits:
+        assert np.array_equal(whole.logits[key], resumed.logits[key])
+        assert whole.meta[key] | {"seconds": 0} == resumed.meta[key] | {"seconds": 0}
+    assert np.array_equal(whole.kept, resumed.kept) and whole.sanity == resumed.sanity
+
+
+def test_state_of_another_model_or_other_images_is_not_continued(tmp_path):
+    plan = [Stage("fgsm", "fgsm")]
+    first = evaluate(zoo.honest_model(0), plan, state_dir=tmp_path)
+    second = evaluate(zoo.honest_model(1), plan, state_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not np.array_equal(first.logits["4/255", "fgsm"], second.logits["4/255", "fgsm"])
+
+    class Flipped(zoo.Wrapped):
+        flip = False
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images.flip(-1) if self.flip else images)
+
+    model = Flipped()
+    evaluate(model, plan, state_dir=tmp_path)
+    model.flip = True  # the same weights under changed code
+    changed = evaluate(model, plan, state_dir=tmp_path)
+    assert np.array_equal(changed.logits["4/255", "fgsm"], evaluate(model, plan).logits["4/255", "fgsm"])
+
+
+@pytest.mark.parametrize(("attack", "message"), [(crashing, "out of memory"), (idle, "changed none"), (endless, "out of time")])
+def test_a_failed_attack_says_which_and_where(attack, message):
+    with pytest.raises(StudyError, match=message) as error:
+        our_runner(attack)
+    assert "useless at eps" in str(error.value) and "not a robust model" in str(error.value)
+
+
+@pytest.mark.parametrize("images", [IMAGES.astype(np.float32), IMAGES[:, 0]])
+def test_only_uint8_images_are_taken(images):
+    with pytest.raises(StudyError, match="uint8"):
+        evaluate_suite(zoo.honest_model(), images, LABELS, PEOPLE, CONFIG)
+
+
+def test_a_model_with_other_outputs_is_refused():
+    with pytest.raises(StudyError, match="expected 4 logits"):
+        evaluate(nn.Sequential(nn.Flatten(), nn.Linear(zoo.SIDE**2, 3)))
+
+
+# -- curves, matrices, distributions -----------------------------------------------------------------------------------
+
+
+def test_curves_never_rise_and_the_worst_case_lies_below_all():
+    curves = accuracy_curves(honest_result(), LABELS)
+    assert {"noise", "fgsm", "pgd8", "worst_case"} <= set(curves)
+    for name, standing in curves.items():
+        assert (np.diff(standing.mean(1)) <= 0).all()
+        assert (curves["worst_case"] <= standing).all(), name
+
+
+def test_transfer_is_weaker_than_attacking_the_model_itself():
+    matrix = transfer_matrix({"a": zoo.honest_model(0), "b": zoo.honest_model(1)}, IMAGES, LABELS, 5 / 255, steps=8).mean(2)
+    assert matrix[0, 0] <= matrix[1, 0] and matrix[1, 1] <= matrix[0, 1] and matrix.shape == (2, 2)
+
+
+def test_minimal_perturbations_agree_with_pgd():
+    model, chosen = zoo.honest_model(), slice(0, 32)
+    sizes = minimal_perturbations(model, IMAGES[chosen], LABELS[chosen], steps=20)
+    clean_error = fallen(predict_logits(model, as_pixels(IMAGES[chosen])).numpy(), LABELS[chosen])
+    assert np.array_equal(sizes == 0, clean_error)
+    eps = float(np.median(sizes[~clean_error]))
+    made = attack_images(model, as_pixels(IMAGES[chosen]), LABELS[chosen], "pgd_targeted", eps)
+    felled = fallen(predict_logits(model, made).numpy(), LABELS[chosen])
+    assert abs(felled.mean() - (sizes <= eps).mean()) <= 0.1
+
+
+def test_directions_exist_only_where_there_is_a_class_to_go_to():
+    moved = direction_success(zoo.honest_model(), IMAGES, LABELS, 8 / 255, steps=8)
+    assert np.isnan(moved["healthier"][LABELS == 0]).all() and np.isnan(moved["sicker"][LABELS == 3]).all()
+    assert np.nanmean(moved["sicker"]) > 0.2 and set(np.unique(moved["healthier"][LABELS > 0])) <= {0.0, 1.0}
+
+
+def test_more_steps_and_restarts_leave_no_more_standing():
+    standing = pgd_convergence(zoo.honest_model(), IMAGES, LABELS, 5 / 255, steps=(1, 10), restarts=(1, 2), restart_steps=5)
+    assert standing["steps", 10].sum() <= standing["steps", 1].sum()
+    assert standing["restarts", 2].sum() <= standing["restarts", 1].sum()
+
+
+def test_a_users_model_comes_from_a_factory(tmp_path, monkeypatch):
+    (tmp_path / "their_model.py").write_text("from torch import nn\ndef build():\n    return nn.Flatten()\ndef wrong():\n    return 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(model_from_factory("their_model:build"), nn.Module)
+    for spec, message in (("no_such_module:f", "gave no model"), ("their_model:absent", "gave no model"), ("their_model:wrong", "int")):
+        with pytest.raises(StudyError, match=message):
+            model_from_factory(spec)

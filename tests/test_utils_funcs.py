@@ -1,0 +1,40 @@
+"""utils_funcs: files are whole or absent, lesser runs never reach the committed tree."""
+
+import json
+
+import pytest
+
+from utils.utils_funcs import ROOT, StudyError, atomic_path, read_json, result_root, write_json
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "record.json"
+    write_json(target, {"value": 1})
+    with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
+        temporary.write_text("half of a rec")
+        raise KeyboardInterrupt
+    assert json.loads(target.read_text()) == {"value": 1}
+    assert list(tmp_path.iterdir()) == [target], "no temporary file stays behind"
+
+
+def test_nan_never_reaches_a_record(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "record.json", {"value": float("nan")})
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_half_written_json_is_a_clear_error(tmp_path):
+    (tmp_path / "record.json").write_text('{"value":')
+    with pytest.raises(StudyError, match="not valid JSON"):
+        read_json(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("profile,data", [("demo", "real"), ("demo", "phantom"), ("cpu", "phantom"), ("paper", "phantom")])
+def test_lesser_runs_write_under_runs(profile, data, monkeypatch):
+    monkeypatch.delenv("ALZHEIMER_RUNS", raising=False)
+    assert result_root(profile, data) == ROOT / "runs" / f"{profile}-{data}"
+
+
+@pytest.mark.parametrize("profile", ["cpu", "paper"])
+def test_only_full_runs_on_real_data_write_the_repository(profile):
+    assert result_root(profile, "real") == ROOT

@@ -1,0 +1,912 @@
+"""Raw folder or archive → one row per image: who it shows, which slice it is, real or synthetic, duplicate of what.
+
+    python -m utils.cohort RAW --out cohort.csv
+
+How people come out of pixels: neighbouring slices of one head are nearly the same image, slices of two heads are not.
+Each image becomes a normalised difference of two Gaussian blurs, images are linked by correlation, and the tree of
+strongest links falls apart into people where its links thin out: between the strongest link of two people and the
+weakest link that a slice needs to join its own person lies an empty gap. The threshold is the middle of that gap; where
+there is no gap the set holds no people that can be told apart, and the recovery refuses.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+import stat
+import sys
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache as cached
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from utils.utils_funcs import CLASSES, ROOT, StudyError, atomic_path, progress
+
+KAGGLE_DATASET = "lukechugh/best-alzheimer-mri-dataset-99-accuracy"
+#: Seconds that Kaggle gets to answer before the phantom cohort takes its place.
+DOWNLOAD_TIMEOUT = 5
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"))
+#: What Pillow and the archive raise on damaged bytes.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError,
+              zipfile.BadZipFile, zlib.error)
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+CLASS_NAMES = {"nondemented": 0, "noimpairment": 0, "verymilddemented": 1, "verymildimpairment": 1,
+               "milddemented": 2, "mildimpairment": 2, "moderatedemented": 3, "moderateimpairment": 3}
+
+#: Widths of the two Gaussian blurs, in 1/128 of the image's side: what lies between them is folds, neither noise nor
+#: the brightness of the scan.
+NARROW, WIDE = 1.0, 6.0
+#: Side in pixels at which pairs are searched; links that matter are measured again at full size.
+SEARCH_SIDE = 32
+#: Side in pixels of the full-size features, at most.
+FULL_SIDE = 128
+BLOCK = 2048
+NEIGHBOURS = 4
+#: Pairs of look-alikes of different people that are measured again at full size.
+RIVALS = 500
+#: Two images alike may be two copies; a person begins with three.
+LEAST_SLICES = 3
+#: A gap counts when it is this much wider than the next widest step between neighbouring links, and …
+GAP_RATIO = 3.0
+#: … at least so wide in Fisher's z, in which the error of a correlation is the same at every height.
+GAP_LEAST = 0.08
+COLUMNS = ("file_sha256", "pixel_sha256", "source_split", "label", "kind", "duplicate_of", "patient_id", "slice_index")
+
+
+class NoPeopleError(StudyError):
+    """The images show no people that can be told apart. `recovery` holds what was measured."""
+
+    def __init__(self, message: str, recovery: "Recovery | None" = None) -> None:
+        super().__init__(message)
+        self.recovery = recovery
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """One entry per image file, in sorted path order.
+
+    `images` are `uint8` (H, W) at native size; `source_split` is `train`, `test` or empty; `label` indexes `classes`.
+    """
+
+    paths: list[str]
+    images: list[np.ndarray]
+    file_sha256: list[str]
+    source_split: list[str]
+    label: np.ndarray
+    classes: tuple[str, ...] = CLASSES
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The columns of `cohort.csv`, one entry per image file. Empty `patient_id` and `slice_index` are -1."""
+
+    file_sha256: np.ndarray
+    pixel_sha256: np.ndarray
+    source_split: np.ndarray
+    label: np.ndarray
+    kind: np.ndarray
+    duplicate_of: np.ndarray
+    patient_id: np.ndarray
+    slice_index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the pixels said.
+
+    Attributes:
+        threshold: correlation at and above which two images show one person.
+        gap: strongest link between two people, and weakest link that joins a slice to its own; at full size.
+        search_gap: the same two at `SEARCH_SIDE`.
+        links: correlations, at `SEARCH_SIDE` and strongest first, of the tree that joins the candidates: so many of
+            them lie above a threshold as joins happen there.
+        candidates: distinct images whose background spoke for them.
+        admitted: images that joined a person in spite of their background.
+        conflicts: people whose images carry several labels: patient id → images per label.
+        mislabelled_copies: pairs of rows with equal pixels and different labels.
+    """
+
+    threshold: float
+    gap: tuple[float, float]
+    search_gap: tuple[float, float]
+    links: np.ndarray
+    candidates: int
+    admitted: int
+    conflicts: dict[int, dict[int, int]] = field(default_factory=dict)
+    mislabelled_copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def find_raw(explicit: Path | str | None = None) -> Path | None:
+    """The raw data: an explicit path, `ALZHEIMER_RAW`, `dataset/raw_dataset/`, a Kaggle download; None where there is
+    nothing (the caller then takes the phantom cohort and says so). `ALZHEIMER_OFFLINE=1` forbids the download.
+
+    Raises:
+        StudyError: a path that was named and does not exist.
+    """
+    for source, named in (("the path given", explicit), ("ALZHEIMER_RAW", os.environ.get("ALZHEIMER_RAW"))):
+        if named:
+            if not Path(named).exists():
+                raise StudyError(f"There is nothing at {named} ({source}): name the folder or zip of the raw images.")
+            return Path(named)
+    local = ROOT / "dataset" / "raw_dataset"
+    if local.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in local.rglob("*")):
+        return local
+    return None if os.environ.get("ALZHEIMER_OFFLINE") == "1" else _download()
+
+
+def _download() -> Path | None:
+    """The set from Kaggle, or None. Asked with a short time-out first: the client itself waits for minutes."""
+    import urllib.request
+
+    try:
+        request = urllib.request.Request("https://www.kaggle.com", method="HEAD", headers={"User-Agent": "Mozilla/5.0"})
+        urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT).close()
+        import kagglehub
+
+        return Path(kagglehub.dataset_download(KAGGLE_DATASET))
+    except Exception as error:  # noqa: BLE001  whatever Kaggle's client raises means the same: no data from there
+        print(f"No download from Kaggle ({type(error).__name__}).", file=sys.stderr)
+        return None
+
+
+def read_raw(path: Path | str, *, skip_unreadable: bool = False, any_classes: bool = False) -> RawImages:
+    """Reads class folders, with or without `train/` and `test/` above them, from a folder or a zip.
+
+    RGB, 16-bit and odd-sized images are taken as `convert("L")` gives them (16-bit scaled to 8).
+
+    Args:
+        skip_unreadable: go on without the images that cannot be read, naming them on standard error.
+        any_classes: take any folder names as classes, in sorted order, instead of the four.
+
+    Raises:
+        StudyError: no such path, neither folder nor zip, no image in it, a damaged archive or one with entries outside
+            its folder, an unknown class folder, a class without images, an unreadable image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StudyError(f"There is nothing at {path}: name the folder or zip of the raw images.")
+    if path.is_dir():
+        return _read_entries(path, _folder_entries(path), skip_unreadable, any_classes)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_entries(path, _zip_entries(archive, path), skip_unreadable, any_classes)
+    except zipfile.BadZipFile as error:
+        raise StudyError(f"{path} is no complete zip archive ({error}): download it again.") from error
+
+
+def _folder_entries(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    return [(file.relative_to(folder).as_posix(), file.read_bytes) for file in files]
+
+
+def _zip_entries(archive: zipfile.ZipFile, path: Path) -> list[tuple[str, Callable[[], bytes]]]:
+    entries = []
+    for info in archive.infolist():
+        name = info.filename.replace("\\", "/")
+        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/") \
+                or stat.S_ISLNK(info.external_attr >> 16):
+            raise StudyError(f"{path} holds an entry that points outside its folder ({info.filename}): "
+                             "do not trust this archive, get it from its source.")
+        if not info.is_dir() and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+            entries.append((name, lambda info=info: archive.read(info)))
+    return entries
+
+
+def _read_entries(source: Path, entries: list[tuple[str, Callable[[], bytes]]], skip_unreadable: bool,
+                  any_classes: bool) -> RawImages:
+    entries = [(name, read) for name, read in entries
+               if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))]
+    if not entries:
+        raise StudyError(f"{source} holds no image: expected class folders such as train/Non_Demented/*.jpg.")
+    names = _without_outer_folders([name for name, _ in entries])
+    order = sorted(range(len(names)), key=names.__getitem__)
+    labels, classes = _labels_of(source, names, any_classes)
+    paths, images, hashes, splits, label, unreadable = [], [], [], [], [], []
+    for i in progress(order, "reading images"):
+        try:
+            data = entries[i][1]()
+            image = decode(data)
+        except UNREADABLE as error:
+            unreadable.append((names[i], error))
+            continue
+        paths.append(names[i])
+        images.append(image)
+        hashes.append(hashlib.sha256(data).hexdigest())
+        splits.append(next((SPLITS[part.lower()] for part in names[i].split("/")[-3:-2] if part.lower() in SPLITS), ""))
+        label.append(labels[i])
+    _report_unreadable(unreadable, skip_unreadable)
+    missing = [name for k, name in enumerate(classes) if k not in set(label)]
+    if missing:
+        raise StudyError(f"{source} holds no readable image of the class {' and '.join(missing)}: "
+                         "expected all of " + ", ".join(classes) + "; is it unpacked completely?")
+    return RawImages(paths, images, hashes, splits, np.array(label, np.int64), classes)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Image file → `uint8` (H, W). `convert("L")` would clip 16-bit grey at 255; it is scaled instead."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith("I;16"):
+            return (np.asarray(image) >> 8).astype(np.uint8)
+        if image.mode in ("I", "F"):
+            pixels = np.asarray(image, np.float64)
+            return np.clip(pixels / (257 if pixels.max() > 255 else 1), 0, 255).astype(np.uint8)
+        return np.asarray(image.convert("L"))
+
+
+def _report_unreadable(unreadable: list[tuple[str, Exception]], skip: bool) -> None:
+    for name, error in unreadable:
+        if not skip:
+            others = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+            raise StudyError(f"{name}{others} cannot be read as an image ({error}): replace it, or go on without it "
+                             "with --skip-unreadable (skip_unreadable=True).")
+        print(f"Left out {name}: {error}", file=sys.stderr)
+
+
+def _without_outer_folders(names: Sequence[str]) -> list[str]:
+    """Drops the folders that every path shares above its class and split folder, so that a wrapped archive, its unpacked
+    folder and the folder inside give the same paths."""
+    parents = []
+    for name in names:
+        folders = name.split("/")[:-1]
+        keep = 2 if len(folders) >= 2 and folders[-2].lower() in SPLITS else 1
+        parents.append(folders[:len(folders) - keep])
+    shared = os.path.commonprefix(parents)
+    return ["/".join(name.split("/")[len(shared):]) for name in names]
+
+
+def _labels_of(source: Path, names: Sequence[str], any_classes: bool) -> tuple[list[int], tuple[str, ...]]:
+    folders = [(name.split("/")[-2] if "/" in name else "") for name in names]
+    if any_classes:
+        classes = tuple(sorted(set(folders)))
+        return [classes.index(folder) for folder in folders], classes
+    labels = [CLASS_NAMES.get(re.sub(r"[^a-z]", "", folder.lower())) for folder in folders]
+    for name, label in zip(names, labels):
+        if label is None:
+            where = f"the unknown class folder {name.split('/')[-2]!r}" if "/" in name else "no class folder"
+            raise StudyError(f"{source} holds {name} in {where}: expected Non, Very Mild, Mild and Moderate Demented "
+                             "(or No … Impairment), in any case, with spaces, underscores or nothing between.")
+    return labels, CLASSES
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+@cached
+def _two_blurs(side: int, target: int, narrow: float, wide: float) -> np.ndarray:
+    return np.stack([_blur_and_shrink(side, target, width) for width in (narrow, wide)])
+
+
+def _blur_and_shrink(side: int, target: int, width: float) -> np.ndarray:
+    """Matrix (target, side): Gaussian blur of `width`/128 of the side, then area average on `target` pixels."""
+    position = np.arange(side)
+    sigma = width * side / 128
+    distance = (position[:, None] - position) / sigma
+    # Cut at 5 widths: beyond, single precision holds denormal numbers, which multiply ten times as slowly.
+    blur = np.where(np.abs(distance) < 5, np.exp(-distance ** 2 / 2), 0)
+    edges = np.linspace(0, side, target + 1)
+    overlap = np.minimum(edges[1:, None], position + 1) - np.maximum(edges[:-1, None], position)
+    matrix = np.clip(overlap, 0, None) @ (blur / blur.sum(1, keepdims=True))
+    return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
+
+
+def features(images: Sequence[np.ndarray], side: int = SEARCH_SIDE, *, narrow: float = NARROW,
+             wide: float = WIDE) -> np.ndarray:
+    """Difference of two Gaussian blurs on a common grid, of zero mean and unit length: `float32` (N, side²), so that
+    the product of two rows is their correlation. Widths are in 1/128 of an image's side; images may differ in size."""
+    result = np.empty((len(images), side * side), np.float32)
+    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    images = [_tame(image) for image in images]
+    for i, image in enumerate(images):
+        by_shape[image.shape].append(i)
+    for (height, width), members in by_shape.items():
+        rows_op = _two_blurs(height, side, narrow, wide)
+        columns_op = _two_blurs(width, side, narrow, wide).reshape(2 * side, width)
+        for start in range(0, len(members), 64):
+            rows = members[start:start + 64]
+            stack = np.stack([images[i] for i in rows]).astype(np.float32)
+            across = (stack.reshape(-1, width) @ columns_op.T).reshape(len(rows), height, 2, side)
+            sharp, soft = (np.ascontiguousarray(across[:, :, k].transpose(0, 2, 1)).reshape(-1, height) @ rows_op[k].T
+                           for k in (0, 1))
+            band = (sharp - soft).reshape(len(rows), -1)
+            band -= band.mean(1, keepdims=True)
+            # A blank image has no direction: its correlation with everything is 0.
+            result[rows] = band / np.maximum(np.linalg.norm(band, axis=1, keepdims=True), 1e-6)
+    return result
+
+
+def _tame(image: np.ndarray) -> np.ndarray:
+    """At most 256 pixels a side: larger ones say nothing more to features of 128, and cost much."""
+    if max(image.shape) <= 256:
+        return image
+    size = tuple(min(256, n) for n in image.shape[::-1])
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
+def background(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean grey level of the four corners, each 1/16 of the side wide: exactly 0 where a scan was cut out of its
+    surroundings and left so."""
+    levels = np.empty(len(images))
+    for i, image in enumerate(images):
+        h, w = max(1, image.shape[0] // 16), max(1, image.shape[1] // 16)
+        levels[i] = np.mean([image[:h, :w].mean(), image[:h, -w:].mean(), image[-h:, :w].mean(), image[-h:, -w:].mean()])
+    return levels
+
+
+def usual_background(levels: np.ndarray) -> np.ndarray:
+    """Which images have the set's most usual background or a darker one. The width of the peak is read from its dark
+    side, because what generators leave behind is brighter."""
+    bins = np.floor(levels * 50).astype(np.int64)
+    peak = np.bincount(bins).argmax() / 50
+    return levels <= peak + 0.02 + (peak - levels.min()) * (peak > 0)
+
+
+# ---------------------------------------------------------------------------------------------------- links
+
+
+def nearest(vectors: np.ndarray, *, k: int = 1, group: np.ndarray | None = None,
+            description: str = "comparing images") -> tuple[np.ndarray, np.ndarray]:
+    """The k most correlated others of every row, block by block: memory grows with the rows, not with their square.
+
+    Args:
+        vectors: `float32` (N, D), unit rows.
+        group: (N,) integers; pairs of one group are left out. None leaves out only an image with itself.
+
+    Returns:
+        Correlations (N, k), strongest first, -2 where there are fewer others; and indices (N, k), -1 there.
+    """
+    n = len(vectors)
+    value, index = np.full((n, k), -2, np.float32), np.full((n, k), -1, np.int64)
+    group = np.arange(n) if group is None else np.asarray(group)
+    starts = range(0, n, BLOCK)
+    pairs = [(a, b) for a in starts for b in starts if b >= a]
+    for a, b in progress(pairs, description):
+        rows, columns = slice(a, min(a + BLOCK, n)), slice(b, min(b + BLOCK, n))
+        scores = vectors[rows] @ vectors[columns].T
+        scores[group[rows][:, None] == group[columns]] = -2
+        _keep_best(value[rows], index[rows], scores, b)
+        if a != b:
+            _keep_best(value[columns], index[columns], np.ascontiguousarray(scores.T), a)
+    return value, index
+
+
+def _keep_best(value: np.ndarray, index: np.ndarray, scores: np.ndarray, offset: int) -> None:
+    """Merges a block of scores (R, C) into the sorted best lists (R, k) in place."""
+    k = value.shape[1]
+    rows = np.flatnonzero(scores.max(1) > value[:, -1])  # far blocks improve few rows
+    if not len(rows):
+        return
+    block = scores[rows]
+    new_value, new_index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+    for j in range(k):
+        best = block.argmax(1)
+        new_value[:, j], new_index[:, j] = block[np.arange(len(rows)), best], best + offset
+        block[np.arange(len(rows)), best] = -2
+    new_index[new_value <= -2] = -1
+    both, both_index = np.hstack([value[rows], new_value]), np.hstack([index[rows], new_index])
+    order = np.argsort(-both, 1, kind="stable")[:, :k]
+    value[rows], index[rows] = np.take_along_axis(both, order, 1), np.take_along_axis(both_index, order, 1)
+
+
+class _Forest:
+    """Disjoint sets with sizes (Tarjan 1975)."""
+
+    def __init__(self, n: int) -> None:
+        self.parent, self.size = list(range(n)), [1] * n
+
+    def root(self, i: int) -> int:
+        while self.parent[i] != i:
+            self.parent[i] = self.parent[self.parent[i]]
+            i = self.parent[i]
+        return i
+
+    def join(self, i: int, j: int) -> tuple[int, int]:
+        """Sizes of the two sets before the join; (0, 0) where they were one already."""
+        i, j = self.root(i), self.root(j)
+        if i == j:
+            return 0, 0
+        if self.size[i] < self.size[j]:
+            i, j = j, i
+        sizes = self.size[i], self.size[j]
+        self.parent[j] = i
+        self.size[i] += self.size[j]
+        return sizes
+
+    def groups(self) -> np.ndarray:
+        """Group of each member, numbered by first appearance."""
+        roots = np.array([self.root(i) for i in range(len(self.parent))])
+        _, first, inverse = np.unique(roots, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[inverse]
+
+
+def groups_above(links: np.ndarray, n: int, threshold: float) -> np.ndarray:
+    """Connected components (N,) under the links (i, j, correlation) at or above a threshold, by first appearance."""
+    forest = _Forest(n)
+    for i, j in links[links[:, 2] >= threshold, :2].astype(np.int64):
+        forest.join(int(i), int(j))
+    return forest.groups()
+
+
+def strongest_tree(vectors: np.ndarray, *, rounds: int = 4) -> np.ndarray:
+    """The tree of strongest links: (M, 3) rows of (i, j, correlation), strongest first.
+
+    Nearest neighbours give the links inside a person; then every part's strongest link to another part is added
+    (Borůvka 1926) for at most so many rounds, each one pass over all pairs. Rounds only matter far below the gap: the
+    first already holds the strongest link of each person to any other.
+    """
+    n = len(vectors)
+    value, index = nearest(vectors, k=min(NEIGHBOURS, max(1, n - 1)))
+    rows = np.repeat(np.arange(n), value.shape[1])
+    links = np.column_stack([rows, index.ravel(), value.ravel()])[index.ravel() >= 0]
+    links = _tree(links, n)
+    for turn in range(rounds):
+        part = groups_above(links, n, -2)
+        if part.max(initial=0) == 0:
+            break
+        value, index = nearest(vectors, group=part, description=f"joining {part.max() + 1} parts")
+        best = _strongest_of_each(part, value[:, 0])
+        links = _tree(np.vstack([links, np.column_stack([best, index[best, 0], value[best, 0]])]), n)
+    return links
+
+
+def _strongest_of_each(part: np.ndarray, value: np.ndarray) -> np.ndarray:
+    order = np.lexsort((-value, part))
+    return order[np.unique(part[order], return_index=True)[1]]
+
+
+def _tree(links: np.ndarray, n: int) -> np.ndarray:
+    forest = _Forest(n)
+    links = links[np.argsort(-links[:, 2], kind="stable")]
+    kept = [row for row, (i, j) in enumerate(links[:, :2].astype(np.int64)) if forest.join(int(i), int(j)) != (0, 0)]
+    return links[kept]
+
+
+def find_gap(links: np.ndarray, n: int) -> tuple[float, float] | None:
+    """The widest empty step, in Fisher's z, between neighbouring links of a tree that leaves people: at least two groups
+    of `LEAST_SLICES`, half of the images in such groups, and no group that holds nearly all.
+
+    Returns:
+        The correlations below and above the step; None where no step stands out from the others.
+    """
+    forest, people, covered, largest = _Forest(n), 0, 0, 1
+    z = np.arctanh(np.clip(links[:, 2], -0.9999, 0.9999))
+    steps, places = [], []
+    for row in range(len(links) - 1):
+        sizes = forest.join(int(links[row, 0]), int(links[row, 1]))
+        whole = sum(sizes)
+        people += (whole >= LEAST_SLICES) - sum(size >= LEAST_SLICES for size in sizes)
+        covered += (whole if whole >= LEAST_SLICES else 0) - sum(size for size in sizes if size >= LEAST_SLICES)
+        largest = max(largest, whole)
+        if people >= 2 and covered >= n / 2 and largest < 0.9 * n and links[row, 2] ** 2 >= 0.5:
+            steps.append(z[row] - z[row + 1])
+            places.append(row)
+    if not steps:
+        return None
+    widest = int(np.argmax(steps))
+    next_widest = max((step for i, step in enumerate(steps) if i != widest), default=0.0)
+    if steps[widest] < max(GAP_LEAST, GAP_RATIO * next_widest):
+        return None
+    row = places[widest]
+    return float(links[row + 1, 2]), float(links[row, 2])
+
+
+def middle(gap: tuple[float, float]) -> float:
+    """The threshold in the middle of a gap, in Fisher's z."""
+    return float(np.tanh(np.mean(np.arctanh(np.clip(gap, -0.9999, 0.9999)))))
+
+
+# ---------------------------------------------------------------------------------------------------- people
+
+
+@dataclass(frozen=True)
+class People:
+    """Groups of distinct images: `person` (N,) numbered by first appearance, -1 for images that join nobody; `rivals`
+    (R, 2) are the pairs of images that come nearest to joining two people."""
+
+    person: np.ndarray
+    gap: tuple[float, float]
+    links: np.ndarray
+    candidates: int
+    admitted: int
+    rivals: np.ndarray
+
+
+def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
+    """Groups images into people, synthetic ones left out.
+
+    A real image is one that joins a person; the background is evidence that only decides where to look first.
+    Generated images resemble the people that they were learned from closely enough to fill the gap between people, so
+    the gap is sought among the images with the set's usual background, and, where that shows none, among all. Then
+    each image that was set aside is asked again: it is real when it joins a person, or forms one with others, and
+    *keeps the gap empty*. What a generator blends does not: some of its likes stand inside the gap.
+
+    Args:
+        vectors: `float32` (N, D) unit rows of distinct images.
+        levels: (N,) grey level of the background.
+
+    Raises:
+        NoPeopleError: no gap.
+    """
+    usual = usual_background(levels)
+    links, gap = np.empty((0, 3)), None
+    for chosen in ([usual, np.ones_like(usual)] if not usual.all() else [usual]):
+        rows = np.flatnonzero(chosen)
+        tree = strongest_tree(vectors[rows])
+        gap, links = find_gap(tree, len(rows)), tree if len(tree) else links
+        if gap is not None:
+            break
+    if gap is None:
+        raise NoPeopleError(
+            f"No gap separates people in these {len(vectors)} images: their links thin out evenly, so nobody can be told "
+            "apart from the pixels; expected several neighbouring slices of each of several people.",
+            Recovery(float("nan"), (float("nan"),) * 2, (float("nan"),) * 2, links[:, 2], int(usual.sum()), 0))
+    group = np.full(len(vectors), -1)
+    group[rows], rivals = _exact_groups(vectors[rows], tree, middle(gap))
+    group = _drop_small(group)
+    admitted = _admit(vectors, group, gap)
+    return People(_by_first_appearance(admitted), gap, tree[:, 2], len(rows), int(((admitted >= 0) & ~chosen).sum()),
+                  rows[rivals])
+
+
+def _exact_groups(vectors: np.ndarray, tree: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Components at the threshold, with every link that the neighbour lists were too short to hold; and the pairs of
+    rows (R, 2) that come nearest to a further link."""
+    while True:
+        group = groups_above(tree, len(vectors), threshold)
+        value, index = nearest(vectors, group=group, description="checking people")
+        missed = np.flatnonzero(value[:, 0] >= threshold)
+        if not len(missed):
+            closest = np.argsort(-value[:, 0])[:RIVALS]
+            return group, np.column_stack([closest, index[closest, 0]])
+        tree = np.vstack([tree, np.column_stack([missed, index[missed, 0], value[missed, 0]])])
+
+
+def _drop_small(group: np.ndarray) -> np.ndarray:
+    """-1 for the members of groups with fewer than `LEAST_SLICES` images."""
+    sizes = np.bincount(group[group >= 0], minlength=group.max(initial=-1) + 1)
+    return np.where((group >= 0) & (sizes[group] >= LEAST_SLICES), group, -1)
+
+
+def _by_first_appearance(group: np.ndarray) -> np.ndarray:
+    """Renumbers groups 0, 1, … in the order in which they first appear; -1 stays."""
+    names, first, inverse = np.unique(group, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(np.where(names < 0, -1, first))) - int((names < 0).any())
+    return rank[inverse]
+
+
+def _admit(vectors: np.ndarray, group: np.ndarray, gap: tuple[float, float]) -> np.ndarray:
+    """Adds the ungrouped images that join people, or form some, without putting any image into the gap.
+
+    All images are linked at the threshold. The ungrouped members of a part stay out where one of them has a look-alike
+    among the other ungrouped images *inside* the gap (below the threshold, above the strongest link between two
+    people), or where they would join two people to one.
+    """
+    outside = np.flatnonzero(group < 0)
+    if not len(outside):
+        return group
+    low, high = gap
+    threshold, n = middle(gap), len(vectors)
+    chain = np.flatnonzero(group >= 0)
+    chain = chain[np.argsort(group[chain], kind="stable")]
+    same = group[chain[1:]] == group[chain[:-1]]
+    links = [np.column_stack([chain[:-1][same], chain[1:][same], np.ones(same.sum())])]
+    while True:
+        part = groups_above(np.vstack(links), n, threshold)
+        value, index = _nearest_to(vectors, outside, part)
+        missed = np.flatnonzero(value >= threshold)
+        if not len(missed):
+            break
+        links.append(np.column_stack([outside[missed], index[missed], value[missed]]))
+    suspects = (value > low) & (value < threshold)
+    tainted = np.union1d(part[outside[suspects]], part[[i for i in index[suspects] if group[i] < 0]])
+    # A part that would make two people one is a blend of both.
+    known = np.unique(np.column_stack([part, group])[group >= 0], axis=0)
+    tainted = np.union1d(tainted, [p for p, count in Counter(known[:, 0].tolist()).items() if count > 1])
+    stays_out = np.isin(part, tainted)
+    return _drop_small(np.where(stays_out, np.where(group >= 0, n + group, -1), part))
+
+
+def _nearest_to(vectors: np.ndarray, rows: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For some rows, the strongest correlation with any image of another part, and that image."""
+    value, index = np.full(len(rows), -2, np.float32), np.full(len(rows), -1, np.int64)
+    starts = [(a, b) for a in range(0, len(rows), BLOCK) for b in range(0, len(vectors), BLOCK)]
+    for a, b in progress(starts, "asking the other images"):
+        members = rows[a:a + BLOCK]
+        scores = vectors[members] @ vectors[b:b + BLOCK].T
+        scores[part[members][:, None] == part[b:b + BLOCK]] = -2
+        best = scores.argmax(1)
+        top = scores[np.arange(len(members)), best]
+        better = top > value[a:a + BLOCK]
+        value[a:a + BLOCK][better], index[a:a + BLOCK][better] = top[better], best[better] + b
+    return value, index
+
+
+def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The gap at full size: strongest link among the rivals, weakest link that joins a slice to its own person.
+
+    Args:
+        matrices: each person's full-size correlations.
+
+    Raises:
+        NoPeopleError: what was empty at `SEARCH_SIDE` is not at full size.
+    """
+    weakest = min(weakest_join(matrix) for matrix in matrices)
+    pairs, strongest = people.rivals[people.rivals[:, 1] >= 0], -1.0
+    for start in range(0, len(pairs), 256):
+        chunk = pairs[start:start + 256]
+        rows, place = np.unique(chunk, return_inverse=True)
+        vectors = features([images[i] for i in rows], _full_side(images))
+        first, second = vectors[place.reshape(chunk.shape)[:, 0]], vectors[place.reshape(chunk.shape)[:, 1]]
+        strongest = max(strongest, float((first * second).sum(1).max()))
+    if strongest >= weakest:
+        raise NoPeopleError(f"No gap separates people at full size: two groups reach a correlation of {strongest:.3f}, a slice "
+                            f"joins its own at {weakest:.3f}; expected several neighbouring slices of each person.")
+    return strongest, weakest
+
+
+def _full_side(images: Sequence[np.ndarray]) -> int:
+    return int(min(FULL_SIDE, np.median([min(image.shape) for image in images[:1000]])))
+
+
+def correlations(images: Sequence[np.ndarray], members: np.ndarray) -> np.ndarray:
+    """Full-size correlations (M, M) of some images."""
+    vectors = features([images[i] for i in members], _full_side(images))
+    return vectors @ vectors.T
+
+
+def members_of(person: np.ndarray) -> list[np.ndarray]:
+    """Indices of each person's images, by person id."""
+    order = np.argsort(person, kind="stable")
+    order = order[person[order] >= 0]
+    return np.split(order, np.flatnonzero(np.diff(person[order])) + 1) if len(order) else []
+
+
+def weakest_join(matrix: np.ndarray) -> float:
+    """The weakest link of the strongest tree through all rows of a correlation matrix (Prim 1957)."""
+    best, joined, weakest = matrix[0].copy(), np.zeros(len(matrix), bool), 1.0
+    joined[0] = True
+    for _ in range(len(matrix) - 1):
+        following = int(np.argmax(np.where(joined, -2, best)))
+        weakest = min(weakest, float(best[following]))
+        joined[following] = True
+        best = np.maximum(best, matrix[following])
+    return weakest
+
+
+# ---------------------------------------------------------------------------------------------------- slice order
+
+
+def order_stack(matrix: np.ndarray) -> np.ndarray:
+    """Indices of a person's slices along the body axis, from either end, from their correlations (M, M).
+
+    Spectral seriation (Atkins, Boman & Hendrickson 1998): the second eigenvector of the Laplacian of a similarity that
+    fades with distance along a line runs monotonically along it. Raising the similarity to a power keeps it local.
+    """
+    if len(matrix) < 3:
+        return np.arange(len(matrix))
+    similarity = np.clip(matrix, 0, 1) ** 8
+    degree = similarity.sum(1)
+    laplacian = np.eye(len(matrix)) - similarity / np.sqrt(np.outer(degree, degree))
+    _, vectors = np.linalg.eigh(laplacian)
+    return _shorten(np.argsort(vectors[:, 1] / np.sqrt(degree), kind="stable"), matrix)
+
+
+def _shorten(order: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Reverses runs of slices while that makes neighbours more alike (2-opt, Croes 1958)."""
+    distance, improved = 1 - matrix, True
+    while improved:
+        improved = False
+        for a in range(len(order) - 1):
+            for b in range(a + 1, len(order)):
+                before = (distance[order[a - 1], order[a]] if a else 0) \
+                    + (distance[order[b], order[b + 1]] if b + 1 < len(order) else 0)
+                after = (distance[order[a - 1], order[b]] if a else 0) \
+                    + (distance[order[a], order[b + 1]] if b + 1 < len(order) else 0)
+                if after < before - 1e-9 and (a or b + 1 < len(order)):
+                    order = np.concatenate([order[:a], order[a:b + 1][::-1], order[b + 1:]])
+                    improved = True
+    return order
+
+
+def head_area(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Share of each image that is brighter than a tenth of its brightest pixel: the cross-section of the head."""
+    return np.array([(image > 0.1 * image.max()).mean() for image in images])
+
+
+def align_ends(stacks: Sequence[np.ndarray], areas: Sequence[np.ndarray], bins: int = 16) -> list[bool]:
+    """Which stacks to turn round so that all run the same way, from the smaller cross-section of the head down.
+
+    The cross-section alone mistakes people whose slices change little. So it makes the first guess, from which a
+    consensus stack is drawn, and each slice then votes for the place in the consensus that it most resembles.
+
+    Args:
+        stacks: each person's `float32` (M, D) unit features, in order.
+        areas: each person's (M,) head areas, in the same order.
+    """
+    turned = [len(area) > 1 and np.polyfit(np.arange(len(area)), area, 1)[0] < 0 for area in areas]
+    for _ in range(10):
+        total, trend = np.zeros((bins, stacks[0].shape[1])), 0.0
+        for stack, area, turn in zip(stacks, areas, turned):
+            place = np.arange(len(stack)) * bins // len(stack)
+            np.add.at(total, place, stack[::-1] if turn else stack)
+        total /= np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-9)
+        votes = [(stack @ total.T).argmax(1) for stack in stacks]
+        now = [bool(np.cov(np.arange(len(vote)), vote)[0, 1] < 0) if vote.std() else turn
+               for vote, turn in zip(votes, turned)]
+        if now == turned:
+            break
+        turned = now
+    for stack, area, turn in zip(stacks, areas, turned):
+        trend += np.polyfit(np.linspace(0, 1, len(area)), area[::-1] if turn else area, 1)[0] if len(area) > 1 else 0.0
+    return [not turn for turn in turned] if trend < 0 else turned
+
+
+def slice_indices(images: Sequence[np.ndarray], person: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Position (N,) of each image in its person's stack, 0 the most superior; -1 for images of nobody. `matrices` are
+    each person's correlations."""
+    index = np.full(len(person), -1)
+    orders = [members[order_stack(matrix)] for members, matrix in zip(members_of(person), matrices)]
+    stacks = [features([images[i] for i in order], SEARCH_SIDE, narrow=4.0, wide=24.0) for order in orders]
+    areas = [head_area([images[i] for i in order]) for order in orders]
+    for order, turn in zip(orders, align_ends(stacks, areas)):
+        index[order[::-1] if turn else order] = np.arange(len(order))
+    return index
+
+
+# ---------------------------------------------------------------------------------------------------- the cohort
+
+
+def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
+    """Recovers people, slices, synthetic images and duplicates from the pixels.
+
+    A person whose images carry several labels stays one person, because a split must keep it together, and is listed in
+    `Recovery.conflicts`.
+
+    Raises:
+        NoPeopleError: no gap between people.
+    """
+    pixel = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in raw.images])
+    kept, copy_of = first_of_each(pixel)
+    images = [raw.images[i] for i in kept]
+    people = find_people(features(images), background(images))
+    matrices = [correlations(images, members) for members in progress(members_of(people.person), "measuring people")]
+    gap = measure_gap(images, people, matrices)
+    person, position = np.full(len(raw), -1), np.full(len(raw), -1)
+    person[kept], position[kept] = people.person, slice_indices(images, people.person, matrices)
+    cohort = _assemble(raw, np.array(raw.file_sha256), pixel, person[copy_of], position[copy_of])
+    conflicts = {int(who): dict(sorted(Counter(raw.label[members].tolist()).items()))
+                 for who, members in enumerate(members_of(cohort.patient_id)) if len(set(raw.label[members])) > 1}
+    mislabelled = [(int(first), row) for row, first in enumerate(copy_of) if raw.label[row] != raw.label[first]]
+    return cohort, Recovery(middle(gap), gap, people.gap, people.links, people.candidates, people.admitted, conflicts,
+                            mislabelled)
+
+
+def first_of_each(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (K,) in which a key first appears, ascending, and for each row (N,) the row of its key's first appearance."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return np.sort(first), first[inverse]
+
+
+def _assemble(raw: RawImages, file_sha256: np.ndarray, pixel: np.ndarray, person: np.ndarray,
+              position: np.ndarray) -> Cohort:
+    _, first = first_of_each(pixel)
+    copy = first != np.arange(len(pixel))
+    kind = np.where(copy, "duplicate", np.where(person >= 0, "real", "synthetic"))
+    return Cohort(file_sha256, pixel, np.array(raw.source_split), np.asarray(raw.label, np.int64), kind,
+                  np.where(copy, pixel[first], ""), person.astype(np.int64), position.astype(np.int64))
+
+
+def write_cohort(cohort: Cohort, path: Path | str) -> None:
+    """Writes `cohort.csv` atomically; equal cohorts give equal bytes."""
+    blank = lambda values: ["" if value < 0 else value for value in values.tolist()]  # noqa: E731
+    columns = [getattr(cohort, name) for name in COLUMNS[:6]] + [blank(cohort.patient_id), blank(cohort.slice_index)]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        rows.writerows(zip(*columns))
+
+
+def read_cohort(path: Path | str) -> Cohort:
+    """Reads what `write_cohort` wrote.
+
+    Raises:
+        StudyError: no such file, or other columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StudyError(f"There is no cohort at {path}: build it with `python -m utils.cohort RAW --out {path}`.")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
+        raise StudyError(f"{path} has not the columns {', '.join(COLUMNS)}: build it again with `python -m utils.cohort`.")
+    columns = list(zip(*rows[1:])) or [()] * len(COLUMNS)
+    number = lambda values: np.array([int(value) if value else -1 for value in values], np.int64)  # noqa: E731
+    return Cohort(*(np.array(values, str) for values in columns[:3]), number(columns[3]),
+                  *(np.array(values, str) for values in columns[4:6]), number(columns[6]), number(columns[7]))
+
+
+def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
+    """The known people and slices on these files, by their hashes, in this order; None where the files are others.
+
+    Renamed folders change neither pixels nor people, but order, split and label are the raw data's own.
+    """
+    if sorted(raw.file_sha256) != sorted(known.file_sha256.tolist()):
+        return None
+    row = {name: i for i, name in enumerate(known.file_sha256.tolist())}
+    rows = np.array([row[name] for name in raw.file_sha256])
+    return _assemble(raw, known.file_sha256[rows], known.pixel_sha256[rows], known.patient_id[rows], known.slice_index[rows])
+
+
+def cohort_for(raw: RawImages, committed: Path | str = ROOT / "dataset" / "cohort.csv", cache: Path | str | None = None,
+               ) -> Cohort:
+    """The cohort of these images: from the committed table where it lists exactly these files, from `cache` likewise,
+    else built from the pixels (and kept in `cache`)."""
+    for path in (committed, cache):
+        if path is not None and Path(path).is_file() and (cohort := apply_cohort(raw, read_cohort(path))) is not None:
+            return cohort
+    cohort, _ = build_cohort(raw)
+    if cache is not None:
+        write_cohort(cohort, cache)
+    return cohort
+
+
+def describe(cohort: Cohort, recovery: Recovery) -> str:
+    """A summary of a few lines: counts, people by class, threshold, gap, conflicts."""
+    kinds = Counter(cohort.kind.tolist())
+    groups = members_of(cohort.patient_id * (cohort.kind == "real") - (cohort.kind != "real"))
+    sizes = Counter(len(members) for members in groups)
+    by_class = Counter(int(cohort.label[members[0]]) for members in groups)
+    lines = [f"{len(cohort)} files: {kinds['real']} real, {kinds['synthetic']} synthetic, {kinds['duplicate']} duplicates",
+             f"{len(groups)} people (" + ", ".join(f"{name} {by_class[k]}" for k, name in enumerate(CLASSES)) + ") of "
+             + ", ".join(f"{size} slices × {count}" for size, count in sorted(sizes.items())),
+             f"threshold {recovery.threshold:.3f} in the middle of a gap: two people reach {recovery.gap[0]:.3f}, a slice "
+             f"joins its own at {recovery.gap[1]:.3f}"]
+    if recovery.admitted:
+        lines.append(f"{recovery.admitted} images joined a person in spite of an unusual background")
+    lines.append(f"people in more than one class: {len(recovery.conflicts)}")
+    for who, counts in recovery.conflicts.items():
+        lines.append(f"  person {who}: " + ", ".join(f"{count} {CLASSES[k]}" for k, count in counts.items()))
+    if recovery.mislabelled_copies:
+        lines.append(f"copies filed under another class than their original: {len(recovery.mislabelled_copies)}")
+    return "\n".join(lines)
+
+
+def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
+    """Recovers who each image shows from the pixels and writes one row per image file.
+
+    Args:
+        raw: folder or zip of class folders.
+        out: the table to write.
+        skip_unreadable: go on without images that cannot be read.
+    """
+    cohort, recovery = build_cohort(read_raw(raw, skip_unreadable=skip_unreadable))
+    write_cohort(cohort, out)
+    print(describe(cohort, recovery))
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        tyro.cli(main)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

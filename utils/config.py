@@ -1,0 +1,156 @@
+"""One frozen dataclass `RunConfig` holds every setting of a run; three profiles (`demo`, `cpu`, `paper`) fill it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.utils_funcs import MODELS, StudyError
+
+Profile = Literal["demo", "cpu", "paper"]
+Protocol = Literal["slice", "patient"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of one unit (one model, protocol, fold and seed). `--help` of every command shows these lines."""
+
+    model: str = "Resnet"
+    """One of Dinov2, Dinov2_atk, Efficientnet, Efficientnet_atk, Resnet, Resnet_atk."""
+    protocol: Protocol = "patient"
+    """`slice` is the published split (people on both sides); `patient` keeps people apart."""
+    fold: int = 0
+    """Test fold of the `patient` protocol, 0-4; always 0 under `slice`."""
+    seed: int = 0
+    """Seeds weights, batches, augmentation and attacks."""
+    profile: Profile = "demo"
+    """Budgets: `demo` minutes on a laptop, `cpu` hours on two cores, `paper` one GPU or several."""
+
+    # data
+    max_train: int | None = None
+    """Train on only so many slices, spread over classes and people (None: all): the demo's small stratified part."""
+    max_test: int | None = None
+    """Validate and test on only so many slices, spread in the same way (None: all)."""
+    slice_stride: int = 1
+    """Every how many-th slice of a person an epoch draws; neighbours are nearly the same image."""
+    input_size: int | None = None
+    """Side in pixels that the backbone sees (None: native). Attacks always act on native pixels."""
+
+    # training
+    epochs: int = 12
+    batch_size: int = 32
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    """Linear warm-up of the learning rate."""
+    augmentation: float = 0.5
+    """Strength in [0, 1] of flips, shifts, rotations and brightness; 0 turns them off."""
+    label_smoothing: float = 0.0
+    class_weights: bool = True
+    """Weight the loss by inverse class frequency of the training set."""
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.0
+    """Exponential moving average of the weights, per step (0: off)."""
+    pretrained: bool = True
+    """Ask for pretrained weights; the record says what was really loaded."""
+    fine_tune: Literal["full", "last_block", "head"] = "full"
+    layer_decay: float = 1.0
+    """Learning-rate factor from one block of DINOv2 to the block below it (1: the same everywhere)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of training; `auto` times both for this backbone on this machine and takes the faster that agrees."""
+
+    # adversarial training (`_atk` models only)
+    method: Literal["pgd", "trades", "fast"] = "pgd"
+    """PGD-AT (Madry et al. 2018), TRADES (Zhang et al. 2019), or fast single-step (Wong et al. 2020)."""
+    train_eps: float = 4 / 255
+    train_steps: int = 2
+    clean_weight: float = 0.0
+    """Weight of the clean term beside the adversarial one: loss = w·clean + (1 − w)·adversarial. For TRADES the
+    adversarial term is beta·KL, beta = `trades_beta`, and this weight is not used."""
+    trades_beta: float = 6.0
+    eps_ramp: float = 0.5
+    """Curriculum: eps grows linearly from 0 over this share of the epochs, then stays at `train_eps`."""
+
+    # search
+    trials: int = 0
+    """Optuna trials before the final training (0: use the settings above or a saved best)."""
+    search_epochs: int = 3
+
+    # attack
+    eps: tuple[str, ...] = ("0.5/255", "1/255", "2/255", "4/255", "8/255", "0.005")
+    """Sweep of L-infinity budgets, written as a reader writes them."""
+    headline_eps: str = "4/255"
+    pgd_steps: int = 20
+    attack_batch: int = 64
+    suite: Literal["quick", "standard", "full"] = "standard"
+    """`quick`: noise, FGSM, PGD; `standard`: also targeted, APGD-T and Square on what still stands; `full`: also
+    AutoAttack on a stratified sample."""
+    sample: int = 128
+    """Slices in the stratified sample for the dearest attacks."""
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise StudyError(f"Unknown model {self.model!r}: expected one of {', '.join(MODELS)}.")
+
+    @property
+    def adversarial(self) -> bool:
+        return self.model.endswith("_atk")
+
+    @property
+    def regime(self) -> str:
+        return "atk" if self.adversarial else "clean"
+
+    @property
+    def backbone(self) -> str:
+        return self.model.removesuffix("_atk")
+
+    @property
+    def unit(self) -> str:
+        """The unit's name in paths, `fold<k>_seed<s>`."""
+        return f"fold{self.fold}_seed{self.seed}"
+
+
+def parse_eps(text: str) -> float:
+    """`"4/255"` or `"0.005"` → eps in units of the [0, 1] pixel range."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / (float(denominator) if denominator else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise StudyError(f"{text!r} is no eps: write it as 4/255 or 0.005.") from error
+    if not 0 <= value <= 1:
+        raise StudyError(f"eps {text!r} lies outside [0, 1], the range of pixel values; did you forget /255?")
+    return value
+
+
+#: What a profile changes: budgets and sizes, never code paths.
+PROFILES: dict[str, dict] = {
+    "demo": dict(max_train=128, max_test=32, precision="fp32", input_size=64, epochs=2, batch_size=16, train_steps=2,
+                 trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, suite="quick", sample=8),
+    "cpu": dict(slice_stride=2, epochs=12, train_steps=2, trials=0, suite="full"),
+    "paper": dict(input_size=224, epochs=40, batch_size=64, train_steps=10, trials=20, search_epochs=8, suite="full",
+                  attack_batch=256, sample=512, pgd_steps=50),
+}
+#: DINOv2's patch is 14 pixels and it silently ignores the remainder, so its sizes are multiples of 14.
+VIT_INPUT = {64: 70, None: 126, 128: 126}
+
+
+def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -> RunConfig:
+    """The profile's settings for this model, then `overrides`."""
+    if profile not in PROFILES:
+        raise StudyError(f"Unknown profile {profile!r}: expected one of {', '.join(PROFILES)}.")
+    settings = {**PROFILES[profile], "profile": profile, "model": model}
+    if model.startswith("Dinov2"):
+        settings["input_size"] = VIT_INPUT.get(settings.get("input_size"), settings.get("input_size"))
+        settings["lr"] = 1e-4
+    unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
+    if unknown:
+        raise StudyError(f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`.")
+    return RunConfig(**{**settings, **overrides})
+
+
+def folds_of(profile: Profile, protocol: Protocol) -> tuple[int, ...]:
+    """Test folds that a profile runs: one under `slice`; five under `patient`, only the first in `demo`."""
+    return (0,) if protocol == "slice" or profile == "demo" else (0, 1, 2, 3, 4)

@@ -1,0 +1,499 @@
+"""One unit of the study, (model, protocol, fold, seed), from data to record: search, train, attack, explain, save.
+
+The notebooks call these functions; the command line runs the same ones:
+
+    python -m utils.experiment prepare                                              # the tensors of both protocols
+    python -m utils.experiment run --profile cpu --model Resnet_atk --protocol patient --fold 0
+    python -m utils.experiment grid --profile cpu                                   # every unit that no record holds yet
+    python -m utils.experiment grid --profile paper --shard 3/8                     # the third of eight shares (job array)
+    python -m utils.experiment attack --model Resnet_atk --protocol patient --eps 4/255
+
+A killed command is simply started again: training goes on from its last epoch, the attacks from their last finished
+part, and a unit that stands in a record is not run twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from utils import data, grad_cam, optuna_search, phantom, report, training
+from utils.backbones import PixelClassifier
+from utils.cohort import Cohort, cohort_for, find_raw, read_raw, write_cohort
+from utils.config import RunConfig, folds_of, make_config
+from utils.metrics import fit_temperature, to_half
+from utils.robustness import evaluate_suite
+from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, StudyError, choose_device, environment, git_state, hardware, read_json,
+                               result_root, write_json)
+
+#: The grid's order: what readers need most comes first.
+GRID_MODELS = ("Resnet", "Resnet_atk", "Efficientnet", "Efficientnet_atk", "Dinov2", "Dinov2_atk")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which data, where its tensors lie, and where results go."""
+
+    root: Path
+    data: Literal["real", "phantom"]
+    profile: str
+    raw: Path
+    cohort_sha256: str
+
+    @property
+    def sets(self) -> Path:
+        return self.root / "dataset" / "dataset_variables"
+
+    def checkpoint(self, config: RunConfig) -> Path:
+        return self.root / "checkpoints" / config.model / config.protocol / f"{config.unit}.safetensors"
+
+    def record(self, model: str, protocol: str) -> Path:
+        return self.root / "assets" / model / f"{protocol}.json"
+
+    def optuna(self, model: str) -> Path:
+        return self.root / "checkpoints" / "optuna" / model
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a unit leaves: one row per test image (`Predictions file`, utils/report.py) and what was done to get it."""
+
+    rows: dict[str, np.ndarray]
+    meta: dict
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: bool = False) -> Study:
+    """Finds the data, prepares the tensors of both protocols where they are missing or of other data (or `again`), and says
+    what it found. Without any data it draws the phantom cohort, and everything it touches says `data: phantom`."""
+    found = find_raw(raw or None)
+    kind: Literal["real", "phantom"] = "real" if found else "phantom"
+    root = result_root(profile, kind)
+    folder = found or _phantom_folder(root)
+    sets = root / "dataset" / "dataset_variables"
+    source = _fingerprint(folder)
+    prepared = read_json(sets / "prepared.json") if (sets / "prepared.json").is_file() else {}
+    if again or prepared.get("source") != source:
+        prepared = _prepare(folder, sets, root, source)
+    print(f"data: {kind} · profile: {profile} · {prepared['images']:,} images, {prepared['people']} people · results under "
+          f"{'the repository' if root == result_root('cpu', 'real') else root.name}")
+    return Study(root, kind, profile, folder, prepared["cohort_sha256"])
+
+
+def _phantom_folder(root: Path) -> Path:
+    folder = root / "dataset" / "raw_dataset"
+    if not (folder / "people.csv").is_file():
+        phantom.write_phantom(folder)
+    return folder
+
+
+def _fingerprint(folder: Path) -> list:
+    """Cheap and enough to notice other data: path, size and age of the archive, or the number of files of a folder."""
+    status = folder.stat()
+    inside = sum(1 for _ in folder.rglob("*")) if folder.is_dir() else status.st_size
+    return [folder.name, inside, int(status.st_mtime)]
+
+
+def _prepare(folder: Path, sets: Path, root: Path, source: list) -> dict:
+    raw = read_raw(folder)
+    cohort = cohort_for(raw, cache=sets / "cohort.csv")
+    folds = data.folds_for(cohort, sets / "folds.csv")
+    write_cohort(cohort, sets / "cohort.csv")
+    data.prepare(raw, cohort, folds, sets)
+    prepared = {"source": source, "images": len(cohort.label), "people": len(data.people_of(cohort)[0]),
+                "cohort_sha256": data.file_sha256(sets / "cohort.csv")}
+    write_json(sets / "prepared.json", prepared)  # last: its presence says that everything above is whole
+    return prepared
+
+
+def load_sets(study: Study, config: RunConfig) -> dict[str, data.ImageSet]:
+    """Training, validation and test set of a unit."""
+    return data.load_sets(study.sets, config.protocol, config.fold, max_train=config.max_train, max_test=config.max_test)
+
+
+def units_of(study: Study, model: str, seeds: tuple[int, ...] = (0,)) -> list[RunConfig]:
+    """Every unit of a model at the study's profile, `patient` first."""
+    return [make_config(study.profile, model, protocol=protocol, fold=fold, seed=seed)
+            for protocol in reversed(PROTOCOLS) for seed in seeds for fold in folds_of(study.profile, protocol)]
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def search(study: Study, config: RunConfig) -> RunConfig:
+    """The config with the best settings of the model's search, which is run first where trials are still due.
+
+    `paper` searches inside every fold; other profiles search on fold 0, and its validation people are named in the record.
+    """
+    searched = config if config.profile == "paper" else dataclasses.replace(config, fold=0)
+    folder = study.optuna(config.model)
+    if config.trials and recorded(study, config) is None and not optuna_search.best_settings(folder, searched):
+        sets = load_sets(study, searched)
+        optuna_search.search(sets["train"], sets["validation"], searched, folder, choose_device())
+    return dataclasses.replace(config, **optuna_search.best_settings(folder, searched)) if config.trials else config
+
+
+def search_label(config: RunConfig) -> str:
+    """`none`, `fold0` (the record then also gives the score without that fold's validation people) or `inside`."""
+    if not config.trials:
+        return "none"
+    return "inside" if config.profile == "paper" or config.protocol == "slice" else "fold0"
+
+
+def train(study: Study, config: RunConfig, *, retrain: bool = False) -> training.Fit:
+    """The unit's training: run, resumed, or read from the checkpoint or the record that holds it."""
+    known = None if retrain else recorded(study, config)
+    path = study.checkpoint(config)
+    if known is not None and not path.is_file():
+        meta = known.meta
+        return training.Fit(path, meta["history"], meta["best_epoch"], meta["init"], meta["precision"], meta["wall_seconds"]["train"],
+                            meta["one_class"])
+    sets = load_sets(study, config)
+    return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain)
+
+
+def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
+    """The unit's test predictions, clean and under every attack of the suite: computed, resumed, or read from the record."""
+    if not retrain and (known := recorded(study, config)) is not None:
+        return known
+    fit = train(study, config)
+    sets, model = load_sets(study, config), fit.load().to(choose_device())
+    test, start = sets["test"], time.perf_counter()
+    state = study.checkpoint(config).with_suffix("") / "attack"
+    if retrain:
+        _remove_tree(state)
+    result = evaluate_suite(model, test.images, test.labels, test.people, config, state_dir=state)
+    rows = unit_rows(test, config)
+    rows["clean"] = to_half(np.asarray(result.clean_logits))
+    rows |= {f"{eps}:{name}": to_half(np.asarray(logits)) for (eps, name), logits in result.logits.items()}
+    attacks: dict[str, dict] = {}
+    for (eps, name), meta in result.meta.items():
+        attacks.setdefault(eps, {})[name] = meta
+    seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
+    validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
+    return Unit(rows, {**describe(study, config), "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
+                       "sanity": result.sanity, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+
+
+def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
+    """The columns that say whose image each row of a prediction file is."""
+    count = len(test)
+    digests = np.frombuffer(bytes.fromhex("".join(test.files)), np.uint8).reshape(count, 32)
+    return {"labels": test.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8),
+            "seed": np.full(count, config.seed, np.int8), "patient_id": test.people.numpy().astype(np.int32),
+            "slice_index": test.slices.numpy().astype(np.int16), "file_sha256": digests}
+
+
+def describe(study: Study, config: RunConfig) -> dict:
+    """What a record says of how a unit came about."""
+    label = search_label(config)
+    people = load_sets(study, dataclasses.replace(config, fold=0))["validation"].people.unique().tolist() if label == "fold0" else []
+    return {"model": config.model, "regime": config.regime, "protocol": config.protocol, "data": study.data, "profile": config.profile,
+            "search": label, "search_people": people, "fold": config.fold, "seed": config.seed, "cohort_sha256": study.cohort_sha256,
+            "config": json.loads(json.dumps(dataclasses.asdict(config))), "environment": environment(), "hardware": hardware(), **git_state()}
+
+
+def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = False) -> tuple[Path, dict]:
+    """Draws Grad-CAM of a few test slices into `assets/<Model>/grad_cam_<protocol>.png` and measures the maps.
+
+    The slices are the same for every model: one of each class, the middle of the stack. Returns (figure, figures of merit).
+    """
+    figure_path = study.root / "assets" / config.model / f"grad_cam_{config.protocol}.png"
+    numbers_path = study.checkpoint(config).with_suffix("") / "explanation.json"
+    known = None if retrain else recorded(study, config)
+    if figure_path.is_file() and (known is not None or numbers_path.is_file() and not retrain):
+        return figure_path, known.meta["explanation"] if known is not None else read_json(numbers_path)
+    if not study.checkpoint(config).is_file():
+        return figure_path, known.meta["explanation"] if known is not None else {}
+    test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
+    figure_path.parent.mkdir(parents=True, exist_ok=True)
+    few, more = (test.pick(data.spread(test, size)) for size in (count, config.sample))
+    images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
+    figure = grad_cam.overlay_figure(images, grad_cam.explain(model, images), probabilities, few.labels, title=label_of(study, config))
+    measures = grad_cam.explanation_measures(model, data.pixels(more.images, choose_device()), methods=("gradcam",), sample=range(count))
+    numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
+    report.save_figure(figure, figure_path, dpi=90)  # of images: more dots would only weigh more
+    write_json(numbers_path, numbers)
+    return figure_path, numbers
+
+
+def label_of(study: Study, config: RunConfig) -> str:
+    return f"{config.model} · {config.protocol} · data: {study.data} · profile: {config.profile}"
+
+
+# ------------------------------------------------------------------------------------------------------------- record
+
+
+def recorded(study: Study, config: RunConfig) -> Unit | None:
+    """The unit as its record holds it; None where no record does."""
+    path = study.record(config.model, config.protocol)
+    if not path.is_file():
+        return None
+    record = report.read_record(path)
+    wanted = (config.fold, config.seed, config.profile, study.cohort_sha256)
+    for meta in record["units"]:
+        if (meta["fold"], meta["seed"], meta["profile"], meta["cohort_sha256"]) == wanted:
+            _check_recorded(meta["config"], config, path)
+            return Unit(_rows_of(report.read_predictions(path), [meta]), meta)
+    return None
+
+
+def _check_recorded(found: dict, config: RunConfig, path: Path) -> None:
+    """A record of other training settings is an error, not a match; settings that a search chose are its own affair."""
+    searched = set(optuna_search.SPACE) if config.trials else set()
+    expected = json.loads(json.dumps(training.training_settings(config)))
+    different = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in expected.items()
+                 if name not in searched and found.get(name) != value]
+    if different:
+        raise StudyError(f"{path} holds {config.unit} trained with {'; '.join(different[:4])}: run with these settings, or with retrain "
+                         "to replace it.")
+
+
+def save(study: Study, unit: Unit) -> dict:
+    """Adds a unit's rows to its record (replacing the same unit's older ones) and returns the record, recomputed.
+
+    A lock lets the shards of a grid finish at the same time.
+    """
+    from filelock import FileLock
+
+    meta = unit.meta
+    path = study.record(meta["model"], meta["protocol"])
+    lock = study.root / "checkpoints" / meta["model"] / f"{meta['protocol']}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        units, rows = [], {}
+        if path.is_file():
+            old = report.read_record(path)
+            if meta in old["units"]:
+                return old  # shown from the record, not run again
+            units = [known for known in old["units"] if known["profile"] == meta["profile"] and known["cohort_sha256"] == meta["cohort_sha256"]
+                     and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])]
+            rows = _rows_of(report.read_predictions(path), units)
+        rows = _pool(rows, unit.rows)
+        units = sorted([*units, meta], key=lambda known: (known["seed"], known["fold"]))
+        record = report.summarise(rows, units)
+        report.write_record(path, record, rows)
+    return record
+
+
+def _rows_of(rows: dict[str, np.ndarray], units: list[dict]) -> dict[str, np.ndarray]:
+    kept = np.zeros(len(rows["labels"]), bool)
+    for meta in units:
+        kept |= (rows["fold"] == meta["fold"]) & (rows["seed"] == meta["seed"])
+    return {name: values[kept] for name, values in rows.items()}
+
+
+def _pool(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rows of both; an attack that only one of them ran is NaN (outside its declared set) in the other's rows."""
+    if not first or not len(first["labels"]):
+        return second
+    pooled = {}
+    for name in {**first, **second}:
+        parts = [rows[name] if name in rows else np.full((len(rows["labels"]), 4), np.nan, np.float16) for rows in (first, second)]
+        pooled[name] = np.concatenate(parts)
+    return pooled
+
+
+def run_unit(study: Study, config: RunConfig, *, retrain: bool = False) -> dict:
+    """Search, train, attack, explain, save; returns the record. A unit that a record holds is not run again."""
+    if not retrain and recorded(study, config) is not None:
+        return report.read_record(study.record(config.model, config.protocol))
+    config = search(study, config)
+    fit = train(study, config, retrain=retrain)
+    print(f"{config.model} {config.protocol} {config.unit}: {fit}")
+    unit = attack(study, config, retrain=retrain)
+    unit.meta["explanation"] = explain(study, config, retrain=retrain)[1]
+    return save(study, unit)
+
+
+def _remove_tree(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def with_explanation(unit: Unit, numbers: dict) -> Unit:
+    return dataclasses.replace(unit, meta={**unit.meta, "explanation": numbers})
+
+
+def results_root(profile: str, raw: str | Path | None = None) -> Path:
+    """Where a profile's records lie, without touching the data; the repository itself where it holds such records."""
+    return result_root(profile, "real" if find_raw(raw or None) else "phantom")
+
+
+# ------------------------------------------------------------------------------------------- what a notebook prints
+
+
+def balance_text(study: Study, units: list[RunConfig]) -> str:
+    """People and slices of each set of the first unit of each protocol."""
+    first = {unit.protocol: unit for unit in reversed(units)}
+    return _balance_table({f"{protocol} {config.unit} {name}": part.balance()
+                           for protocol, config in first.items() for name, part in load_sets(study, config).items()})
+
+
+def _balance_table(balances: dict[str, dict[str, tuple[int, int]]]) -> str:
+    lines = [f"{'':<32}" + "".join(f"{name:>20}" for name in CLASSES)]
+    for title, balance in balances.items():
+        lines.append(f"{title:<32}" + "".join(f"{f'{people} people, {slices:,}':>20}" for people, slices in balance.values()))
+    return "\n".join(lines)
+
+
+def protocols_text(study: Study) -> str:
+    """People and slices of each set of both protocols, all folds, by class."""
+    return _balance_table({f"{protocol}{f' fold {fold}' if folds > 1 else ''} {name}": data.load_set(study.sets, protocol, fold, name).balance()
+                           for protocol, folds in (("slice", 1), ("patient", data.N_FOLDS)) for fold in range(folds) for name in data.SETS})
+
+
+def cohort_text(table: Cohort) -> str:
+    """Images by kind and class, and people by class."""
+    people, label = data.people_of(table)
+    lines = [f"{'':<12}" + "".join(f"{name:>12}" for name in (*CLASSES, "all"))]
+    for kind in ("real", "duplicate", "synthetic"):
+        counts = np.bincount(table.label[table.kind == kind], minlength=4)
+        lines.append(f"{kind:<12}" + "".join(f"{count:>12,}" for count in (*counts, counts.sum())))
+    counts = np.bincount(label, minlength=4)
+    return "\n".join([*lines, f"{'people':<12}" + "".join(f"{count:>12,}" for count in (*counts, counts.sum()))])
+
+
+def example_images(study: Study, table: Cohort, columns: int = 8) -> tuple[list[np.ndarray], list[str], int]:
+    """(images, titles, columns): slices of the first person of each class from the top of the head down, then synthetic ones."""
+    folders = [data.load_set(study.sets, "slice", 0, name) for name in data.SETS]
+    image_of = {file: image for part in folders for file, image in zip(part.files, part.images[:, 0].numpy())}
+    images, titles = [], []
+    people, label = data.people_of(table)
+    for value in np.unique(label):
+        person = people[label == value][0]
+        rows = np.flatnonzero((table.patient_id == person) & (table.kind == "real"))
+        rows = rows[np.argsort(table.slice_index[rows])]
+        for row in rows[np.linspace(0, len(rows) - 1, columns).round().astype(int)]:
+            images.append(image_of[table.file_sha256[row]])
+            titles.append(f"{CLASSES[value]} · slice {table.slice_index[row]}")
+    for row in np.flatnonzero(table.kind == "synthetic")[:: max(1, (table.kind == "synthetic").sum() // columns)][:columns]:
+        images.append(image_of[table.file_sha256[row]])
+        titles.append(f"{CLASSES[table.label[row]]} · synthetic")
+    return images, titles, columns
+
+
+def search_text(study: Study, units: list[RunConfig]) -> str:
+    """The trials of every search that these units rest on, best first."""
+    texts = []
+    for config in {unit.protocol: unit for unit in units if unit.trials}.values():
+        if optuna_search.study_paths(study.optuna(config.model), config)[0].is_file():
+            texts.append(f"{config.protocol} ({search_label(config)})\n" + optuna_search.trials_table(
+                optuna_search.open_study(study.optuna(config.model), config)))
+    return "\n\n".join(texts) or f"no search in profile {study.profile}, or its trials are on another machine"
+
+
+def sanity_text(unit: Unit) -> str:
+    """The sanity checks of one evaluation with their verdicts."""
+    return "\n".join(f"{'ok' if check['passed'] else 'LOOK':>4}  {check['check']:<28} {check['note']}" for check in unit.meta["sanity"])
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def prepare(raw: str | None = None, profile: Literal["demo", "cpu", "paper"] = "demo") -> None:
+    """Writes the tensors of both protocols."""
+    open_study(profile, raw)
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """Runs one unit. The defaults shown are those of the `--profile` and `--model` that stand on the command line."""
+
+    config: tyro.conf.OmitArgPrefixes[RunConfig]
+    raw: str | None = None
+    """Folder or zip of the raw data (default: found as README says, or the phantom)."""
+    retrain: bool = False
+    """Replace a checkpoint and a record's unit of the same name."""
+
+
+def run(arguments: list[str]) -> None:
+    """Runs one unit: parses `RunCommand` with the defaults of its own profile and model."""
+    import argparse
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--profile", default="demo")
+    first.add_argument("--model", default="Resnet")
+    named = first.parse_known_args(arguments)[0]
+    command = tyro.cli(RunCommand, args=arguments, default=RunCommand(make_config(named.profile, named.model)),
+                       prog="python -m utils.experiment run")
+    study = open_study(command.config.profile, command.raw)
+    print(report.results_text([run_unit(study, command.config, retrain=command.retrain)]))
+
+
+def grid(profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None, shard: str = "1/1",
+         models: tuple[str, ...] = GRID_MODELS, protocols: tuple[str, ...] = ("patient", "slice"), seeds: tuple[int, ...] = (0,)) -> None:
+    """Runs every unit of the grid that no record holds yet; `--shard i/n` takes every n-th, starting from the i-th."""
+    study = open_study(profile, raw)
+    for config in shard_of(grid_units(profile, models, protocols, seeds), shard):
+        if recorded(study, config) is not None:
+            print(f"{config.model} {config.protocol} {config.unit}: stands in the record already.")
+            continue
+        run_unit(study, config)
+
+
+def grid_units(profile: str, models: tuple[str, ...], protocols: tuple[str, ...], seeds: tuple[int, ...]) -> list[RunConfig]:
+    """All units, most valuable first: protocol, then model, then fold."""
+    return [make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
+            for seed in seeds for protocol in protocols for model in models for fold in folds_of(profile, protocol)]
+
+
+def shard_of(units: list[RunConfig], shard: str) -> list[RunConfig]:
+    """The i-th of n shares of the units, `shard` = "i/n" counted from 1."""
+    index, _, count = shard.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise StudyError(f"--shard {shard!r} is not of the form i/n with 1 ≤ i ≤ n, as 3/8.")
+    return units[int(index) - 1::int(count)]
+
+
+def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, eps: tuple[str, ...] = ("4/255",),
+                   profile: Literal["demo", "cpu", "paper"] = "demo", suite: Literal["quick", "standard", "full"] = "standard",
+                   raw: str | None = None) -> None:
+    """Attacks a trained model of this study from its checkpoint, and prints the table and the sanity checks."""
+    if model not in MODELS:
+        raise StudyError(f"Unknown model {model!r}: expected one of {', '.join(MODELS)}.")
+    study = open_study(profile, raw)
+    config = make_config(profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite)
+    test, network = load_sets(study, config)["test"], _network(study, config)
+    result = evaluate_suite(network, test.images, test.labels, test.people, config, state_dir=None)
+    rows = unit_rows(test, config) | {"clean": to_half(np.asarray(result.clean_logits))}
+    rows |= {f"{text}:{name}": to_half(np.asarray(logits)) for (text, name), logits in result.logits.items()}
+    attacks = {text: {name: meta for (other, name), meta in result.meta.items() if other == text} for text in eps}
+    unit = Unit(rows, {**describe(study, config), "init": network.init, "precision": "fp32", "wall_seconds": {"train": 0.0, "attack": 0.0},
+                       "attacks": attacks, "sanity": result.sanity, "history": [], "best_epoch": 0, "one_class": False, "explanation": {}})
+    print(report.attacks_text(report.summarise(rows, [unit.meta])))
+    print(sanity_text(unit))
+
+
+def _network(study: Study, config: RunConfig) -> PixelClassifier:
+    from utils.backbones import load_model
+
+    return load_model(study.checkpoint(config)).to(choose_device())
+
+
+def main() -> None:
+    torch.set_float32_matmul_precision("high")
+    commands = {"prepare": prepare, "run": run, "grid": grid, "attack": attack_command}
+    try:
+        if sys.argv[1:2] == ["run"]:
+            run(sys.argv[2:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

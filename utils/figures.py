@@ -1,0 +1,480 @@
+"""Records and predictions in, matplotlib figures out, in one visual style: no data, weights or GPU needed."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from utils import metrics
+from utils.config import parse_eps
+from utils.records import (Entry, StudyRow, attacks_of, clean_of, headline_eps, provenance, standing, study_rows,
+                           temperatures)
+from utils.utils_funcs import CLASSES, MODELS, PROTOCOLS
+
+#: Pairs from the Okabe-Ito colour-blind-safe set: one hue a backbone, the darker one adversarially trained.
+COLOURS = {"Dinov2": "#56B4E9", "Dinov2_atk": "#0072B2", "Efficientnet": "#E69F00", "Efficientnet_atk": "#D55E00",
+           "Resnet": "#6FCFB0", "Resnet_atk": "#00785A", "Ensemble": "#CC79A7", "Sequence": "#882255",
+           "Baselines": "#8C8C8C", "Constant answer": "#222222"}
+MARKERS = {name: "D" if name.endswith("_atk") else "o" for name in COLOURS} | {"Constant answer": "X", "Baselines": "s"}
+PROTOCOL_TITLES = {"slice": "slice: published split, people on both sides",
+                   "patient": "patient: no person on both sides"}
+GREY, BASE = "#6b6b6b", "#222222"
+STYLE = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 9.5,
+    "axes.titlelocation": "left", "axes.labelsize": 9, "axes.edgecolor": GREY, "axes.labelcolor": BASE,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e6e6e6", "grid.linewidth": 0.7, "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": BASE,
+    "ytick.labelcolor": BASE, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.6,
+    "figure.facecolor": "white", "savefig.dpi": 150, "text.color": BASE,
+}
+
+
+class StudyFigure(Figure):
+    """A figure that notebooks show as it is, whichever backend is active."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def _canvas(rows: int, columns: int, size: tuple[float, float], title: str, label: str,
+            **options) -> tuple[StudyFigure, np.ndarray]:
+    figure = StudyFigure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.32 / size[1], 1, 1 - 0.32 / size[1]), wspace=0.04)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.text(0.99, 0.1 / size[1], label, ha="right", va="bottom", fontsize=7.5, color=GREY)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _styled(draw):
+    """Applies the one style while `draw` builds its figure."""
+    def wrapped(*arguments, **options):
+        with rc_context(STYLE):
+            return draw(*arguments, **options)
+    wrapped.__name__, wrapped.__doc__, wrapped.__wrapped__ = draw.__name__, draw.__doc__, draw
+    return wrapped
+
+
+def size_of(block: dict) -> str:
+    """`n = 1,279 slices of 200 people`."""
+    return f"n = {block['n_slices']:,} slices of {block['n_people']:,} people"
+
+
+def _point(scores: dict | None, name: str) -> tuple[float, float, float] | None:
+    """(value, low, high) in percent, or None where the score is missing or undefined."""
+    found = (scores or {}).get(name)
+    return None if not found or found["value"] is None else tuple(100 * x for x in (found["value"], *found["ci"]))
+
+
+def _bars(point: tuple[float, float, float]) -> list[list[float]]:
+    return [[point[0] - point[1]], [point[2] - point[0]]]
+
+
+def _absent(axes: Axes, text: str = "no record yet") -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set(xticks=[], yticks=[])
+
+
+def _constant_line(axes: Axes, rows: list[StudyRow], protocol: str, vertical: bool = False) -> None:
+    point = _point(rows[0].blocks[protocol]["clean"]["slice"], "balanced_accuracy_3")
+    (axes.axvline if vertical else axes.axhline)(point[0], color=BASE, linestyle=":", linewidth=1.1, zorder=1)
+
+
+def _protocols(rows: list[StudyRow]) -> list[str]:
+    return [protocol for protocol in PROTOCOLS if protocol in rows[0].blocks]
+
+
+@_styled
+def image_grid(images: list[np.ndarray], titles: list[str], columns: int, *, label: str, title: str = "") -> Figure:
+    """Grey images (H, W) in rows of `columns`, all on one grey scale from 0 to 255."""
+    rows = -(-len(images) // columns)
+    figure, axes = _canvas(rows, columns, (1.25 * columns, 1.45 * rows + 0.35 + 0.3 * bool(title)), title, label)
+    for panel in axes.flat:
+        panel.axis("off")
+    for panel, image, name in zip(axes.flat, images, titles, strict=False):
+        panel.imshow(image, cmap="gray", vmin=0, vmax=255)
+        panel.set_title(name, fontsize=7, loc="center")
+    return figure
+
+
+# --------------------------------------------------------------------------------------------- one model's figures
+
+@_styled
+def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
+    """True class against decision, in percent of the true class and in slices. `entries`: protocol → entry."""
+    figure, axes = _canvas(1, 2, (9, 4.5), f"{model}: confusion matrix, clean images", provenance([*entries.values()]))
+    shades = LinearSegmentedColormap.from_list(model, ["#ffffff", COLOURS[model]])
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+        panel.grid(False)
+        if protocol not in entries:
+            panel.set_title(PROTOCOL_TITLES[protocol])
+            _absent(panel)
+            continue
+        entry = entries[protocol]
+        counts = metrics.confusion_matrix(entry.predictions["clean"], entry.rows.labels)
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        panel.imshow(share, cmap=shades, vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(share):
+            panel.text(column, row, f"{value:.0%}\n{counts[row, column]:,}", ha="center", va="center", fontsize=8.5,
+                       color="white" if value > 0.6 and model.endswith("_atk") else BASE)
+        people = [len(np.unique(entry.rows.people[entry.rows.labels == label])) for label in range(4)]
+        panel.set(xticks=range(4), xticklabels=CLASSES, xlabel="decision", yticks=range(4), ylabel="true class",
+                  yticklabels=[f"{name}\n{n} people" for name, n in zip(CLASSES, people, strict=True)])
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(entry.record['clean'])}")
+        panel.spines[["left", "bottom"]].set_visible(False)
+        panel.tick_params(length=0)
+    return figure
+
+
+def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str, curves: dict[str, tuple[str, str]],
+                    scale: float) -> Figure:
+    """`curves`: history key → (label, line style). Thin lines are folds and seeds, the thick one their mean."""
+    figure, axes = _canvas(1, 2, (9, 3.6), title, provenance([*entries.values()]), sharey=True)
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+        units = [u for u in entries[protocol].record["units"] if u.get("history")] if protocol in entries else []
+        panel.set_title(PROTOCOL_TITLES[protocol] + (f"\n{len(units)} run{'s' * (len(units) != 1)}" if units else ""))
+        if not units:
+            _absent(panel)
+            continue
+        for number, (key, (label, dashes)) in enumerate(curves.items()):
+            runs = [np.array([(e["epoch"], scale * e[key]) for e in u["history"] if e.get(key) is not None])
+                    for u in units]
+            runs = [run for run in runs if len(run)]
+            if not runs:
+                continue
+            colour = (GREY, COLOURS[model], "#CC79A7")[number]
+            for run in runs:
+                panel.plot(*run.T, color=colour, alpha=0.35, linewidth=0.7, linestyle=dashes)
+            shared = min(map(len, runs))
+            mean = np.mean([run[:shared] for run in runs], axis=0)
+            panel.plot(*mean.T, color=colour, linestyle=dashes, linewidth=2, label=label, marker="." if shared < 4
+                       else "")
+        for u in units:
+            if u.get("best_epoch") is not None:
+                panel.axvline(u["best_epoch"], color=BASE, alpha=0.3, linewidth=0.8, linestyle=":")
+        panel.plot([], [], color=BASE, alpha=0.5, linestyle=":", linewidth=0.9, label="best epoch (validation)")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_xlabel("epoch")
+        panel.legend()
+    axes[0, 0].set_ylabel(unit)
+    return figure
+
+
+@_styled
+def loss_figure(model: str, entries: dict[str, Entry]) -> Figure:
+    """Cross-entropy by epoch: training, validation, and validation under attack for adversarially trained models."""
+    return _history_figure(model, entries, f"{model}: loss", "cross-entropy (nats)", {
+        "train_loss": ("training", "-"), "validation_loss": ("validation, clean", "-"),
+        "adversarial_validation_loss": ("validation, attacked", "--")}, 1)
+
+
+@_styled
+def accuracy_figure(model: str, entries: dict[str, Entry]) -> Figure:
+    """Accuracy by epoch: training (running mean of the epoch), validation, and validation balanced over classes."""
+    return _history_figure(model, entries, f"{model}: accuracy", "accuracy (%)", {
+        "train_accuracy": ("training", "-"), "validation_accuracy": ("validation", "-"),
+        "validation_balanced_accuracy": ("validation, balanced over 4 classes", "--")}, 100)
+
+
+def _eps_axis(panel: Axes, eps: list[str]) -> None:
+    values = sorted({255 * parse_eps(text) for text in eps})
+    whole = [value for value in values if value in (0.5, 1, 2, 4, 8, 16, 32)]
+    panel.set_xscale("symlog", base=2, linthresh=0.5, linscale=0.6)
+    panel.set_xticks([0, *(whole or values)], ["0", *(f"{value:g}" for value in whole or values)])
+    panel.set_xticks([], minor=True)
+    panel.set_xlim(-0.05, 1.12 * values[-1])
+    panel.set_xlabel("eps of the L∞ attack (1/255; 0 is the clean image)")
+
+
+@_styled
+def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
+    """Balanced accuracy over three classes against eps: every attack, and the worst case over all of them."""
+    figure, axes = _canvas(1, 2, (10, 4.4), f"{model}: every attack, and the worst case over them",
+                           provenance([*entries.values()]), sharey=True)
+    looks = _attack_looks([entry.record for entry in entries.values()])
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+        panel.set_title(PROTOCOL_TITLES[protocol])
+        if protocol not in entries or not entries[protocol].record["worst_case"]:
+            _absent(panel)
+            continue
+        record, rows = entries[protocol].record, study_rows({(model, protocol): entries[protocol]})
+        for name, attacks in _by_attack(record).items():
+            x = [255 * parse_eps(eps) for eps in attacks]
+            panel.plot(x, [100 * block["balanced_accuracy_3"]["value"] for block in attacks.values()], **looks[name])
+        _worst_case_curve(panel, record, COLOURS[model], "-", "worst case, 95 % interval")
+        _constant_line(panel, rows, protocol)
+        panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="constant answer")
+        _eps_axis(panel, list(record["attacks"]))
+        panel.set_ylim(0, 102)
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(record['clean'])}")
+    handles = {label: handle for panel in axes[0] for handle,
+               label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+def _by_attack(record: dict) -> dict[str, dict[str, dict]]:
+    """attack → eps → its block, where its score is defined."""
+    found: dict[str, dict[str, dict]] = {}
+    for eps, attacks in record["attacks"].items():
+        for name, block in attacks.items():
+            if block["balanced_accuracy_3"]["value"] is not None:
+                found.setdefault(name, {})[eps] = block
+    return found
+
+
+def _attack_looks(records: list[dict]) -> dict[str, dict]:
+    """Grey tone, marker and label of each attack; the label of one that ran on a sample gives the sample's sizes."""
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    for record in records:
+        for name, attacks in _by_attack(record).items():
+            sizes.setdefault(name, []).extend((block["n_slices"], record["clean"]["n_slices"])
+                                              for block in attacks.values())
+    tones = LinearSegmentedColormap.from_list("attacks", ["#c9c9c9", "#4d4d4d"])(np.linspace(0, 1, max(len(sizes), 2)))
+    looks = {}
+    for number, (name, pairs) in enumerate(sizes.items()):
+        part = any(n != whole for n, whole in pairs)
+        label = f"{name} (n = {' | '.join(dict.fromkeys(f'{n:,}' for n, _ in pairs))})" if part else name
+        looks[name] = {"color": tones[number], "label": label, "linewidth": 1, "marker": "osD^vP*Xd<>hp"[number % 13],
+                       "markersize": 4, "markeredgewidth": 0}
+    return looks
+
+
+def _worst_case_curve(panel: Axes, block: dict, colour: str, dashes: str, label: str, marker: str = "o") -> None:
+    """The union over this and smaller eps, which cannot rise, with its interval as a band."""
+    points = [(0.0, *_point(block["clean"]["slice"], "balanced_accuracy_3"))]
+    points += [(255 * parse_eps(eps), *_point(worst["union"], "balanced_accuracy_3"))
+               for eps, worst in block["worst_case"].items() if "union" in worst]
+    x, value, low, high = np.array(points).T
+    panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+    panel.plot(x, value, color=colour, linestyle=dashes, linewidth=2, marker=marker, markersize=4.5, label=label,
+               zorder=3,
+               markeredgecolor="white", markeredgewidth=0.5)
+
+
+# ------------------------------------------------------------------------------------------------- all models
+
+@_styled
+def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Every row of the table under both protocols: clean (filled) and worst case at the headline eps (open)."""
+    eps = headline_eps(entries[-1].record)
+    figure, axes = _canvas(1, 2, (10, 1.75 + 0.36 * len(rows)),
+                           f"People on both sides against people kept apart, clean and under attack (eps {eps})",
+                           provenance(entries), sharey=True)
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+        panel.set_title(PROTOCOL_TITLES[protocol])
+        if protocol not in rows[0].blocks:
+            _absent(panel)
+            continue
+        _constant_line(panel, rows, protocol, vertical=True)
+        for row in rows:
+            if protocol in row.blocks:
+                _headline_marks(panel, row, row.blocks[protocol], eps)
+        panel.set(xlim=(-3, 103), xlabel="balanced accuracy, 3 classes (%)")
+        panel.grid(axis="y", visible=False)
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(rows[0].blocks[protocol]['clean'])}")
+    axes[0, 0].set_yticks([row.number for row in rows], [f"{row.number}  {row.name}" for row in rows])
+    axes[0, 0].set_ylim(len(rows) + 0.6, 0.4)
+    marks = [Line2D([], [], color=GREY, marker="o", linestyle="", label="clean"),
+             Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="",
+                    label=f"worst case at {eps}"),
+             Line2D([], [], color=GREY, linewidth=1.4, label="95 % interval over people"),
+             Line2D([], [], color=BASE, linestyle=":", linewidth=1.1, label="constant answer")]
+    figure.legend(handles=marks, loc="outside lower left", ncols=4)
+    return figure
+
+
+def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str) -> None:
+    colour, marker = COLOURS[row.model], MARKERS[row.model]
+    clean = _point(block["clean"]["slice"], "balanced_accuracy_3")
+    worst = _point(block["worst_case"].get(eps), "balanced_accuracy_3") if row.trained and clean else None
+    apart = 0.13 if worst else 0.0  # the two intervals side by side, where they overlap
+    if worst:
+        panel.plot([worst[0], clean[0]], [row.number + apart, row.number - apart], color=colour, alpha=0.35,
+                   linewidth=1)
+        panel.errorbar(worst[0], row.number + apart, xerr=_bars(worst), color=colour, marker=marker, markersize=6,
+                       markerfacecolor="white", elinewidth=1.4, zorder=3)
+    if clean:
+        panel.errorbar(clean[0], row.number - apart, xerr=_bars(clean), color=colour, marker=marker, markersize=6,
+                       elinewidth=1.4, zorder=4)
+
+
+@_styled
+def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Worst case against eps, one curve a trained row, under both protocols."""
+    figure, axes = _canvas(1, 2, (10, 4.5), "Worst case over all L∞ attacks", provenance(entries), sharey=True)
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+        shown = [row for row in rows if row.trained and row.blocks.get(protocol, {}).get("worst_case")]
+        if not shown:
+            panel.set_title(PROTOCOL_TITLES[protocol])
+            _absent(panel)
+            continue
+        for row in shown:
+            _worst_case_curve(panel, row.blocks[protocol], COLOURS[row.model],
+                              "-" if row.model.endswith("_atk") else "--", row.name, MARKERS[row.model])
+        _constant_line(panel, rows, protocol)
+        panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="Constant answer")
+        _eps_axis(panel, [eps for row in shown for eps in row.blocks[protocol]["worst_case"]])
+        panel.set_ylim(0, 102)
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(shown[0].blocks[protocol]['clean'])}, bands: 95 % "
+                        "intervals")
+    axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
+    handles = {label: handle for panel in axes[0] for handle,
+               label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+@_styled
+def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Clean against worst-case balanced accuracy; an arrow leads from each clean model to its adversarial twin."""
+    eps = headline_eps(entries[-1].record)
+    figure, axes = _canvas(1, 2, (10, 4.9), "What adversarial training costs and buys", provenance(entries))
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+        panel.set_title(PROTOCOL_TITLES[protocol])
+        places = {}
+        for row in rows:
+            block = row.blocks.get(protocol)
+            worst = _point(block["worst_case"].get(eps), "balanced_accuracy_3") if block else None
+            if worst and row.model != "Baselines":
+                clean = _point(block["clean"]["slice"], "balanced_accuracy_3")
+                places[row.name] = (clean[0], worst[0])
+                panel.errorbar(clean[0], worst[0], xerr=_bars(clean), yerr=_bars(worst), color=COLOURS[row.model],
+                               marker=MARKERS[row.model], markersize=7, elinewidth=1, linestyle="", label=row.name,
+                               zorder=3)
+        if not places:
+            _absent(panel)
+            continue
+        for name in MODELS:
+            if f"{name}_atk" in places and name in places:
+                panel.annotate("", places[f"{name}_atk"], places[name], zorder=2, arrowprops={
+                    "arrowstyle": "-|>", "color": GREY, "alpha": 0.6, "shrinkA": 6, "shrinkB": 6, "linewidth": 0.9})
+        panel.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle="--", zorder=1)
+        panel.text(97, 97, "nothing lost to the attack ", rotation=45, rotation_mode="anchor", ha="right", va="bottom",
+                   fontsize=7.5, color=GREY)
+        panel.set(xlim=(0, 102), ylim=(-2, 102), aspect="equal", xlabel="clean balanced accuracy, 3 classes (%)")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(rows[0].blocks[protocol]['clean'])}")
+    axes[0, 0].set_ylabel(f"worst case at eps {eps} (%)")
+    handles = {label: handle for panel in axes[0] for handle,
+               label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+@_styled
+def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Share of each class that is right on clean images (filled) and stands in the worst case (open)."""
+    eps, protocols = headline_eps(entries[-1].record), _protocols(rows)
+    shown = [row for row in rows if row.trained]
+    figure, axes = _canvas(len(protocols), 1, (9.5, 0.9 + 2.7 * len(protocols)),
+                           f"Class by class: clean (filled) and worst case at {eps} (open)", provenance(entries),
+                           sharey=True)
+    offsets = np.linspace(-0.32, 0.32, len(shown)) if len(shown) > 1 else [0.0]
+    for panel, protocol in zip(axes[:, 0], protocols, strict=True):
+        people = ["?"] * 4
+        for row, offset in zip(shown, offsets, strict=True):
+            if protocol not in row.blocks:
+                continue
+            clean, worst = _class_shares(row, protocol, eps)
+            people = [f"{share['n_people']} people, {share['n_slices']:,} slices" for share in clean]
+            for shares, face in ((worst, "white"), (clean, COLOURS[row.model])):
+                for label, share in enumerate(shares):
+                    point = _point({"share": share}, "share")
+                    if point:
+                        panel.errorbar(label + offset, point[0], yerr=_bars(point), color=COLOURS[row.model],
+                                       elinewidth=1,
+                                       marker=MARKERS[row.model], markersize=5.5, markerfacecolor=face, linestyle="")
+        panel.set_xticks(range(4), [f"{name}\n{n}" for name, n in zip(CLASSES, people, strict=True)])
+        panel.set(xlim=(-0.5, 3.5), ylim=(-3, 103), ylabel="right (%)")
+        panel.grid(axis="x", visible=False)
+        panel.set_title(PROTOCOL_TITLES[protocol] + ("   (Moderate: too few people for any claim)"
+                                                     if protocol == "patient" else ""))
+    handles = [Line2D([], [], color=COLOURS[row.model], marker=MARKERS[row.model], linestyle="", label=row.name)
+               for row in shown]
+    figure.legend(handles=handles, loc="outside right center")
+    return figure
+
+
+def _class_shares(row: StudyRow, protocol: str, eps: str) -> tuple[list[dict], list[dict]]:
+    entry, block = row.entries[protocol], row.blocks[protocol]
+    clean, who = clean_of(entry.predictions, row.variant), entry.rows
+    declared = metrics.scored(clean)
+    right, _ = metrics.correct(clean, who.labels)
+    shares = metrics.share_by_class(right[declared], who.labels[declared], who.people[declared])
+    attacks = attacks_of(entry.predictions, row.variant).get(eps, {})
+    within = [attacks[name] for name in block["attacks"].get(eps, {}) if name in attacks]
+    four, _, covered = standing(clean, within, who.labels)
+    if not covered.any():
+        return shares, []
+    return shares, metrics.share_by_class(four[covered], who.labels[covered], who.people[covered])
+
+
+@_styled
+def reliability_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Confidence against accuracy on clean images; open marks after temperature scaling on validation."""
+    shown, protocols = [row for row in rows if row.trained], _protocols(rows)
+    figure, axes = _canvas(len(protocols), len(shown), (max(4.0, 1.75 * len(shown) + 0.6), 0.9 + 2.2 * len(protocols)),
+                           "Does confidence mean accuracy?", provenance(entries), sharex=True, sharey=True)
+    for panels, protocol in zip(axes, protocols, strict=True):
+        for panel, row in zip(panels, shown, strict=True):
+            panel.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle="--")
+            panel.set(xlim=(20, 102), ylim=(0, 102), xticks=[25, 50, 75, 100])
+            if protocol not in row.blocks:
+                panel.text(60, 50, "no record yet", ha="center", color=GREY)
+                continue
+            text = _reliability_curves(panel, row, protocol)
+            panel.text(0.97, 0.04, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=7.5)
+        panels[0].set_ylabel(f"{protocol}\naccuracy (%)")
+    for panel, row in zip(axes[0], shown, strict=True):
+        panel.set_title(row.name, fontsize=8.5)
+    for panel in axes[-1]:
+        panel.set_xlabel("confidence (%)")
+    sizes = "; ".join(f"{p}: {size_of(shown[0].blocks[p]['clean'])}" for p in protocols if p in shown[0].blocks)
+    figure.text(0.01, 0.1 / figure.get_figheight(), f"{sizes}; bars: 95 % intervals", fontsize=7.5, color=GREY,
+                va="bottom")
+    return figure
+
+
+def _reliability_curves(panel: Axes, row: StudyRow, protocol: str) -> str:
+    entry, who = row.entries[protocol], row.entries[protocol].rows
+    logits = clean_of(entry.predictions, row.variant).astype(np.float64)
+    text = f"ECE {100 * row.blocks[protocol]['clean']['slice']['ece']['value']:.1f} %"
+    scale = temperatures(entry.predictions, entry.record["units"]) if row.variant is None else None
+    if scale is not None:
+        _reliability_marks(panel, logits / scale[:, None], who, COLOURS[row.model], "white")
+        text += f"\nscaled {100 * entry.record['clean_calibrated']['ece']['value']:.1f} %"
+    _reliability_marks(panel, logits, who, COLOURS[row.model], COLOURS[row.model])
+    return text
+
+
+def _reliability_marks(panel: Axes, logits: np.ndarray, who, colour: str, face: str) -> None:
+    curve = metrics.calibration_curve(logits, who.labels, who.people, bins=8)
+    points = [(100 * b["confidence"], tuple(100 * x for x in (b["accuracy"], *b["ci"]))) for b in curve]
+    panel.plot([x for x, _ in points], [y[0] for _, y in points], color=colour, linewidth=1,
+               linestyle="-" if face == colour else ":")
+    for x, y in points:
+        panel.errorbar(x, y[0], yerr=_bars(y), color=colour, marker="o", markersize=4, markerfacecolor=face,
+                       elinewidth=0.9)
+
+
+#: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
+STUDY_FIGURES = {"headline": headline_figure, "robustness": robustness_figure, "trade_off": trade_off_figure,
+                 "per_class": per_class_figure, "reliability": reliability_figure}
+MODEL_FIGURES = {"confusion_matrix": confusion_figure, "loss_curve": loss_figure, "accuracy_curve": accuracy_figure,
+                 "robustness": model_robustness_figure}
+
+
+def has_content(name: str, entries: dict[str, Entry]) -> bool:
+    """Whether the model figure of that name would show anything: curves need a history, robustness needs attacks."""
+    records = [entry.record for entry in entries.values()]
+    if name in ("loss_curve", "accuracy_curve"):
+        return any(unit.get("history") for record in records for unit in record["units"])
+    return any(record["worst_case"] for record in records) if name == "robustness" else bool(records)

@@ -1,0 +1,764 @@
+"""Explanations of a classifier, and how far to trust them: the maps, their faithfulness, what they look at, under attack."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from utils.backbones import DinoClassifier, PixelClassifier, build_model
+from utils.metrics import score_standing, share_by_class
+from utils.utils_funcs import CLASSES, StudyError, atomic_path
+
+#: Class-activation maps of the `grad-cam` package, by our names: Grad-CAM (Selvaraju et al. 2017), Grad-CAM++
+#: (Chattopadhay et al. 2018), Layer-CAM (Jiang et al. 2021), Score-CAM (Wang et al. 2020: one forward pass a channel,
+#: hundreds an image, so for a figure's few slices only).
+CAMS = ("gradcam", "gradcam++", "layercam", "scorecam")
+#: Attention rollout (Abnar and Zuidema 2020) reads attention matrices, so it exists for DINOv2 alone.
+METHODS = (*CAMS, "rollout")
+#: Share of a map's pixels that count as its top, in the comparison of two maps and in the attack on one.
+TOP = 0.2
+#: A gradient map must fall below this rank correlation once the last layer is random (Adebayo et al. 2018).
+SANITY_LIMIT = 0.5
+
+
+# --- Maps -------------------------------------------------------------------------------------------------------------
+
+def explain(model: nn.Module, images: Tensor, targets: Tensor | None = None, *, method: str = "gradcam",
+            batch_size: int = 64, layer: nn.Module | None = None) -> Tensor:
+    """One map an image: where the evidence for the target class lies.
+
+    Each map is scaled by itself to [0, 1]; a map without positive evidence is all zero. The model is used in eval mode
+    and float32, and its modes, gradients and hooks are afterwards what they were, also when this raises.
+
+    Args:
+        model: a `PixelClassifier`, or a wrapper around one that still returns one logit a class.
+        images: float32 (N, 1, H, W) in [0, 1].
+        targets: int64 (N,), the class to explain; None takes the predicted one. Rollout knows no class and ignores it.
+        method: one of `METHODS`.
+        batch_size: bounds the peak memory; no map depends on it.
+        layer: a module with feature maps (N, C, h, w) or, for DINOv2, tokens; None takes `target_layer(model)`.
+
+    Returns:
+        float32 (N, H, W) in [0, 1], at the images' resolution and on their device.
+
+    Raises:
+        StudyError: unknown method, a method that this backbone does not have, or targets that do not fit.
+    """
+    if method not in METHODS:
+        raise StudyError(f"Unknown explanation {method!r}: expected one of {', '.join(METHODS)}.")
+    if images.ndim != 4 or images.shape[1] != 1:
+        raise StudyError(f"Images to explain have the shape (N, 1, H, W), not {tuple(images.shape)}.")
+    if targets is not None and tuple(targets.shape) != (len(images),):
+        raise StudyError(f"{len(images)} images need as many target classes, not the shape {tuple(targets.shape)}.")
+    if not len(images):
+        return images.new_zeros((0, *images.shape[-2:]))
+    one_batch = _rollout_batch if method == "rollout" else _cam_batch
+    if method == "rollout":
+        _dino(model)
+    layer = layer or target_layer(model)
+    maps = []
+    with _untouched(model), torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            batch = images[rows].detach().float().clone()  # a clone may leave inference mode, its original may not
+            chosen = None if targets is None else targets[rows].tolist()
+            maps.append(one_batch(model, batch, chosen, method, layer))
+        upsample = _upsampler(model, layer, images[:1].detach().float().clone())
+    return _unit_range(upsample(torch.cat(maps).to(images.device)))
+
+
+def target_layer(model: nn.Module) -> nn.Module:
+    """The layer whose maps are explained: the last feature map before pooling of a convolutional backbone; for DINOv2
+    the last block's `norm1`, the last place where every patch token still has a path to the CLS token."""
+    body = next((module.body for module in model.modules() if isinstance(module, PixelClassifier)), model)
+    if isinstance(body, DinoClassifier):
+        return body.backbone.encoder.layer[-1].norm1
+    if hasattr(body, "layer4"):
+        return body.layer4[-1]
+    if hasattr(body, "conv_head"):
+        return body.bn2  # timm keeps the head convolution's normalisation and activation in this one module
+    convolutions = [module for module in body.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise StudyError(f"{type(body).__name__} has no feature map to explain: name the layer.")
+    return convolutions[-1]
+
+
+def _cam_batch(model: nn.Module, images: Tensor, targets: list[int] | None, method: str, layer: nn.Module) -> Tensor:
+    """Coarse maps (N, h, w), each scaled to [0, 1]."""
+    from pytorch_grad_cam import GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    cam_type = {"gradcam": GradCAM, "gradcam++": GradCAMPlusPlus, "layercam": LayerCAM, "scorecam": ScoreCAM}[method]
+    classes = None if targets is None else [ClassifierOutputTarget(target) for target in targets]
+    gradients = method != "scorecam"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
+        if gradients:
+            # Gradients are wanted from the logits down to this layer and no further: cutting the graph here saves the
+            # backward pass through the rest of the network, and its memory. Registered first, so grad-cam sees the cut.
+            stack.callback(layer.register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_()).remove)
+        else:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # it opens a progress bar an image
+        with cam_type(model, [layer], reshape_transform=_tokens_to_map(model)) as cam:
+            cam.get_target_width_height = lambda _inputs: None  # leaves the map coarse: see `_upsampler`
+            cam.batch_size = len(images)  # Score-CAM's masked copies go through in batches of this size
+            try:
+                return torch.from_numpy(cam(images, classes))
+            except IndexError as error:  # grad-cam's __exit__ would print this one and swallow it
+                raise StudyError(f"grad-cam failed ({error}): are the target classes within the model's logits?") from error
+
+
+def _tokens_to_map(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """DINOv2's tokens (N, 1 + h·w, C) → (N, C, h, w) without the CLS token; None for a convolutional model."""
+    if not any(isinstance(module, DinoClassifier) for module in model.modules()):
+        return None
+
+    def transform(tokens: Tensor) -> Tensor:
+        patches = tokens[:, 1:]
+        side = round(patches.shape[1] ** 0.5)  # `PixelClassifier` feeds squares
+        return patches.reshape(len(tokens), side, side, -1).permute(0, 3, 1, 2)
+
+    return transform
+
+
+def _rollout_batch(model: nn.Module, images: Tensor, _targets: object, _method: str, _layer: nn.Module) -> Tensor:
+    """The product of the layers' attention, half of each the skip connection (Abnar and Zuidema 2020), read where the
+    head reads: half at the CLS token, half at the mean of the patch tokens."""
+    wrapper, dino = _dino(model)
+    with torch.no_grad(), _eager_attention(dino):
+        layers = dino.backbone(pixel_values=wrapper.pixels_to_input(images), output_attentions=True).attentions
+        read = torch.zeros(len(images), 1, layers[0].shape[-1], device=images.device)
+        read[:, :, 0] = 0.5
+        read[:, :, 1:] = 0.5 / (layers[0].shape[-1] - 1)
+        for attention in reversed(layers):  # a row vector from the top down: cheaper than the product of matrices
+            read = 0.5 * read @ attention.mean(1) + 0.5 * read
+    coarse = _tokens_to_map(model)(read.transpose(1, 2))
+    return (coarse - coarse.amin(dim=(-2, -1), keepdim=True))[:, 0].cpu()  # as grad-cam does: attention has a high floor
+
+
+def _upsampler(model: nn.Module, layer: nn.Module, image: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from coarse maps (N, h, w) to the image's resolution, linear between the places the cells look at.
+
+    A strided convolution with a symmetric border centres cell i on pixel i·stride, not on the middle of a tile. Stretching
+    the map over the image, as grad-cam and most figures do, moves everything by half a cell: 16 of 128 pixels in
+    ResNet-34 and EfficientNet-B0. DINOv2's patches are tiles, and stay where they are.
+    """
+    first, stride, seen = _cell_geometry(model, layer, image)
+    native = image.shape[-2:]
+
+    def matrix(pixels: int, width: int, cells: int) -> Tensor:
+        if -(-width // round(stride)) != cells:  # pooling that is no module: nothing known, so take tiles
+            at = (torch.arange(pixels) + 0.5) * cells / pixels - 0.5
+        else:
+            at = ((torch.arange(pixels) + 0.5) * width / pixels - 0.5 - first) / stride
+        return (1 - (at.clamp(0, cells - 1)[:, None] - torch.arange(cells)).abs()).clamp_min(0).to(image.device)
+
+    def upsample(maps: Tensor) -> Tensor:
+        vertical, horizontal = (matrix(native[i], seen[i], maps.shape[1 + i]) for i in (0, 1))
+        return vertical @ maps @ horizontal.T
+
+    return upsample
+
+
+def _cell_geometry(model: nn.Module, layer: nn.Module, image: Tensor) -> tuple[float, float, tuple[int, int]]:
+    """Where the cells of the layer's map look: the centre of cell 0 and the distance between cells, in pixels of the input
+    that the first convolution sees, and that input's height and width."""
+    first, stride, sizes = 0.0, 1.0, []
+
+    def follow(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        nonlocal first, stride
+        sizes.append(inputs[0].shape[-2:]) if not sizes else None
+        if inputs[0].shape[-2:] != sizes[-1] or reached:  # a shortcut beside the main path, already counted
+            return
+        kernel, step, border, gap = (value if isinstance(value := getattr(module, name, 1), int) else value[0]
+                                     for name in ("kernel_size", "stride", "padding", "dilation"))
+        first += ((kernel - 1) * gap / 2 - border) * stride
+        stride *= step
+        sizes.append(output.shape[-2:])
+
+    reached: list[bool] = []
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    hooks = [module.register_forward_hook(follow) for module in model.modules() if isinstance(module, kinds)]
+    hooks.append(layer.register_forward_hook(lambda *_: reached.append(True)))
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first, stride, tuple(sizes[0]) if sizes else tuple(image.shape[-2:])
+
+
+def _dino(model: nn.Module) -> tuple[PixelClassifier, DinoClassifier]:
+    for module in model.modules():
+        if isinstance(module, PixelClassifier) and isinstance(module.body, DinoClassifier):
+            return module, module.body
+    raise StudyError("Attention rollout needs attention matrices: of these backbones only DINOv2 has them.")
+
+
+@contextlib.contextmanager
+def _eager_attention(dino: DinoClassifier) -> Iterator[None]:
+    """The only implementation of attention that returns its matrices, and that can be differentiated twice."""
+    before = dino.backbone.config._attn_implementation
+    dino.backbone.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        dino.backbone.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters inside; every mode, `requires_grad`, `.grad` and grad-cam hook as before after.
+
+    grad-cam by itself leaves the model in eval mode and without its gradients.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None  # grad-cam calls zero_grad, which may write zeros into the caller's tensor
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, required, gradient in parameters:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _unit_range(maps: Tensor) -> Tensor:
+    """Divides each map by its own maximum; a map of zeros stays one. No further offset: zero is "no evidence"."""
+    peak = maps.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(peak > 0, maps / peak.clamp_min(torch.finfo(maps.dtype).tiny), 0.0).clamp(0, 1).float()
+
+
+# --- Faithfulness -----------------------------------------------------------------------------------------------------
+
+def random_maps(like: Tensor, cells: int, seed: int = 0) -> Tensor:
+    """The control: maps (N, H, W) of uniform noise on a `cells` × `cells` grid, as coarse as the real ones, since pixel
+    noise would be beaten by any smooth map."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(len(like), 1, cells, cells, generator=generator)
+    return _unit_range(F.interpolate(coarse, size=like.shape[-2:], mode="bilinear", align_corners=False)[:, 0]).to(like.device)
+
+
+def deletion_insertion(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, *, steps: int = 16,
+                       batch_size: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
+    """Probability of the target class while pixels are blurred away, or brought back, in the map's order (Petsiuk et al.
+    2018, arXiv:1806.07421). The blur (sigma one twelfth of the width) stands for "removed" in both, since black would draw new edges.
+
+    Returns:
+        `deletion` and `insertion`, each float32 (N, steps + 1), after shares 0, 1/steps … 1 of the pixels. A faithful
+        map has a low mean deletion and a high mean insertion.
+    """
+    order = _order(maps, seed).view_as(maps)[:, None]
+    blurred = _blur(images, images.shape[-1] / 12)
+    curves: dict[str, list[np.ndarray]] = {"deletion": [], "insertion": []}
+    for step in range(steps + 1):
+        first = order < step * order[0].numel() / steps
+        for name, shown in (("deletion", torch.where(first, blurred, images)), ("insertion", torch.where(first, images, blurred))):
+            curves[name].append(_probability(model, shown, targets, batch_size))
+    return {name: np.stack(curve, axis=1) for name, curve in curves.items()}
+
+
+def road(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, *, percentiles: Sequence[int] = (20, 50, 80),
+         seed: int = 0) -> np.ndarray:
+    """ROAD (Rong et al. 2022, arXiv:2202.00449) through `grad-cam`: half of what the target's probability loses more when
+    the most relevant pixels are imputed than when the least relevant are. Float32 (N,), higher is better.
+
+    The maps are handed over as ranks, ties broken at random, so that a map with many zeros has as many pixels removed as any other.
+    """
+    from pytorch_grad_cam.metrics.road import ROADCombined
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
+
+    ranks = 1 - _order(maps, seed).view_as(maps).double() / maps[0].numel()
+    goals = [ClassifierOutputSoftmaxTarget(target) for target in targets.tolist()]
+    with _untouched(model), torch.random.fork_rng(devices=[]):  # the imputation draws its noise from the global state
+        torch.manual_seed(seed)
+        return np.asarray(ROADCombined(list(percentiles))(images, ranks.cpu().numpy(), goals, model), dtype=np.float32)
+
+
+def _order(maps: Tensor, seed: int) -> Tensor:
+    """Place of each pixel when a map is sorted from high to low, int64 (N, H·W); equal values in random order."""
+    shuffle = torch.randperm(maps[0].numel(), generator=torch.Generator().manual_seed(seed)).to(maps.device)
+    order = shuffle[maps.flatten(1)[:, shuffle].argsort(dim=1, descending=True, stable=True)]
+    return order.argsort(dim=1)
+
+
+def _blur(images: Tensor, sigma: float) -> Tensor:
+    from torchvision.transforms.functional import gaussian_blur
+
+    return gaussian_blur(images, kernel_size=2 * round(3 * sigma) + 1, sigma=sigma)
+
+
+def _probability(model: nn.Module, images: Tensor, targets: Tensor, batch_size: int) -> np.ndarray:
+    with _untouched(model), torch.no_grad():
+        parts = [model(batch).softmax(1) for batch in images.split(batch_size)]
+    return torch.cat(parts).gather(1, targets[:, None].to(images.device))[:, 0].cpu().numpy()
+
+
+def _predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Logits (N, classes) in eval mode."""
+    with _untouched(model), torch.no_grad():
+        return torch.cat([model(batch) for batch in images.split(batch_size)])
+
+
+# --- Sanity -----------------------------------------------------------------------------------------------------------
+
+def randomisation_check(model: nn.Module, images: Tensor, *, method: str = "gradcam", draws: int = 3, depth: int | None = None,
+                        batch_size: int = 64, seed: int = 0, fresh: Callable[[], nn.Module] | None = None) -> dict[str, np.ndarray]:
+    """Cascading parameter randomisation (Adebayo et al. 2018, arXiv:1810.03292): from the head down, one stage after the
+    other is replaced by one at its random start, and the map is compared with the trained model's, for the same class.
+
+    Attention rollout never reads the head, so it cannot change with the first stage: it fails this check by construction.
+
+    Args:
+        draws: random networks to average over. One alone tells little of the head: all images share its four random
+            rows, and on a coarse grid these can agree with the trained ones by luck.
+        depth: how many stages, from the head down; None takes all.
+        fresh: builds an untrained twin of `model`; None builds one by the model's name.
+
+    Returns:
+        name of the last stage replaced → Spearman correlation with the trained model's map, float64 (N,), mean of the draws.
+    """
+    targets = _predict(model, images, batch_size).argmax(1)
+    trained = explain(model, images, targets, method=method, batch_size=batch_size)
+    result: dict[str, np.ndarray] = {}
+    for draw in range(draws):
+        with torch.random.fork_rng(devices=[]):
+            # Far from the seeds of training: with the same one, the twin would be this very model's own starting point.
+            torch.manual_seed(2**31 + draws * seed + draw)
+            twin = fresh() if fresh else build_model(model.name, pretrained=False, input_size=model.input_size)
+        altered = copy.deepcopy(model)
+        for (name, stage), (_, source) in list(zip(_stages(altered), _stages(twin), strict=True))[:depth]:
+            stage.load_state_dict(source.state_dict())
+            maps = explain(altered, images, targets, method=method, batch_size=batch_size)
+            result[name] = result.get(name, 0) + rank_correlation(trained, maps) / draws
+    return result
+
+
+def _stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The body's parts that hold parameters, from the head down to the pixels."""
+    body = next((module.body for module in model.modules() if isinstance(module, PixelClassifier)), model)
+    if isinstance(body, DinoClassifier):
+        layers = [(f"layer{i}", layer) for i, layer in enumerate(body.backbone.encoder.layer)]
+        parts = [("embeddings", body.backbone.embeddings), *layers, ("layernorm", body.backbone.layernorm), ("head", body.head)]
+    else:
+        parts = []
+        for name, child in body.named_children():
+            parts += [(f"{name}{i}", block) for i, block in enumerate(child)] if name == "blocks" else [(name, child)]
+    return [(name, part) for name, part in reversed(parts) if any(True for _ in part.parameters())]
+
+
+# --- Anatomy ----------------------------------------------------------------------------------------------------------
+
+def anatomy_masks(images: Tensor) -> dict[str, Tensor]:
+    """Regions of brain-extracted axial slices from the pixels alone, each bool (N, H, W):
+
+    `brain` (all inside the outline), `csf` (fluid in the central part of it: the ventricles and the cisterns beside them),
+    `rim` (a band about the outline, 3% of the width inside and 2% outside) and `background` (outside brain and rim).
+    Thresholds are Otsu's, per image. An image without a brain has empty masks and is all background.
+    """
+    masks = [_masks_of(image) for image in images[:, 0].detach().cpu().numpy()]
+    return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])).to(images.device) for name in masks[0]}
+
+
+def _masks_of(image: np.ndarray) -> dict[str, np.ndarray]:
+    from scipy import ndimage
+
+    empty = np.zeros(image.shape, dtype=bool)
+    if image.max() <= image.min():
+        return {"brain": empty, "csf": empty, "rim": empty, "background": ~empty}
+    parts, _ = ndimage.label(image > 0.5 * _otsu(image, 1)[0])
+    largest = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
+    closed = ndimage.binary_closing(np.pad(largest, 8), iterations=4)[8:-8, 8:-8]  # padded: closing eats at the border
+    brain = ndimage.binary_fill_holes(closed)
+    inside, outside = ndimage.distance_transform_edt(brain), ndimage.distance_transform_edt(~brain)
+    width = image.shape[1]
+    rim = (inside <= 0.03 * width) & (outside <= 0.02 * width)
+    tissue = image[inside > 0.03 * width]
+    csf = _central(brain, (image < _otsu(tissue, 2)[0]) & brain) if len(tissue) else empty
+    return {"brain": brain, "csf": csf, "rim": rim, "background": ~(brain | rim)}
+
+
+def _central(brain: np.ndarray, fluid: np.ndarray) -> np.ndarray:
+    """The fluid within an ellipse about the brain's centre, without specks: sulci at the surface stay out."""
+    from scipy import ndimage
+
+    rows, columns = np.nonzero(brain)
+    y, x = np.mgrid[: brain.shape[0], : brain.shape[1]]
+    half_height, half_width = np.ptp(rows) / 2 + 1, np.ptp(columns) / 2 + 1
+    core = (((y - rows.min()) / half_height - 1) / 0.68) ** 2 + (((x - columns.min()) / half_width - 1) / 0.55) ** 2 <= 1
+    parts, count = ndimage.label(ndimage.binary_opening(fluid) & core)
+    size = np.bincount(parts.ravel(), minlength=count + 1)
+    return (parts > 0) & (size[parts] >= 0.0007 * brain.size)
+
+
+def _otsu(values: np.ndarray, thresholds: int) -> list[float]:
+    """The one or two thresholds that maximise the variance between classes (Otsu 1979), on 64 bins."""
+    counts, edges = np.histogram(values, bins=64)
+    weight = np.concatenate([[0], np.cumsum(counts)])
+    total = np.concatenate([[0], np.cumsum(counts * (edges[:-1] + edges[1:]) / 2)])
+
+    def between(low: np.ndarray | int, high: np.ndarray | int) -> np.ndarray:
+        return (total[high] - total[low]) ** 2 / np.maximum(weight[high] - weight[low], 1)
+
+    first, second = np.triu_indices(65) if thresholds == 2 else (np.arange(65), np.full(65, 64))
+    best = (between(0, first) + between(first, second) + between(second, 64)).argmax()
+    return [float(edges[first[best]]), float(edges[second[best]])][:thresholds]
+
+
+def anatomy_shares(maps: Tensor, masks: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Per region the share of each map's mass in it, and as `<region>_area` the region's share of the pixels, which is
+    what a map that looks everywhere alike would have. Float64 (N,); NaN for a map of zeros."""
+    mass = maps.double().sum(dim=(1, 2))
+    shares = {}
+    for name, mask in masks.items():
+        shares[name] = ((maps.double() * mask).sum(dim=(1, 2)) / mass).cpu().numpy()
+        shares[f"{name}_area"] = mask.double().mean(dim=(1, 2)).cpu().numpy()
+    return shares
+
+
+# --- Under attack -----------------------------------------------------------------------------------------------------
+
+def map_similarity(first: Tensor, second: Tensor) -> dict[str, np.ndarray]:
+    """How alike two sets of maps (N, H, W) in [0, 1] are, each float64 (N,): `ssim` (Wang et al. 2004), `rank_correlation`
+    (Spearman) and `iou_top20` (of the top 20% of pixels; by chance 0.11)."""
+    count = round(TOP * first[0].numel())
+    # Two seeds: where a map has fewer positive pixels than that, equal zeros must not count as agreement.
+    a, b = _order(first, 0) < count, _order(second, 1) < count
+    iou = (a & b).sum(dim=1) / (a | b).sum(dim=1)
+    return {"ssim": _ssim(first, second), "rank_correlation": rank_correlation(first, second), "iou_top20": iou.double().cpu().numpy()}
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> np.ndarray:
+    """Spearman's correlation of each pair of maps, float64 (N,); 0 where a map is constant and so ranks nothing."""
+    from scipy.stats import rankdata
+
+    a, b = (rankdata(maps.detach().flatten(1).cpu().numpy(), axis=1) for maps in (first, second))
+    a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0)
+
+
+def _ssim(first: Tensor, second: Tensor) -> np.ndarray:
+    a, b = first[:, None].double(), second[:, None].double()
+    mean_a, mean_b = _blur(a, 1.5), _blur(b, 1.5)
+    variance_a, variance_b = _blur(a * a, 1.5) - mean_a**2, _blur(b * b, 1.5) - mean_b**2
+    covariance = _blur(a * b, 1.5) - mean_a * mean_b
+    index = ((2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
+             / ((mean_a**2 + mean_b**2 + 0.01**2) * (variance_a + variance_b + 0.03**2)))
+    return index.mean(dim=(1, 2, 3)).cpu().numpy()
+
+
+def explanation_attack(model: nn.Module, images: Tensor, eps: float, *, steps: int = 40, shift: float = 0.1,
+                       batch_size: int = 64, seed: int = 0) -> Tensor:
+    """Imperceptible changes that keep the prediction and move the Grad-CAM map away from where it lay: the top-k attack of
+    Ghorbani et al. (2019, arXiv:1710.10547) with the output held as in Dombrowski et al. (2019, arXiv:1906.07983).
+
+    Signed-gradient descent in the L-infinity ball on the share of the map in its former top 20%, plus the divergence of
+    the prediction. Of all iterates that keep the class, and its probability within `shift`, the one with the smallest
+    share is returned; the clean image is the first of them. The softplus of Dombrowski et al. is not needed: no ReLU
+    lies between `target_layer` and the logits, so the map's gradient does not vanish.
+
+    Returns:
+        float32 (N, 1, H, W) in [0, 1], within `eps` of `images`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = (2 * torch.rand(images.shape, generator=generator) - 1).to(images.device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_untouched(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for module in model.modules():
+            if isinstance(module, DinoClassifier):
+                stack.enter_context(_eager_attention(module))
+        upsample = _upsampler(model, target_layer(model), images[:1].detach().clone())
+        parts = [_move_maps(model, batch.detach().clone(), start, eps, steps, shift, upsample)
+                 for batch, start in zip(images.split(batch_size), noise.split(batch_size))]
+    return torch.cat(parts)
+
+
+def _move_maps(model: nn.Module, images: Tensor, noise: Tensor, eps: float, steps: int, shift: float,
+               upsample: Callable[[Tensor], Tensor]) -> Tensor:
+    logits, cam = _cam_graph(model, images, None, upsample)
+    targets, clean = logits.argmax(1), logits.softmax(1).detach()
+    top = (_order(cam.detach(), 0) < round(TOP * cam[0].numel())).view_as(cam)
+    best, least = images.clone(), _share(cam.detach(), top)
+    moved = (images + 0.1 * eps * noise).clamp(0, 1)
+    for _ in range(steps):
+        moved = moved.detach().requires_grad_()
+        logits, cam = _cam_graph(model, moved, targets, upsample)
+        share, probability = _share(cam, top), logits.softmax(1)
+        with torch.no_grad():
+            change = (probability - clean).gather(1, targets[:, None])[:, 0].abs()
+            better = (logits.argmax(1) == targets) & (change <= shift) & (share < least)
+            best[better], least[better] = moved[better], share[better]
+        divergence = F.kl_div(logits.log_softmax(1), clean, reduction="none").sum(1)
+        gradient, = torch.autograd.grad((share + divergence).sum(), moved)
+        step = moved.detach() - 2.5 * eps / steps * gradient.sign()
+        moved = (images + (step - images).clamp(-eps, eps)).clamp(0, 1)
+    return best.detach()
+
+
+def _cam_graph(model: nn.Module, images: Tensor, targets: Tensor | None,
+               upsample: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and Grad-CAM (N, H, W) at the images' size, before scaling, as functions that autograd can differentiate."""
+    kept: list[Tensor] = []
+    if not images.requires_grad:
+        images = images.detach().requires_grad_()
+    hook = target_layer(model).register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    try:
+        logits = model(images)
+    finally:
+        hook.remove()
+    targets = logits.argmax(1) if targets is None else targets
+    score = logits.gather(1, targets[:, None]).sum()
+    gradient, = torch.autograd.grad(score, kept[0], create_graph=True)
+    reshape = _tokens_to_map(model) or (lambda features: features)
+    weights = reshape(gradient).mean(dim=(2, 3), keepdim=True)
+    return logits, upsample(F.relu((weights * reshape(kept[0])).sum(dim=1)))
+
+
+def _share(cam: Tensor, region: Tensor) -> Tensor:
+    """Share of each map's mass in its region, (N,); 0 for a map of zeros."""
+    return (cam * region).sum(dim=(1, 2)) / cam.sum(dim=(1, 2)).clamp_min(torch.finfo(cam.dtype).tiny)
+
+
+# --- The record's part ------------------------------------------------------------------------------------------------
+
+def explanation_measures(model: nn.Module, images: Tensor, *, methods: Sequence[str] = ("gradcam", "layercam"),
+                         adversarial: Mapping[str, Tensor] | None = None, sample: Sequence[int] | None = None,
+                         attack_eps: float = 4 / 255, batch_size: int = 64, seed: int = 0,
+                         fresh: Callable[[], nn.Module] | None = None) -> dict[str, np.ndarray]:
+    """Every number about these explanations, slice by slice, so that folds can be pooled before intervals are made.
+
+    Args:
+        adversarial: eps as text → attacked `images`. Clean and attacked map explain the same class, the clean prediction.
+        sample: rows for the dear measures (faithfulness, randomisation, the explanation attack); None takes all.
+
+    Returns:
+        `<method>:<topic>:<name>` → float64 (N,), NaN outside the sample and for a share of an empty map.
+    """
+    rows = torch.arange(len(images)) if sample is None else torch.as_tensor(sample, dtype=torch.int64)
+    logits = _predict(model, images, batch_size)
+    targets, masks = logits.argmax(1), anatomy_masks(images)
+    measures: dict[str, np.ndarray] = {}
+
+    def on_sample(key: str, values: np.ndarray) -> None:
+        measures[key] = np.full(len(images), np.nan)
+        measures[key][rows.numpy()] = values
+
+    for eps, attacked in (adversarial or {}).items():
+        measures[f"prediction:kept:{eps}"] = (_predict(model, attacked, batch_size).argmax(1) == targets).double().cpu().numpy()
+    moved = explanation_attack(model, images[rows], attack_eps, batch_size=batch_size, seed=seed)
+    cells = _cells(model, images[:1])
+    for method in methods:
+        maps = explain(model, images, targets, method=method, batch_size=batch_size)
+        for name, values in anatomy_shares(maps, masks).items():
+            measures[f"{method}:anatomy:{name}"] = values
+        for eps, attacked in (adversarial or {}).items():
+            there = explain(model, attacked, targets, method=method, batch_size=batch_size)
+            for name, values in map_similarity(maps, there).items():
+                measures[f"{method}:attack {eps}:{name}"] = values
+        there = explain(model, moved, targets[rows], method=method, batch_size=batch_size)
+        for name, values in map_similarity(maps[rows], there).items():
+            on_sample(f"{method}:explanation attack:{name}", values)
+        for name, values in _faithfulness(model, images[rows], maps[rows], targets[rows], cells, batch_size, seed).items():
+            on_sample(f"{method}:faithfulness:{name}", values)
+        changed = randomisation_check(model, images[rows], method=method, batch_size=batch_size, seed=seed, fresh=fresh)
+        for place, (name, values) in enumerate(changed.items()):
+            on_sample(f"{method}:randomisation:{place:02d} {name}", values)
+    return measures
+
+
+def _faithfulness(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, cells: int, batch_size: int,
+                  seed: int) -> dict[str, np.ndarray]:
+    """Means of the deletion and insertion curves and ROAD, for the maps and for `random_maps` as coarse."""
+    result = {}
+    for suffix, judged in (("", maps), (" of random maps", random_maps(maps, cells, seed))):
+        curves = deletion_insertion(model, images, judged, targets, batch_size=batch_size, seed=seed)
+        result |= {f"{name}{suffix}": curve.mean(axis=1) for name, curve in curves.items()}
+        result[f"road{suffix}"] = np.concatenate([
+            road(model, *part, seed=seed) for part in zip(images.split(batch_size), judged.split(batch_size), targets.split(batch_size))])
+    return result
+
+
+def _cells(model: nn.Module, image: Tensor) -> int:
+    """Side of the coarse grid that a map is made on."""
+    with _untouched(model), torch.enable_grad():
+        shape: list[int] = []
+        reshape = _tokens_to_map(model) or (lambda features: features)
+        hook = target_layer(model).register_forward_hook(lambda _m, _i, output: shape.append(reshape(output).shape[-1]))
+        try:
+            model(image)
+        finally:
+            hook.remove()
+    return shape[0]
+
+
+def explanation_record(measures: Mapping[str, np.ndarray], labels: np.ndarray, people: np.ndarray) -> dict:
+    """The record's `explanation` part: `explanation_measures` (folds concatenated) as means with 95% intervals over people.
+
+    Returns:
+        method → topic → name → {"value", "ci", "n_slices", "n_people"}; anatomy also has `by_class`, four such entries;
+        `randomisation` also has `passed`, whether the first stage takes the mean correlation under `SANITY_LIMIT`.
+        All JSON-serialisable; a mean of nothing is null.
+    """
+    record: dict[str, dict] = {}
+    for key, values in measures.items():
+        method, topic, name = key.split(":")
+        entry = _mean(values, labels, people)
+        if topic == "anatomy" and not name.endswith("_area"):
+            known = ~np.isnan(values)
+            entry["by_class"] = share_by_class(values[known], labels[known], people[known])
+        record.setdefault(method, {}).setdefault(topic, {})[name] = entry
+    for topics in record.values():
+        if stages := topics.get("randomisation"):
+            first = stages[min(stages)]["value"]
+            topics["randomisation"] = {"stages": stages, "passed": first is not None and first < SANITY_LIMIT}
+    return record
+
+
+def _mean(values: np.ndarray, labels: np.ndarray, people: np.ndarray) -> dict:
+    """Mean of the finite values with its patient-clustered interval. The share of standing images is the mean of a flag, and
+    `score_standing` adds up numbers as it adds up flags."""
+    known = ~np.isnan(values)
+    sizes = {"n_slices": int(known.sum()), "n_people": len(np.unique(people[known]))}
+    if not known.any():
+        return {"value": None, "ci": None, **sizes}
+    entry = score_standing(values[known], values[known], labels[known], people[known])["accuracy"]
+    return {"value": entry["value"], "ci": entry["ci"], **sizes}
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+def overlay_figure(images: Tensor, maps: Tensor, predictions: Tensor | np.ndarray, labels: Sequence[int] | Tensor, *,
+                   title: str = "", map_name: str = "Grad-CAM") -> Figure:
+    """One column a slice; rows: image, map, overlay. Above each the true class and the predicted one with its probability.
+
+    Args:
+        predictions: class probabilities (N, 4).
+    """
+    count = len(images)
+    figure = Figure(figsize=(1.75 * count + 0.9, 6.2 if title else 5.9), layout="constrained")
+    axes = figure.subplots(3, count, squeeze=False)
+    for column, (image, heat) in enumerate(zip(_numpy(images[:, 0]), _numpy(maps))):
+        for row, shown in enumerate((image, heat, _blend(image, heat))):
+            _draw(axes[row, column], shown, "magma" if row == 1 else "gray")
+        axes[0, column].set_title(_caption(labels[column], predictions[column]), fontsize=9)
+    for row, name in enumerate(("image", map_name, "overlay")):
+        axes[row, 0].set_ylabel(name, fontsize=10)
+    _colour_bar(figure, axes)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def comparison_figure(rows: Mapping[str, tuple[Tensor, Tensor, Tensor | np.ndarray]], labels: Sequence[int] | Tensor, *,
+                      title: str = "") -> Figure:
+    """The same slices for all models: one row a model, and for each slice the image, its map and the overlay.
+
+    Args:
+        rows: row name, such as "Resnet_atk", → images (N, 1, H, W), maps (N, H, W), class probabilities (N, 4).
+    """
+    count = len(labels)
+    figure = Figure(figsize=(1.15 * 3 * count + 1.6, 1.45 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots(len(rows), 3 * count, squeeze=False)
+    for line, (name, (images, maps, predictions)) in zip(axes, rows.items()):
+        for slice_, (image, heat) in enumerate(zip(_numpy(images[:, 0]), _numpy(maps))):
+            for place, shown in enumerate((image, heat, _blend(image, heat))):
+                _draw(line[3 * slice_ + place], shown, "magma" if place == 1 else "gray")
+            line[3 * slice_ + 1].set_title(_caption(labels[slice_], predictions[slice_], one_line=True), fontsize=8)
+        line[0].set_ylabel(name, fontsize=9)
+    _colour_bar(figure, axes)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def person_strip(images: Tensor, maps: Tensor, predictions: Tensor | np.ndarray, label: int, *, columns: int = 8,
+                 title: str = "") -> Figure:
+    """Overlays of one person's slices in body order, 0 the most superior, above the probability of each class by slice."""
+    count, height = len(images), -(-len(images) // columns)
+    figure = Figure(figsize=(1.2 * columns + 1, 1.2 * height + 2.3), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.2 * height + 0.3, 2])
+    axes = above.subplots(height, columns, squeeze=False)
+    for place, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if place < count:
+            axis.imshow(_blend(_numpy(images[place, 0]), _numpy(maps[place])), vmin=0, vmax=1)
+            axis.text(0.04, 0.96, str(place), color="white", fontsize=8, va="top", transform=axis.transAxes)
+    _colour_bar(above, axes)
+    curves = below.subplots()
+    for class_, (name, colour) in enumerate(zip(CLASSES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"))):
+        curves.plot(_numpy(predictions)[:, class_], color=colour, marker=".", linewidth=2.2 if class_ == label else 1.0,
+                    label=f"{name} (true)" if class_ == label else name)
+    curves.set(xlabel="slice, from superior to inferior", ylabel="probability", ylim=(-0.02, 1.02), xlim=(-0.5, count - 0.5))
+    curves.spines[["top", "right"]].set_visible(False)
+    curves.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def person_gif(images: Tensor, maps: Tensor, path: Path | str, *, side: int = 160, colours: int = 64, seconds: float = 0.18) -> Path:
+    """Writes a looping GIF of one person's slices in body order, image beside overlay; about half a megabyte for 32 slices."""
+    from PIL import Image
+
+    pairs = [np.hstack([np.repeat(image[..., None], 3, axis=2), _blend(image, heat)])
+             for image, heat in zip(_numpy(images[:, 0]), _numpy(maps))]
+    frames = [Image.fromarray((pair * 255).round().astype(np.uint8)).resize((2 * side, side), Image.Resampling.BICUBIC) for pair in pairs]
+    # One palette, taken from all frames: a palette for each would flicker and cost more bytes.
+    together = Image.new("RGB", (2 * side, side * len(frames)))
+    for place, frame in enumerate(frames):
+        together.paste(frame, (0, side * place))
+    palette = together.quantize(colours, dither=Image.Dither.NONE)
+    indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    with atomic_path(path) as temporary:
+        indexed[0].save(temporary, format="GIF", save_all=True, append_images=indexed[1:], duration=round(1000 * seconds), loop=0,
+                        optimize=True)
+    return Path(path)
+
+
+def _blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """The map over the image, RGB in [0, 1]: opaque where the map is high, so that low evidence leaves the anatomy visible."""
+    opacity = 0.65 * heat[..., None]
+    return ((1 - opacity) * image[..., None] + opacity * colormaps["magma"](heat)[..., :3]).clip(0, 1)
+
+
+def _draw(axis, shown: np.ndarray, colours: str) -> None:
+    axis.imshow(shown, cmap=colours, vmin=0, vmax=1)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+
+
+def _caption(label: int | Tensor, probabilities: Tensor | np.ndarray, *, one_line: bool = False) -> str:
+    chosen = int(_numpy(probabilities).argmax())
+    mark = "✓" if chosen == int(label) else "✗"
+    return f"true {CLASSES[int(label)]}{', ' if one_line else chr(10)}{mark} {CLASSES[chosen]} {float(probabilities[chosen]):.2f}"
+
+
+def _colour_bar(figure, axes: np.ndarray) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(ScalarMappable(cmap="magma"), ax=axes, fraction=0.02, pad=0.01, aspect=35)
+    bar.set_label("evidence for the explained class\n(share of the map's maximum)", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _numpy(values: Tensor | np.ndarray) -> np.ndarray:
+    return values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=np.float32)

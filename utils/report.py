@@ -1,0 +1,542 @@
+"""Records → tables, figure files and the README's generated part; nothing here needs data, weights or a GPU.
+
+    python -m utils.report figures   redraw every figure under assets/ from the committed records and predictions
+    python -m utils.report table     print the results tables
+    python -m utils.report readme    rewrite README.md between `results:begin` and `results:end`
+    python -m utils.report address   make badges, links and CITATION.cff follow pyproject's repository address
+    python -m utils.report publish   copy a real-data run (default runs/demo-real) to the committed places
+
+`--root DIR` is the tree that holds assets/: the repository (default), or a run such as runs/demo-phantom.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shutil
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from utils import figures, metrics
+from utils.config import PROFILES
+from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, provenance, read_entries,
+                           read_predictions,
+                           read_record, standing, study_rows, summarise, write_record)
+from utils.utils_funcs import BACKBONES, PROTOCOLS, ROOT, StudyError, atomic_path, result_root
+
+__all__ = ["attacks_text", "draw_model_figures", "draw_study_figures", "findings_markdown",
+           "publish", "read_entries", "read_predictions",
+           "read_record", "results_markdown", "results_text", "save_figure", "summarise", "write_readme",
+           "write_record"]
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+Entries = dict[tuple[str, str], Entry]
+
+#: Column title → (where the score stands in a row's block, its name, how it is printed).
+COLUMNS = {
+    "balanced accuracy, 3 classes (%)": ("slice", "balanced_accuracy_3", "percent"),
+    "balanced accuracy, 4 classes (%)": ("slice", "balanced_accuracy", "percent"),
+    "accuracy (%)": ("slice", "accuracy", "percent"),
+    "AUROC, Non vs rest": ("slice", "auroc", "decimal"),
+    "kappa, quadratic": ("slice", "qwk", "decimal"),
+    "macro-F1 (%)": ("slice", "macro_f1", "percent"),
+    "ECE (%)": ("slice", "ece", "percent"),
+    "by person: balanced accuracy, 3 classes (%)": ("person", "balanced_accuracy_3", "percent"),
+    "by person: AUROC": ("person", "auroc", "decimal"),
+    "worst case at {eps}: balanced accuracy, 3 classes (%)": ("worst", "balanced_accuracy_3", "percent"),
+    "worst case at {eps}: balanced accuracy, 4 classes (%)": ("worst", "balanced_accuracy", "percent"),
+    "worst case at {eps}: AUROC": ("worst", "auroc", "decimal"),
+}
+HEADLINE = ("balanced accuracy, 3 classes (%)", "AUROC, Non vs rest",
+            "worst case at {eps}: balanced accuracy, 3 classes (%)")
+MISSING = "–"
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+def show(score: dict | None, style: str = "percent", *, brief: bool = False, signed: bool = False) -> str:
+    """`61.0 [55.2, 66.8]`; an en dash where the score is missing or undefined."""
+    if not score or score["value"] is None:
+        return MISSING
+    scale, pattern = (100, ".1f") if style == "percent" else (1, ".3f")
+    value, low, high = (f"{scale * x:{'+' if signed else ''}{pattern}}" for x in (score["value"], *score["ci"]))
+    return f"**{value}**<br><sub>{low} to {high}</sub>" if brief else f"{value} [{low}, {high}]"
+
+
+def _score(row: StudyRow, protocol: str, column: str) -> dict | None:
+    if protocol not in row.blocks:
+        return None
+    block, (place, name, _) = row.blocks[protocol], COLUMNS[column]
+    if place == "worst":
+        return block["worst_case"].get(headline_eps(row.entries[protocol].record), {}).get(name)
+    return block["clean"][place][name]
+
+
+def _cell(row: StudyRow, protocol: str, column: str, brief: bool = False) -> str:
+    return show(_score(row, protocol, column), COLUMNS[column][2], brief=brief)
+
+
+def _number(row: StudyRow, protocol: str) -> str:
+    block = row.blocks[protocol]
+    worst = block["worst_case"].get(headline_eps(row.entries[protocol].record), {}).get("n_slices",
+                                                                                        block["clean"]["n_slices"])
+    attacked = f" ({worst:,} attacked)" if worst != block["clean"]["n_slices"] else ""
+    return f"{block['clean']['n_slices']:,} / {block['clean']['n_people']:,}{attacked}"
+
+
+def _checks(row: StudyRow, protocol: str) -> str:
+    checks = row.entries[protocol].record["sanity"] if row.trained else []
+    return f"{sum(bool(check['passed']) for check in checks)}/{len(checks)}" if checks else MISSING
+
+
+def _runs(row: StudyRow) -> str:
+    if row.model == CONSTANT:
+        return "control"
+    return "; ".join(dict.fromkeys(f"{entry.record['data']} · {entry.record['profile']} · {entry.record['init']}"
+                                   for entry in row.entries.values()))
+
+
+def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
+    titles = ["#", "row", *(column.format(eps=eps) for column in COLUMNS), "n slices / people", "checks passed",
+              "data · profile · init"]
+    return [titles,
+            *([str(row.number), row.name, *(_cell(row, protocol, column) for column in COLUMNS), _number(row, protocol),
+                       _checks(row, protocol), _runs(row)] for row in rows if protocol in row.blocks)]
+
+
+def _markdown(table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def _plain(table: list[list[str]]) -> str:
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+             for cells in table]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def command_of(row: StudyRow) -> str:
+    """The command that makes this row."""
+    profile = next(iter(row.entries.values())).record["profile"]
+    if row.model == CONSTANT:
+        return "python -m utils.report table"
+    notebook = {"Baselines": "leak_audit", "Ensemble": "ensemble", "Sequence": "ensemble"}.get(row.model)
+    return (f"python reproduce.py --profile {profile} --only {notebook}" if notebook
+            else f"python -m utils.experiment grid --profile {profile} --models {row.model}")
+
+
+def _commands(rows: list[StudyRow]) -> list[tuple[str, str, str]]:
+    """(`Row 5` or `Rows 2, 3, 4`, their command, what kind of run they are)."""
+    rows_of: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        rows_of.setdefault((command_of(row), _runs(row)), []).append(str(row.number))
+    return [(f"Row{'s' * (len(of) > 1)} {', '.join(of)}", command, run) for (command, run), of in rows_of.items()]
+
+
+#: The plain-text table: short title → column.
+TEXT_COLUMNS = {"bal.acc. 3": "balanced accuracy, 3 classes (%)", "bal.acc. 4": "balanced accuracy, 4 classes (%)",
+                "AUROC": "AUROC, Non vs rest", "kappa": "kappa, quadratic", "macro-F1": "macro-F1 (%)",
+                "ECE": "ECE (%)",
+                "worst case": "worst case at {eps}: balanced accuracy, 3 classes (%)"}
+
+
+def results_text(records: list[dict]) -> str:
+    """Plain-text results of any set of records: one table a protocol, then what each row is and its command."""
+    rows = study_rows({(record["model"], record["protocol"]): Entry(Path(), record) for record in records})
+    if not rows:
+        return "No records yet: run `python reproduce.py`."
+    eps = headline_eps(records[-1])
+    parts = []
+    for protocol in rows[0].blocks:
+        table = [["#", protocol, *TEXT_COLUMNS, "n slices / people", "checks"]]
+        table += [[str(row.number), row.name,
+                   *(_narrow(_score(row, protocol, column), COLUMNS[column][2]) for column in TEXT_COLUMNS.values()),
+                   _number(row, protocol), _checks(row, protocol)] for row in rows if protocol in row.blocks]
+        parts.append(_plain(table))
+    parts.append(f"{provenance([Entry(Path(), record) for record in records])}\n"
+                 "Percent, but AUROC and kappa; [95 % interval over resampled people]; bal.acc. over 3 classes (Mild "
+                 "and Moderate merged) or 4;\nworst case: bal.acc. 3 over all L-infinity attacks at eps "
+                 f"{eps}; checks: sanity checks passed.")
+    parts.append("\n".join(f"{which}: {command}   ({run})" for which, command, run in _commands(rows)))
+    return "\n\n".join(parts)
+
+
+def _narrow(score: dict | None, style: str) -> str:
+    """`61.0 [55, 67]` or `0.81 [.75, .84]`, for a terminal; percentages of the interval are rounded outwards."""
+    if not score or score["value"] is None:
+        return MISSING
+    if style == "percent":
+        value, low, high = (100 * x for x in (score["value"], *score["ci"]))
+        return f"{value:.1f} [{math.floor(low)}, {math.ceil(high)}]"
+    low, high = (f"{x:.2f}".replace("0.", ".", 1) for x in score["ci"])
+    return f"{score['value']:.2f} [{low}, {high}]"
+
+
+def attacks_text(record: dict) -> str:
+    """Every attack of one record at every eps, and the worst case over them, as text."""
+    table = [["eps", "norm", "attack", "balanced accuracy, 3 classes (%)", "accuracy (%)", "n slices", "attacked",
+              "seconds"]]
+    clean = record["clean"]
+    table.append(["0", "", "clean", show(clean["slice"]["balanced_accuracy_3"]), show(clean["slice"]["accuracy"]),
+                  f"{clean['n_slices']:,}", "", ""])
+    for norm, sweep in {"linf": record["attacks"], **record["other_norms"]}.items():
+        for eps, attacks in sweep.items():
+            for name, block in attacks.items():
+                seconds = f"{block['seconds']:.1f}" if isinstance(block.get("seconds"), int | float) else ""
+                table.append([eps, norm, name, show(block["balanced_accuracy_3"]), show(block["accuracy"]),
+                              f"{block['n_slices']:,}", f"{block['n_attacked']:,}", seconds])
+            if norm == "linf":
+                worst = record["worst_case"][eps]
+                table.append([eps, norm, "WORST CASE", show(worst["balanced_accuracy_3"]), show(worst["accuracy"]),
+                              f"{worst['n_slices']:,}", "", ""])
+    constant = show(record["constant_answer"]["slice"]["balanced_accuracy_3"])
+    table.append(["any", "any", CONSTANT, constant, show(record["constant_answer"]["slice"]["accuracy"]),
+                  f"{record['constant_answer']['n_slices']:,}", "", ""])
+    return f"{record['model']} · {record['protocol']} · {provenance([Entry(Path(), record)])}\n\n{_plain(table)}"
+
+
+# ----------------------------------------------------------------------------------------- twins, paired by person
+
+def _keys(entry: Entry) -> list[tuple]:
+    """What each row is: file, fold, seed, and which one of byte-identical copies (a hash alone is no key)."""
+    rows, seen, keys = entry.predictions, Counter(), []
+    for digest, fold, seed in zip(rows["file_sha256"], rows["fold"], rows["seed"], strict=True):
+        key = (digest.tobytes(), int(fold), int(seed))
+        keys.append((*key, seen[key]))
+        seen[key] += 1
+    return keys
+
+
+def _same_rows(first: Entry, second: Entry) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of the images that both evaluated under the same fold and seed, in one order."""
+    place = {key: row for row, key in enumerate(_keys(second))}
+    pairs = [(row, place[key]) for row, key in enumerate(_keys(first)) if key in place]
+    return tuple(np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
+
+
+def twin_difference(entries: Entries, backbone: str, protocol: str) -> dict | None:
+    """Adversarially trained minus clean model on the same images, intervals over the same resampled people.
+
+    Returns:
+        {"clean": scores, "worst_case": scores, "n_slices", "n_people"}, or None where a twin has no record. The worst
+        case is given where both ran attacks of the headline eps.
+    """
+    twins = [entries.get((f"{backbone}_atk", protocol)), entries.get((backbone, protocol))]
+    if None in twins:
+        return None
+    rows = _same_rows(*twins)
+    if not len(rows[0]):
+        return None
+    who = twins[0].rows.take(rows[0])
+    clean = [twin.predictions["clean"][own] for twin, own in zip(twins, rows, strict=True)]
+    result = {"clean": metrics.paired_difference(*clean, who.labels, who.people), "worst_case": {}, **who.size()}
+    eps = headline_eps(twins[0].record)
+    flags = []
+    for twin, own, logits in zip(twins, rows, clean, strict=True):
+        within = attacks_of(twin.predictions).get(eps, {})
+        flags.append(standing(logits, [within[name][own] for name in twin.record["attacks"].get(eps, {})], who.labels))
+    covered = flags[0][2] & flags[1][2]
+    if covered.any():
+        part = who.take(covered)
+        result["worst_case"] = metrics.paired_standing_difference(
+            *((four[covered], three[covered]) for four, three, _ in flags), part.labels, part.people)
+    return result
+
+
+def _twin_table(entries: Entries, protocols: list[str], eps: str) -> str:
+    table = [["adversarial − clean, points"]]
+    for protocol in protocols:
+        table[0] += [f"`{protocol}`: clean", f"`{protocol}`: worst case at {eps}", f"`{protocol}`: n"]
+    for backbone in BACKBONES:
+        found = {protocol: twin_difference(entries, backbone, protocol) for protocol in protocols}
+        if not any(found.values()):
+            continue
+        cells = [f"`{backbone}_atk` − `{backbone}`"]
+        for difference in found.values():
+            cells += [show(difference["clean"]["balanced_accuracy_3"], signed=True),
+                      show(difference["worst_case"].get("balanced_accuracy_3"), signed=True),
+                      f"{difference['n_slices']:,} / {difference['n_people']:,}"] if difference else [MISSING] * 3
+        table.append(cells)
+    return _markdown(table) if len(table) > 1 else ""
+
+
+# ------------------------------------------------------------------------------------------------------- figures
+
+def save_figure(figure: Figure, path: Path | str, *, dpi: int = 150) -> Path:
+    """Writes a PNG atomically and without the software's version, so that redrawing changes nothing."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+    return Path(path)
+
+
+def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
+    """Writes and returns the figures of one model, path → figure; both protocols are panels of each."""
+    own = {protocol: entry for (name, protocol), entry in read_entries(root).items()
+           if name == model and "clean" in entry.record}
+    drawn = {}
+    for name, draw in figures.MODEL_FIGURES.items():
+        if figures.has_content(name, own):
+            figure = draw(model, own)
+            drawn[save_figure(figure, Path(root) / "assets" / model / f"{name}.png")] = figure
+    return drawn
+
+
+def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
+    """Writes and returns the figures that compare models, path → figure."""
+    entries = read_entries(root)
+    rows, drawn = study_rows(entries), {}
+    for name, draw in figures.STUDY_FIGURES.items():
+        if any(row.trained for row in rows) or (rows and name == "headline"):
+            figure = draw(rows, list(entries.values()))
+            drawn[save_figure(figure, Path(root) / "assets" / "results" / f"{name}.png")] = figure
+    return drawn
+
+
+def draw_figures(root: Path | str) -> list[Path]:
+    """Redraws every figure that follows from the records under `root`; returns the paths."""
+    models = dict.fromkeys(model for model, _ in read_entries(root))
+    return [path for model in models for path in draw_model_figures(root, model)] + list(draw_study_figures(root))
+
+
+# -------------------------------------------------------------------------------------------------------- README
+
+CAPTIONS = {
+    "robustness": "Worst case over every L∞ attack of the suite against eps. What falls at one eps counts as fallen "
+                  "at every larger one, so the curves cannot rise.",
+    "trade_off": "What adversarial training costs (leftwards) and buys (upwards): an arrow leads from each clean "
+                 "model to its twin.",
+    "per_class": "The same by class. Moderate is two people: no claim rests on it.",
+    "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
+                   "images.",
+}
+
+
+def _findings(rows: list[StudyRow], eps: str) -> str:
+    """The abstract in numbers, each with the row that bears it."""
+    column, worst = HEADLINE[0], HEADLINE[2]
+
+    def value(row: StudyRow, protocol: str, name: str) -> float | None:
+        return (_score(row, protocol, name) or {}).get("value")
+
+    said, constant = [], value(rows[0], "patient", column)
+    both = [row for row in rows if row.trained
+            and None not in (value(row, "slice", column), value(row, "patient", column))]
+    if both:
+        best = max(both, key=lambda row: value(row, "slice", column))
+        said.append(f"Under the published split the best model, `{best.name}` (row {best.number}), reaches a balanced "
+                    f"accuracy over three classes of {_cell(best, 'slice', column)} %. With no person on both sides "
+                    f"the same kind of model reaches {_cell(best, 'patient', column)} %, where always answering *Non* "
+                    f"(row 1) gives {100 * constant:.1f} %.")
+    attacked = [row for row in rows if row.trained and value(row, "patient", worst) is not None]
+    if attacked:
+        best = max(attacked, key=lambda row: value(row, "patient", worst))
+        low, high = _score(best, "patient", worst)["ci"]
+        verdict = "above" if low > constant else "below" if high < constant else "not distinguishable from"
+        said.append(f"At eps {eps}, in the worst case over all attacks, the most robust model under `patient` is "
+                    f"`{best.name}` (row {best.number}) with {_cell(best, 'patient', worst)} %: {verdict} the constant "
+                    "answer.")
+    return " ".join(said)
+
+
+def _without_search_people(rows: list[StudyRow]) -> str:
+    """The headline again for records whose search saw people that are test people of another fold."""
+    lines, column = [], HEADLINE[0]
+    for row in rows[1:]:
+        for protocol, entry in row.entries.items():
+            part = entry.record.get("clean_without_search_people") if row.variant is None else None
+            if part:
+                worst = "".join(f"; worst case at {eps} {show(scores['balanced_accuracy_3'])} %"
+                                for eps, scores in part.get("worst_case", {}).items())
+                lines.append(f"- Row {row.number}, `{protocol}`: {show(part['slice'][COLUMNS[column][1]])} %{worst} "
+                             f"(n = {part['n_slices']:,} slices of {part['n_people']:,} people)")
+    title = ("Settings were searched on fold 0, whose validation people are test people of other folds. Balanced "
+             "accuracy over three classes without these people:\n")
+    return "\n".join([title, *lines]) if lines else ""
+
+
+def _headline_table(rows: list[StudyRow], protocols: list[str], eps: str) -> str:
+    short = {HEADLINE[0]: "balanced accuracy (%)", HEADLINE[1]: "AUROC", HEADLINE[2]: f"worst case at {eps} (%)"}
+    table = [["#", "row", *(f"`{protocol}`: {short[column]}" for column in HEADLINE for protocol in protocols),
+              "data · profile · init"]]
+    for row in rows:
+        cells = [_cell(row, protocol, column, brief=True) for column in HEADLINE for protocol in protocols]
+        table.append([str(row.number), row.name, *cells, _runs(row)])
+    return _markdown(table)
+
+
+def _notice(entries: Entries) -> list[str]:
+    demo = [entry for entry in entries.values() if entry.record["profile"] == "demo" or entry.record["data"] != "real"]
+    if not demo:
+        return []
+    return ["> [!WARNING]\n> **A short run, not a result.** "
+            f"{len(demo)} of the {len(entries)} records below come from minutes of training on few images "
+            f"({provenance(demo)}). They show that every step works; what the models can do is for `cpu` and `paper` "
+            "runs on the real cohort to say."]
+
+
+def results_markdown(entries: Entries) -> str:
+    """README's generated part: findings, headline figure and table, commands, full tables, figures."""
+    rows = study_rows(entries)
+    if not rows:
+        return "*No record is committed yet. `python reproduce.py` makes one under `runs/` in minutes.*"
+    protocols = list(rows[0].blocks)
+    eps = headline_eps(list(entries.values())[-1].record)
+    sizes = "; ".join(f"`{protocol}` {figures.size_of(rows[0].blocks[protocol]['clean'])}" for protocol in protocols)
+    parts = [*_notice(entries), _findings(rows, eps), "![Clean and worst-case balanced accuracy of every row, by "
+             "protocol](assets/results/headline.png)", _headline_table(rows, protocols, eps),
+             "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % "
+             f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>",
+             "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows))]
+    parts += _comparisons(entries, rows, eps)
+    for protocol in protocols:
+        parts.append(f"<details><summary>Every score under <code>{protocol}</code></summary>\n\n"
+                     f"{_markdown(_full_table(rows, protocol, eps))}\n\n</details>")
+    if any(row.trained for row in rows):
+        parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()]
+        parts.append(_model_links(entries))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
+    twins = _twin_table(entries, list(rows[0].blocks), eps)
+    title = ("**What adversarial training costs and buys**: differences in balanced accuracy over three classes, "
+             "paired by person [95 % interval], and n slices / people:")
+    return [*([title, twins] if twins else []), _without_search_people(rows)]
+
+
+def findings_markdown(entries: Entries) -> str:
+    """The findings in sentences with their rows, and the paired comparisons: what `results.ipynb` closes with."""
+    rows = study_rows(entries)
+    if not rows:
+        return "*No records yet: run `python reproduce.py`.*"
+    eps = headline_eps(list(entries.values())[-1].record)
+    return "\n\n".join(filter(None, [*_notice(entries), _findings(rows, eps), *_comparisons(entries, rows, eps)]))
+
+
+def _model_links(entries: Entries) -> str:
+    lines = ["Each model by itself:\n"]
+    for model in dict.fromkeys(name for name, _ in entries):
+        own = {protocol: entry for (name, protocol), entry in entries.items() if name == model}
+        plain = {protocol: entry for protocol, entry in own.items() if "clean" in entry.record}
+        links = [f"[{name.replace('_', ' ')}](assets/{model}/{name}.png)" for name in figures.MODEL_FIGURES
+                 if figures.has_content(name, plain)]
+        links += [f"[record, {protocol}](assets/{model}/{protocol}.json)" for protocol in own]
+        lines.append(f"- `{model}`: " + " · ".join(links))
+    return "\n".join(lines)
+
+
+def write_readme(root: Path | str = ROOT) -> Path:
+    """Rewrites README.md between its markers from the records under `root`."""
+    path = Path(root) / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise StudyError(f"{path} lacks the lines {BEGIN} and {END}, between which the results go; restore them.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    _write_text(path, f"{before}{BEGIN}\n\n{results_markdown(read_entries(root))}\n\n{END}{after}")
+    return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+# ------------------------------------------------------------------------------------------- address and publishing
+
+def repository_address(root: Path | str = ROOT) -> str:
+    """`owner/name` as pyproject.toml [tool.alzheimer] gives it."""
+    with open(Path(root) / "pyproject.toml", "rb") as file:
+        address = tomllib.load(file).get("tool", {}).get("alzheimer", {}).get("repository", "")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", address):
+        raise StudyError(f"pyproject.toml [tool.alzheimer] repository is {address!r}, expected owner/name.")
+    return address
+
+
+def write_address(root: Path | str = ROOT) -> list[Path]:
+    """Makes README, CITATION.cff and the notebooks' badges and clone commands follow pyproject; returns the changed."""
+    root, address = Path(root), repository_address(root)
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    found = re.search(r'repository-code:\s*"?https://github\.com/([\w.-]+/[\w.-]+)', citation)
+    if not found:
+        raise StudyError(f"{root / 'CITATION.cff'} has no line `repository-code: \"https://github.com/owner/name\"`; "
+                         "restore it.")
+    own = rf"(github\.com/|githubusercontent\.com/)({re.escape(found[1])})(?![\w-])"
+    changed = []
+    # CITATION.cff last: it holds the old address that the others are searched for, should this be stopped half-way.
+    for path in [root / "README.md", *sorted(root.glob("models/*.ipynb")), *sorted(root.glob("dataset/*.ipynb")),
+                 root / "CITATION.cff"]:
+        before = path.read_bytes().decode("utf-8")
+        after = re.sub(own, lambda match: match[1] + address, before)
+        after = re.sub(r"(colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(/blob/)",
+                       lambda match: match[1] + address + match[2], after)
+        after = re.sub(rf"\bcd {re.escape(found[1].split('/')[1])}\b", f"cd {address.split('/')[1]}", after)
+        if after != before:
+            _write_text(path, after)
+            changed.append(path)
+    return changed
+
+
+def publish(run: Path | str, destination: Path | str = ROOT) -> list[Path]:
+    """Copies a real-data run's records, figures and executed notebooks to the committed places, then redraws what
+    compares models and rewrites README. Everything is checked before anything is copied.
+
+    Raises:
+        StudyError: nothing to publish, phantom data, or a committed record of a higher profile would be replaced.
+    """
+    run, destination = Path(run), Path(destination)
+    entries, committed = read_entries(run), read_entries(destination)
+    if not entries:
+        raise StudyError(f"{run} holds no records; make them with `python reproduce.py` and ALZHEIMER_RAW set to the "
+                         "real images.")
+    rank = list(PROFILES).index
+    for entry in entries.values():
+        entry.predictions  # noqa: B018 - a record without its predictions is refused before anything is copied
+    for key, entry in entries.items():
+        if entry.record["data"] != "real":
+            raise StudyError(f"{entry.path} is of {entry.record['data']} data; only results on real data are "
+                             "published.")
+        if key in committed and rank(committed[key].record["profile"]) > rank(entry.record["profile"]):
+            raise StudyError(f"{committed[key].path} is of profile {committed[key].record['profile']}, which a run of "
+                             f"profile {entry.record['profile']} must not replace; publish a run of that profile or a "
+                             "higher one.")
+    files = [path for model in dict.fromkeys(model for model, _ in entries)
+             for path in sorted((run / "assets" / model).iterdir()) if path.suffix in (".json", ".npz", ".png")]
+    files += [*sorted(run.glob("models/*.ipynb")), *sorted(run.glob("dataset/*.ipynb"))]
+    for path in files:
+        with atomic_path(destination / path.relative_to(run)) as temporary:
+            shutil.copyfile(path, temporary)
+    return [destination / path.relative_to(run)
+            for path in files] + draw_figures(destination) + [write_readme(destination)]
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m utils.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("figures", "readme", "table", "address", "publish"))
+    parser.add_argument("--root", type=Path, help="tree that holds assets/ (for publish: the run to publish)")
+    options = parser.parse_args(arguments)
+    root = options.root or (result_root("demo", "real") if options.command == "publish" else ROOT)
+    if not root.is_dir():
+        sys.exit(f"error: {root} is not a folder: give --root the tree that holds assets/.")
+    try:
+        if options.command == "table":
+            print(results_text([entry.record for entry in read_entries(root).values()]))
+            return
+        written = {"figures": draw_figures, "readme": lambda tree: [write_readme(tree)], "address": write_address,
+                   "publish": publish}[options.command](root)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+    print(*written, sep="\n") if written else print("Nothing to write.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,897 @@
+"""Worst case over a suite of attacks, the checks that say when not to believe it, and curves and matrices from both.
+
+A model counts as robust on an image, at a norm and eps, only if *every* attack of that norm and eps failed on it. The
+suite attacks three *views* of the same four logits, because their decisions do not imply each other: the four classes,
+the three classes of the headline (`_merged`), and Non against the rest (`_binary`, pushed to the lowest margin, for
+AUROC). Nothing here knows the project's own models: any `nn.Module` from pixels in [0, 1] to four logits will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.attacks import (ATTACKS, BINARY, THREE, GroupedClasses, Groups, group_labels, group_logits, margin,
+                           nearest_adversarial, no_parameter_gradients, perturbation_size)
+from utils.config import RunConfig, parse_eps
+from utils.utils_funcs import CLASSES, StudyError, atomic_path, progress
+
+#: View of the logits → groups of classes (None: the four classes themselves) and suffix of the stored attack name.
+VIEWS: dict[str, tuple[Groups | None, str]] = {"four": (None, ""), "three": (THREE, "_merged"), "binary": (BINARY, "_binary")}
+#: Bumped when the same settings would give other numbers: states of older code are then not continued.
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of a suite.
+
+    `scope`: `all` images; those still `standing` in this view and norm; or the standing ones of the fixed stratified
+    `sample`. `eps`: at `every` eps of the sweep, only at the `headline` one, or one of its own, as written ("0.5" of an
+    L2 attack). `source`, `mask`: names of what `evaluate_suite` was given.
+    """
+
+    attack: str
+    name: str
+    view: str = "four"
+    scope: str = "all"
+    eps: str = "every"
+    budget: dict = field(default_factory=dict)
+    source: str | None = None
+    mask: str | None = None
+
+
+@dataclass
+class SuiteResult:
+    """What a suite leaves. Keys are `(eps as written, stored attack name)`; N images of the declared evaluation set.
+
+    `logits`: float32 (N, 4) at each attack's image. Rows that an attack skipped, because the image had already fallen,
+    carry the logits that felled it; a clean error carries its clean logits; NaN lies outside the attack's declared set.
+    `kept`: float32 (S, 1, H, W), the strongest four-class adversarial images of the fixed sample `kept_index` (S,) at
+    `kept_eps`, with the logits `kept_logits` (S, 4) that re-scoring them must give.
+    """
+
+    logits: dict[tuple[str, str], np.ndarray]
+    meta: dict[tuple[str, str], dict]
+    clean_logits: np.ndarray
+    sanity: list[dict]
+    kept: np.ndarray
+    kept_index: np.ndarray
+    kept_logits: np.ndarray
+    kept_eps: str
+
+
+def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[str] = ()) -> list[Stage]:
+    """The L-infinity attacks of `config.suite`, cheap ones first.
+
+    `quick`: noise, FGSM and PGD, PGD on both other views. `standard`: also transfer from each of `sources`, PGD towards
+    each other class, the clinically worst one, APGD-T and Square on what still stands, in the views of four and of three
+    classes, and Kryptonite. `full`: also the other named gradient attacks, and official AutoAttack on the standing part of
+    the fixed sample.
+    """
+    steps = dict(steps=config.pgd_steps)
+    margin_steps, name = {**steps, "loss": "margin"}, f"pgd{config.pgd_steps}"
+    plan = [Stage("noise", "noise"), Stage("fgsm", "fgsm"),
+            Stage("pgd", name, budget=margin_steps),
+            Stage("pgd", f"{name}_merged", "three", "standing", budget=margin_steps),
+            Stage("pgd", f"{name}_binary", "binary", budget={**margin_steps, "push": True})]
+    if config.suite == "quick":
+        return plan
+    plan += [Stage("transfer", f"transfer_{source}", eps="headline", budget=steps, source=source) for source in sources]
+    plan += [Stage("pgd_targeted", "pgd_targeted", scope="standing", budget=steps),
+             Stage("pgd_targeted", "pgd_targeted_merged", "three", "standing", budget=steps)]
+    plan += [Stage(attack, attack + VIEWS[view][1], view, "standing", "headline", budget)
+             for attack, budget in (("apgd_t", dict(steps=100)), ("square", dict(queries=1000))) for view in ("four", "three")]
+    # Not for the worst case, which they rarely lower, but for what they alone tell: so on every image.
+    plan += [Stage("pgd_clinical", "pgd_clinical", eps="headline", budget=steps),
+             Stage("kryptonite", "kryptonite", eps="headline", budget=steps)]
+    plan += [Stage("kryptonite", f"kryptonite_{mask}", eps="headline", budget=steps, mask=mask) for mask in masks]
+    if config.suite == "full":
+        plan += [Stage(attack, attack, eps="headline") for attack in ("fgsm_targeted", "ifgsm", "mifgsm")]
+        plan += [Stage("autoattack", "autoattack", scope="sample", eps="headline"),
+                 Stage("autoattack", "autoattack_merged", "three", "sample", "headline")]
+    return plan
+
+
+def other_norms_plan(config: RunConfig) -> list[Stage]:
+    """Attacks of other norms, reported separately: Euclidean ones at 0.5 and 1 (a pixel is 1 at most), and one and five
+    pixels of any value, on the fixed sample."""
+    plan = [Stage(attack, attack, scope="sample", eps=eps, budget=dict(steps=budget))
+            for eps in ("0.5", "1") for attack, budget in (("pgd_l2", config.pgd_steps), ("deepfool", 30))]
+    return plan + [Stage("one_pixel", "one_pixel", scope="sample", eps="1"),
+                   Stage("few_pixel", "few_pixel", scope="sample", eps="1", budget=dict(pixels=5))]
+
+
+# -- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def predict_logits(model: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+    """Float32 logits (N, C) in eval mode, on the CPU; every module's mode is left as it was."""
+    modes = {module: module.training for module in model.modules()}
+    device = _device(model)
+    try:
+        model.eval()
+        with torch.no_grad():
+            return torch.cat([model(part.to(device)).float().cpu() for part in images.split(batch)])
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def decisions(logits: np.ndarray, view: str = "four") -> np.ndarray:
+    """Answer of each row in a view (N,): the group with the largest probability."""
+    groups = VIEWS[view][0]
+    tensor = torch.as_tensor(logits).float()
+    return (tensor if groups is None else group_logits(tensor, groups)).argmax(1).numpy()
+
+
+def view_labels(labels: np.ndarray, view: str = "four") -> np.ndarray:
+    """Labels (N,) as group numbers of a view."""
+    groups = VIEWS[view][0]
+    return labels if groups is None else group_labels(torch.as_tensor(labels), groups).numpy()
+
+
+def fallen(logits: np.ndarray, labels: np.ndarray, view: str = "four") -> np.ndarray:
+    """Whether each row's answer is wrong in a view, bool (N,). NaN rows (outside an attack's set) have not fallen."""
+    outside = np.isnan(logits).any(1)
+    return (decisions(np.where(outside[:, None], 0, logits), view) != view_labels(labels, view)) & ~outside
+
+
+def _wrong_answer(labels: np.ndarray) -> np.ndarray:
+    """Logits (N, 4) that are wrong in every view: what a row that is not finite counts as, since NaN is no answer."""
+    rows = np.full((len(labels), len(CLASSES)), -10.0, np.float32)
+    rows[np.arange(len(labels)), np.where(labels == 0, len(CLASSES) - 1, 0)] = 0
+    return rows
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def as_pixels(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 (N, 1, H, W) → float32 in [0, 1]."""
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise StudyError(f"The evaluation takes uint8 images of shape (N, 1, H, W), not {images.dtype} {tuple(images.shape)}.")
+    return images.float() / 255
+
+
+def stratified_sample(labels: np.ndarray, people: np.ndarray, size: int) -> np.ndarray:
+    """Sorted indices of `size` images spread over classes in proportion (each at least once) and, within a class, over
+    people and then along each person's stack. No randomness: the same set gives the same sample."""
+    total = len(labels)
+    if size >= total:
+        return np.arange(total)
+    # Each image's place in line within its person, spread by bit reversal so that any prefix covers the whole stack.
+    queue = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        turn = np.empty(len(members))
+        for person in np.unique(people[members]):
+            own = np.flatnonzero(people[members] == person)
+            turn[own] = np.argsort(np.argsort([_reversed_bits(k) for k in range(len(own))]))
+        line = members[np.lexsort((people[members], turn))]
+        # The k-th of a class of n stands at (k + 1/2)/n: merging by this keeps the classes' proportions in any prefix.
+        queue += [((k + 0.5) / len(line) if k else -1.0, int(index)) for k, index in enumerate(line)]
+    return np.sort([index for _, index in sorted(queue)[:size]])
+
+
+def _reversed_bits(number: int, bits: int = 12) -> int:
+    return int(f"{number:0{bits}b}"[::-1], 2)
+
+
+# -- the runner -------------------------------------------------------------------------------------------------------
+
+
+def evaluate_suite(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray | Tensor,
+                   people: np.ndarray | Tensor, config: RunConfig, *, state_dir: Path | None = None,
+                   stages: Sequence[Stage] | None = None, sources: Mapping[str, nn.Module] | None = None,
+                   masks: Mapping[str, Tensor] | None = None, time_limit: float | None = None) -> SuiteResult:
+    """Attacks `model` with a suite at every eps of `config.eps`, then checks the evaluation itself.
+
+    Args:
+        model: pixels float32 (N, 1, H, W) in [0, 1] → logits (N, 4); evaluated in eval mode, left as it was.
+        people: person of each image (N,); -1 where unknown.
+        state_dir: finished batches are kept here, so that an interrupted run continues and gives the same numbers.
+        stages: other attacks than `suite_plan(config)`.
+        sources: other models, by name, that transfer attacks are made on.
+        masks: regions, by name, that Kryptonite is confined to, 1 inside, (N, 1, H, W).
+        time_limit: seconds that one batch of one attack may take before the evaluation fails.
+
+    Raises:
+        StudyError: an attack raised, ran out of time, or changed no image: a failed run, never a robust model.
+    """
+    labels, people = np.asarray(labels).astype(np.int64), np.asarray(people)
+    run = _Run(model, as_pixels(images_uint8), labels, people, config, state_dir, time_limit, dict(sources or {}), dict(masks or {}))
+    plan = list(suite_plan(config, tuple(run.sources), tuple(run.masks)) if stages is None else stages)
+    sweep = sorted(config.eps, key=parse_eps)
+    # Ascending, so that what fell at a smaller eps, a point of every larger ball, need not be attacked again.
+    work = sorted([(eps_text, stage) for stage in plan for eps_text in run.eps_of(stage, sweep)],
+                  key=lambda item: parse_eps(item[0]))
+    bar = progress(work, "attack")
+    for eps_text, stage in bar:
+        bar.set_postfix_str(f"{stage.name} at {eps_text}, {run.share_standing(stage):.0%} standing")
+        run.attack(stage, eps_text)
+    return SuiteResult(run.logits, run.meta, run.clean, sanity_table(run, plan, sweep), run.kept.numpy(), run.sample,
+                       run.kept_logits, run.headline)
+
+
+class _Counted(nn.Module):
+    """Passes images on, counts them, and stops an attack that has used up its time."""
+
+    def __init__(self, model: nn.Module, deadline: float) -> None:
+        super().__init__()
+        self.model, self.deadline, self.images = model, deadline, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("time limit reached")
+        self.images += len(images)
+        return self.model(images)
+
+
+class _Run:
+    """The state of one evaluation: what has fallen in each norm and view, to which logits, and what each attack left."""
+
+    def __init__(self, model: nn.Module, pixels: Tensor, labels: np.ndarray, people: np.ndarray, config: RunConfig,
+                 state_dir: Path | None, time_limit: float | None, sources: dict[str, nn.Module],
+                 masks: dict[str, Tensor]) -> None:
+        if not (len(pixels) == len(labels) == len(people)) or not len(pixels):
+            raise StudyError(f"The evaluation got {len(pixels)} images, {len(labels)} labels and {len(people)} people: "
+                             "give one of each for every image, and at least one.")
+        self.model, self.pixels, self.labels, self.people, self.config = model, pixels, labels, people, config
+        self.sources, self.masks, self.time_limit, self.device = sources, masks, time_limit, _device(model)
+        self.digest, self.modes = model_digest(model), [module.training for module in model.modules()]
+        self.headline = config.headline_eps if config.headline_eps in config.eps else max(config.eps, key=parse_eps)
+        self.nonfinite = 0
+        clean = predict_logits(model, pixels, config.attack_batch).numpy()
+        if clean.shape != (len(labels), len(CLASSES)):
+            raise StudyError(f"The model returned {clean.shape[1:]} for an image: expected {len(CLASSES)} logits.")
+        self.clean = self.finite(clean, labels)
+        norms = ("linf", "l2", "l0")
+        self.fallen = {(norm, view): fallen(self.clean, labels, view) for norm in norms for view in VIEWS}
+        self.felled = {(norm, view): self.clean.copy() for norm in norms for view in VIEWS}
+        self.sample = stratified_sample(labels, people, config.sample)
+        self.kept, self.kept_logits = pixels[self.sample].clone(), self.clean[self.sample].copy()
+        self.logits: dict[tuple[str, str], np.ndarray] = {}
+        self.meta: dict[tuple[str, str], dict] = {}
+        self.attacked: dict[tuple[str, str], np.ndarray] = {}
+        self.store = _Store(state_dir, self.digest, pixels, labels, self.clean)
+
+    def eps_of(self, stage: Stage, sweep: Sequence[str]) -> list[str]:
+        return {"every": list(sweep), "headline": [self.headline]}.get(stage.eps, [stage.eps])
+
+    def share_standing(self, stage: Stage) -> float:
+        return float((~self.fallen[ATTACKS[stage.attack].norm, stage.view]).mean())
+
+    def finite(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Logits with every row that is not finite replaced by a wrong answer, and counted."""
+        broken = ~np.isfinite(logits).all(1)
+        self.nonfinite += int(broken.sum())
+        return np.where(broken[:, None], _wrong_answer(labels), logits).astype(np.float32)
+
+    def attack(self, stage: Stage, eps_text: str) -> None:
+        """Runs one stage at one eps, batch by batch, and books what fell."""
+        state = ATTACKS[stage.attack].norm, stage.view
+        inside = np.isin(np.arange(len(self.labels)), self.sample) | (stage.scope != "sample")
+        chosen = inside if stage.scope == "all" else inside & ~self.fallen[state]
+        rows = np.flatnonzero(chosen)
+        logits = self.felled[state].copy()
+        logits[~inside] = np.nan
+        rounded, totals = logits.copy(), {"seconds": 0.0, "queries": 0, "unchanged": 0, "largest": 0.0, "flags": set()}
+        for start in range(0, len(rows), self.config.attack_batch):
+            part = rows[start:start + self.config.attack_batch]
+            done = self.batch(stage, eps_text, part)
+            logits[part], rounded[part] = done["logits"], done["rounded"]
+            for name in ("seconds", "queries", "unchanged"):
+                totals[name] += done[name].item()
+            totals["largest"] = max(totals["largest"], done["largest"].item())
+            totals["flags"] |= set(done["flags"].tolist())
+            if self._keeps(stage, eps_text):
+                self.keep(part, done)
+        self._check_moved(stage, eps_text, rows, totals["unchanged"])
+        self.book((eps_text, stage.name), stage, self._clean_errors_stay(logits, stage.view), chosen, totals)
+        if _rounds(stage, eps_text):
+            self.book((eps_text, f"{stage.name}_8bit"), stage, self._clean_errors_stay(rounded, stage.view), chosen,
+                      {**totals, "seconds": 0.0, "queries": len(rows)})
+
+    def _clean_errors_stay(self, logits: np.ndarray, view: str) -> np.ndarray:
+        """A clean error is an error, whatever an attack happens to turn it into."""
+        mended = fallen(self.clean, self.labels, view) & ~fallen(logits, self.labels, view) & ~np.isnan(logits).any(1)
+        return np.where(mended[:, None], self.clean, logits)
+
+    def _keeps(self, stage: Stage, eps_text: str) -> bool:
+        return eps_text == self.headline and stage.view == "four" and ATTACKS[stage.attack].norm == "linf"
+
+    def book(self, key: tuple[str, str], stage: Stage, logits: np.ndarray, chosen: np.ndarray, totals: dict) -> None:
+        """Stores an attack's logits and its budget, and counts what it felled in every view of its norm."""
+        attack, count = ATTACKS[stage.attack], int(chosen.sum())
+        before = self.share_standing(stage)
+        for view in VIEWS:
+            state = attack.norm, view
+            new = fallen(logits, self.labels, view) & ~self.fallen[state]
+            self.felled[state][new] = logits[new]
+            self.fallen[state] |= new
+        self.logits[key], self.attacked[key] = logits, chosen
+        self.meta[key] = {
+            "n_attacked": count, "n_set": int((~np.isnan(logits).any(1)).sum()), "norm": attack.norm, "kind": attack.kind,
+            "view": stage.view, "scope": stage.scope, "seed": self.config.seed, "standing_before": round(before, 4),
+            "standing_after": round(self.share_standing(stage), 4), "seconds": round(totals["seconds"], 2),
+            "queries": round(totals["queries"] / max(count, 1), 1), "n_unchanged": int(totals["unchanged"]),
+            "largest_perturbation": totals["largest"], "flags": sorted(totals["flags"]), **stage.budget}
+        if attack.package:
+            self.meta[key]["package"] = f"{attack.package} {version(attack.package)}"
+
+    def batch(self, stage: Stage, eps_text: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """One batch of one attack: from the state on disk if it is there, else attacked now and written there."""
+        seed = self.config.seed + 7919 * int(rows[0])
+        name = self.store.name(eps_text, stage, seed, rows, self._given(stage))
+        if (stored := self.store.load(name)) is not None:
+            return stored
+        started = time.perf_counter()
+        adversarial, queries, flags = self._perturb(stage, eps_text, rows, seed)
+        seconds, images = time.perf_counter() - started, self.pixels[rows]
+        logits = self._score(adversarial, rows)
+        unchanged = (adversarial == images).flatten(1).all(1).numpy() & ~fallen(self.clean[rows], self.labels[rows], stage.view)
+        # Rounded, not truncated: truncation would shift every perturbation by half a grey level.
+        rounded = self._score((adversarial * 255).round() / 255, rows) if _rounds(stage, eps_text) else logits
+        kept = adversarial[np.isin(rows, self.sample)] if self._keeps(stage, eps_text) else adversarial[:0]
+        largest = perturbation_size(images, adversarial, ATTACKS[stage.attack].norm).max()
+        done = {"logits": logits, "rounded": rounded, "adversarial": kept.numpy(), "seconds": np.float64(seconds),
+                "queries": np.int64(queries), "unchanged": np.int64(unchanged.sum()), "largest": np.float64(largest),
+                "flags": np.array(flags, dtype=np.str_)}
+        self.store.save(name, done)
+        return done
+
+    def _score(self, images: Tensor, rows: np.ndarray) -> np.ndarray:
+        return self.finite(predict_logits(self.model, images, self.config.attack_batch).numpy(), self.labels[rows])
+
+    def _perturb(self, stage: Stage, eps_text: str, rows: np.ndarray, seed: int) -> tuple[Tensor, int, list[str]]:
+        """Adversarial images, images passed through the model, and warnings of the attack's own code."""
+        groups, budget = VIEWS[stage.view][0], dict(stage.budget)
+        if stage.source:
+            source = self.sources[stage.source]
+            budget["source"] = source if groups is None else GroupedClasses(source, groups)
+        if stage.mask:
+            budget["mask"] = torch.as_tensor(self.masks[stage.mask])[rows]
+        view = self.model if groups is None else GroupedClasses(self.model, groups)
+        counted = _Counted(view, time.monotonic() + (self.time_limit or float("inf")))
+        labels = torch.as_tensor(view_labels(self.labels[rows], stage.view)).to(self.device)
+        try:
+            with _warnings_of_official_code() as flags:
+                adversarial = ATTACKS[stage.attack](counted, self.pixels[rows].to(self.device), labels, parse_eps(eps_text),
+                                                    seed=seed, **budget).cpu()
+        except Exception as error:
+            kind = "ran out of time" if isinstance(error, TimeoutError) else f"failed ({type(error).__name__}: {error})"
+            raise StudyError(f"Attack {stage.name} at eps {eps_text} {kind} on images {rows[0]}-{rows[-1]}: this is a failed "
+                             "evaluation, not a robust model; mend the attack or the model and run it again.") from error
+        return adversarial, counted.images, flags
+
+    def _given(self, stage: Stage) -> str:
+        """Identity of what a stage was given beside its budget: the source's weights, the mask."""
+        source = model_digest(self.sources[stage.source]) if stage.source else ""
+        mask = hashlib.sha256(np.ascontiguousarray(torch.as_tensor(self.masks[stage.mask]))).hexdigest() if stage.mask else ""
+        return source + mask
+
+    def keep(self, rows: np.ndarray, done: dict[str, np.ndarray]) -> None:
+        """Keeps a sample image's adversarial until a stronger one comes: the lowest four-class margin wins."""
+        inside = np.isin(rows, self.sample)
+        places = np.searchsorted(self.sample, rows[inside])
+        labels = torch.as_tensor(self.labels[rows[inside]])
+        new, old = done["logits"][inside], self.kept_logits[places]
+        lower = (margin(torch.as_tensor(new), labels) < margin(torch.as_tensor(old), labels)).numpy()
+        self.kept[places[lower]] = torch.as_tensor(done["adversarial"])[lower]
+        self.kept_logits[places[lower]] = new[lower]
+
+    def _check_moved(self, stage: Stage, eps_text: str, rows: np.ndarray, unchanged: int) -> None:
+        """An attack that left every image as it was did not run, whatever its score says."""
+        asked = int((~fallen(self.clean[rows], self.labels[rows], stage.view)).sum())
+        if asked and unchanged == asked and parse_eps(eps_text) > 0:
+            raise StudyError(f"Attack {stage.name} at eps {eps_text} changed none of the {asked} images it was given: this is a "
+                             "failed evaluation, not a robust model; its gradient may be zero everywhere.")
+
+
+def _rounds(stage: Stage, eps_text: str) -> bool:
+    """Whether a stage gets a column of its own for 8-bit images: PGD, where eps is a whole number of grey levels."""
+    levels = parse_eps(eps_text) * 255
+    return stage.attack == "pgd" and stage.view == "four" and levels > 0.5 and abs(levels - round(levels)) < 1e-6
+
+
+@contextlib.contextmanager
+def _warnings_of_official_code() -> Iterator[list[str]]:
+    """Collects what AutoAttack warns of (randomness, zero gradients, a black box that beats a white box)."""
+    flags: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            flags.append(record.getMessage())
+
+    logger, handler = logging.getLogger("auto-attack"), Collect(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield flags
+        flags += sorted({str(warning.message) for warning in caught if issubclass(warning.category, UserWarning | Warning)
+                         and "pyautoattack" in str(warning.filename)})
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's class and of all its weights and buffers."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Store:
+    """Finished batches on disk, under a name that holds everything their numbers depend on.
+
+    One atomic `.npz` a batch, read without unpickling. The folder is named by weights, images and labels; each file by
+    eps, attack, budget, seed and rows: so a state is never continued by a run that it does not fit.
+    """
+
+    def __init__(self, folder: Path | None, digest: str, pixels: Tensor, labels: np.ndarray, clean: np.ndarray) -> None:
+        self.folder = None
+        if folder is None:
+            return
+        identity = hashlib.sha256(f"{STATE_VERSION} {torch.__version__} {digest}".encode())
+        identity.update(pixels.numpy())
+        identity.update(labels)
+        self.folder = Path(folder) / identity.hexdigest()[:16]
+        # The same weights under changed code are another model: its clean answers tell.
+        stored = self.load("clean.npz")
+        if stored is not None and not np.allclose(stored["logits"], clean, rtol=1e-3, atol=1e-3):
+            for path in self.folder.glob("*.npz"):
+                path.unlink()
+            stored = None
+        if stored is None:
+            self.save("clean.npz", {"logits": clean})
+
+    def name(self, eps_text: str, stage: Stage, seed: int, rows: np.ndarray, given: str) -> str:
+        identity = f"{stage.attack} {stage.view} {sorted(stage.budget.items())} {seed} {given}".encode()
+        return f"{eps_text.replace('/', '-')}_{stage.name}_{hashlib.sha256(identity + rows.tobytes()).hexdigest()[:12]}.npz"
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        if self.folder is None or not (self.folder / name).is_file():
+            return None
+        with np.load(self.folder / name, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    def save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        if self.folder is not None:
+            with atomic_path(self.folder / name) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+
+
+# -- the checks -------------------------------------------------------------------------------------------------------
+
+#: Largest difference between two evaluations of the same images that still counts as the same logits.
+SAME_LOGITS = 1e-4
+#: Accuracy differences up to this share, or one image, are chance.
+CHANCE = 0.005
+
+
+def _row(check: str, passed: bool, figure: object, note: str) -> dict:
+    return {"check": check, "passed": bool(passed), "figure": figure, "note": note}
+
+
+def sanity_table(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> list[dict]:
+    """The conditions of an honest evaluation, each with what was found: `check`, `passed`, `figure` and a `note` that says
+    in plain words what it means. On the fixed stratified sample where a check costs model passes."""
+    model_checks = [_finite_logits, _logits_not_probabilities, _same_every_time, _same_with_gradient, _batch_independent,
+                    _not_constant, _gradients_present, _eps_zero]
+    rows = [check(run) for check in model_checks]
+    rows += _ordered(run, sweep) + [_falls_with_eps(run, plan, sweep), _eps_one(run), *_converged(run), _masking(run, sweep),
+                                    _inside_ball(run), _moved(run), _denominator(run, plan), _worst_by_image(run),
+                                    _kept_rescore(run)]
+    rows.append(_untouched_model(run))
+    return rows
+
+
+def verdict(sanity: Sequence[dict]) -> str:
+    """One sentence: whether these robust numbers can be believed, and if not, why."""
+    failed = [row for row in sanity if not row["passed"]]
+    if not failed:
+        return f"All {len(sanity)} checks passed: nothing speaks against these numbers."
+    reasons = "; ".join(row["note"] for row in failed)
+    return f"{len(failed)} of {len(sanity)} checks failed, so do not take these numbers for robustness: {reasons}."
+
+
+def _sampled(run: _Run) -> tuple[Tensor, Tensor]:
+    return run.pixels[run.sample].to(run.device), torch.as_tensor(run.labels[run.sample]).to(run.device)
+
+
+def _finite_logits(run: _Run) -> dict:
+    note = "every logit is a number" if not run.nonfinite else \
+        f"{run.nonfinite} answers were NaN or infinite and count as wrong: the model is broken there, not robust"
+    return _row("finite_logits", run.nonfinite == 0, run.nonfinite, note)
+
+
+def _logits_not_probabilities(run: _Run) -> dict:
+    inside = (run.clean >= 0).all() and (run.clean <= 1).all() and np.allclose(run.clean.sum(1), 1, atol=1e-4)
+    note = "the outputs look like probabilities: losses on them have the wrong gradient, so return logits" if inside else \
+        "raw [0, 1] pixels in, logits out"
+    return _row("logits_from_pixels", not inside, int(run.clean.shape[1]), note)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two sets of logits, in units of their scale where that is above 1."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return float("inf") if not torch.equal(a.isfinite(), b.isfinite()) else 0.0
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1.0))
+
+
+def _same_every_time(run: _Run) -> dict:
+    images = run.pixels[run.sample]
+    gap = _difference(predict_logits(run.model, images), predict_logits(run.model, images))
+    note = "the same image always gets the same answer" if gap <= SAME_LOGITS else \
+        "the answer to the same image changes: attack the average over the randomness, or these numbers mean little"
+    return _row("same_every_time", gap <= SAME_LOGITS, _figure(gap), note)
+
+
+def _figure(value: float) -> float | str:
+    return float(f"{value:.3g}") if np.isfinite(value) else "infinite"
+
+
+def _same_with_gradient(run: _Run) -> dict:
+    images, _ = _sampled(run)
+    modes = [module.training for module in run.model.modules()]
+    plain = predict_logits(run.model, images)
+    with _evaluating(run.model):
+        during = [module.training for module in run.model.modules()]
+        followed = run.model(images.clone().requires_grad_(True)).detach().float().cpu()
+        after = [module.training for module in run.model.modules()]
+    gap, kept = _difference(plain, followed), during == after
+    note = "the model answers alike whether or not its gradient is asked for" if gap <= SAME_LOGITS and kept else \
+        "the model changes its train/eval mode when it is called" if not kept else \
+        "the model answers otherwise when its gradient is asked for: it knows when it is attacked"
+    return _row("same_under_attack", gap <= SAME_LOGITS and kept and modes == run.modes, _figure(gap), note)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _batch_independent(run: _Run) -> dict:
+    images = run.pixels[run.sample][:16]
+    together = predict_logits(run.model, images, len(images))
+    alone = predict_logits(run.model, images, 1)
+    backwards = predict_logits(run.model, images.flip(0), max(len(images) // 2, 1)).flip(0)
+    gap = max(_difference(together, alone), _difference(together, backwards))
+    note = "an image's answer does not depend on its neighbours in the batch" if gap <= SAME_LOGITS else \
+        "an image's answer depends on batch size or order: is BatchNorm in training mode?"
+    return _row("batch_independent", gap <= SAME_LOGITS, _figure(gap), note)
+
+
+def _not_constant(run: _Run) -> dict:
+    share = float(np.bincount(decisions(run.clean), minlength=len(CLASSES)).max() / len(run.labels))
+    several = len(np.unique(run.labels)) > 1
+    note = "the model tells images apart" if share < 0.99 or not several else \
+        f"the model gives one answer to {share:.0%} of the images: its robustness is that of a constant"
+    return _row("not_constant", share < 0.99 or not several, _figure(share), note)
+
+
+def gradient_shares(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 64) -> dict[str, float]:
+    """Shares of images whose pixel gradient is zero everywhere or not finite, for the plain cross-entropy (`zero_ce`), which
+    vanishes where softmax saturates, and for the margin (`zero_margin`); `not_finite` for either."""
+    zero_ce, zero_margin, broken = [], [], []
+    with _evaluating(model), no_parameter_gradients(model), torch.enable_grad():
+        for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
+            part = part.clone().requires_grad_(True)
+            logits = model(part).float()
+            losses = torch.nn.functional.cross_entropy(logits, truth, reduction="sum"), margin(logits, truth).sum()
+            gradients = [torch.autograd.grad(loss, part, retain_graph=True, allow_unused=True)[0] if loss.requires_grad
+                         else None for loss in losses]
+            ce, gap = [torch.zeros_like(part) if gradient is None else gradient for gradient in gradients]
+            zero_ce.append((ce == 0).flatten(1).all(1))
+            zero_margin.append((gap == 0).flatten(1).all(1))
+            broken.append(~(ce.isfinite() & gap.isfinite()).flatten(1).all(1))
+    shares = {"zero_ce": zero_ce, "zero_margin": zero_margin, "not_finite": broken}
+    return {name: float(torch.cat(parts).float().mean()) for name, parts in shares.items()}
+
+
+def _gradients_present(run: _Run) -> dict:
+    shares = gradient_shares(run.model, *_sampled(run), run.config.attack_batch)
+    passed = shares["zero_margin"] == 0 and shares["not_finite"] == 0 and shares["zero_ce"] <= 0.05
+    if passed:
+        note = "every sampled image has a gradient to follow"
+    elif shares["zero_margin"] or shares["not_finite"]:
+        note = (f"{shares['zero_margin']:.0%} of gradients are zero and {shares['not_finite']:.0%} not finite: gradients are "
+                "masked, so gradient attacks prove nothing here")
+    else:
+        note = f"softmax saturates on {shares['zero_ce']:.0%} of the images (scaled logits?): cross-entropy has no gradient there"
+    return _row("gradients_present", passed, {name: _figure(share) for name, share in shares.items()}, note)
+
+
+def _eps_zero(run: _Run) -> dict:
+    images, labels = _sampled(run)
+    attacked = ATTACKS["pgd"](run.model, images, labels, 0.0, steps=2)
+    gap = _difference(predict_logits(run.model, images), predict_logits(run.model, attacked))
+    return _row("eps_zero_is_clean", gap <= SAME_LOGITS, _figure(gap), "an attack with eps 0 gives the clean answers"
+                if gap <= SAME_LOGITS else "an attack with eps 0 changes answers: something else than the pixels is attacked")
+
+
+def _standing(run: _Run, key: tuple[str, str], view: str = "four") -> float:
+    return float((~fallen(run.logits[key], run.labels, view)).mean())
+
+
+def _first(run: _Run, eps_text: str, attack: str) -> str | None:
+    """Stored name of the plain four-class form of an attack, None where the suite has none."""
+    return next((name for (eps, name), meta in run.meta.items() if eps == eps_text and meta["view"] == "four"
+                 and meta["scope"] == "all" and (name == attack or name.removeprefix(attack).isdigit())), None)
+
+
+def _ordered(run: _Run, sweep: Sequence[str]) -> list[dict]:
+    """PGD ≤ FGSM ≤ noise ≤ clean, at every eps."""
+    rows, slack = [], max(CHANCE, 1 / len(run.labels)) + 1e-9
+    clean = float((~fallen(run.clean, run.labels)).mean())
+    for weaker, stronger in (("clean", "noise"), ("noise", "fgsm"), ("fgsm", "pgd")):
+        figures = {}
+        for eps_text in sweep:
+            names = [_first(run, eps_text, attack) for attack in (weaker, stronger)]
+            if names[1] is None or (names[0] is None and weaker != "clean"):
+                continue
+            above = clean if weaker == "clean" else _standing(run, (eps_text, names[0]))
+            figures[eps_text] = [_figure(_standing(run, (eps_text, names[1]))), _figure(above)]
+        broken = [eps_text for eps_text, (below, above) in figures.items() if below > above + slack]
+        note = f"accuracy under {stronger} is not above {weaker}" if not broken else \
+            f"accuracy under {stronger} is above {weaker} at {', '.join(broken)}: the stronger attack does not work"
+        if figures:
+            rows.append(_row(f"{stronger}_le_{weaker}", not broken, figures, note))
+    return rows
+
+
+def _falls_with_eps(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> dict:
+    """On attacks that start anew at each eps; a stage on standing images inherits what smaller eps felled."""
+    name = next((stage.name for stage in plan if stage.attack == "pgd" and stage.scope == "all" and stage.view == "four"), None)
+    curve = [_standing(run, (eps_text, name)) for eps_text in sweep] if name else []
+    rise = max((later - earlier for earlier, later in zip(curve, curve[1:], strict=False)), default=0.0)
+    passed = rise <= max(CHANCE, 1 / len(run.labels)) + 1e-9
+    note = "accuracy does not rise with eps" if passed else f"accuracy rises by {rise:.1%} with eps: PGD gets stuck"
+    return _row("falls_with_eps", passed, [_figure(value) for value in curve], note)
+
+
+def _sample_standing(run: _Run, eps: float, chosen: np.ndarray, **budget: object) -> np.ndarray:
+    """Which of the images `chosen` (indices) stand against PGD with this budget, bool (len(chosen),)."""
+    standing = []
+    for start in range(0, len(chosen), run.config.attack_batch):
+        part = chosen[start:start + run.config.attack_batch]
+        images, labels = run.pixels[part].to(run.device), torch.as_tensor(run.labels[part]).to(run.device)
+        attacked = ATTACKS["pgd"](run.model, images, labels, eps, seed=run.config.seed + 1, loss="margin", **budget)
+        standing.append((predict_logits(run.model, attacked).argmax(1) == labels.cpu()).numpy())
+    return np.concatenate(standing) if standing else np.zeros(0, bool)
+
+
+def _eps_one(run: _Run) -> dict:
+    correct = ~fallen(run.clean, run.labels)
+    balanced = float(np.mean([correct[run.labels == label].mean() for label in np.unique(run.labels)]))
+    accuracy = float(_sample_standing(run, 1.0, run.sample, steps=run.config.pgd_steps).mean())
+    passed = accuracy <= 0.05 or balanced <= 0.6
+    note = "with eps 1 nothing is left" if accuracy <= 0.05 else \
+        f"{accuracy:.0%} survive eps 1, but at a clean balanced accuracy of {balanced:.0%} that can be a constant answer" if passed \
+        else f"{accuracy:.0%} survive eps 1, where any image may be shown: the attack does not work on this model"
+    return _row("eps_one_breaks_all", passed, _figure(accuracy), note)
+
+
+def _converged(run: _Run) -> list[dict]:
+    """Whether twice the steps, or another restart, fells more of the sample than the suite's PGD did."""
+    eps, steps = parse_eps(run.headline), run.config.pgd_steps
+    name = _first(run, run.headline, "pgd")
+    standing = run.sample if name is None else run.sample[~fallen(run.logits[run.headline, name][run.sample], run.labels[run.sample])]
+    if name is None:
+        standing = standing[_sample_standing(run, eps, standing, steps=steps)]
+    base, rows = len(standing) / len(run.sample), []
+    for what, budget in (("steps", dict(steps=2 * steps)), ("restarts", dict(steps=steps))):
+        more = _sample_standing(run, eps, standing, **budget).sum() / len(run.sample)
+        passed = base - more <= max(CHANCE, 1 / len(run.sample)) + 1e-9
+        note = f"twice the {what} finds no more" if passed else \
+            f"twice the {what} fells {base - more:.1%} more: give PGD a larger budget"
+        rows.append(_row(f"converged_in_{what}", passed, [_figure(base), _figure(more)], note))
+    return rows
+
+
+def _masking(run: _Run, sweep: Sequence[str]) -> dict:
+    """Images that an attack without gradients felled and no attack with gradients did, by eps."""
+    counts = {}
+    for eps_text in sweep:
+        hits = {"white-box": np.zeros(len(run.labels), bool), "other": np.zeros(len(run.labels), bool)}
+        for key, meta in run.meta.items():
+            if key[0] == eps_text and meta["view"] == "four" and meta["norm"] == "linf":
+                own = run.attacked[key] & fallen(run.logits[key], run.labels)
+                hits["white-box" if meta["kind"] == "white-box" else "other"] |= own
+        counts[eps_text] = int((hits["other"] & ~hits["white-box"] & ~fallen(run.clean, run.labels)).sum())
+    total = max(counts.values(), default=0)
+    note = "no image falls to a black box and stands against every white box" if not total else \
+        f"black box beats white box on {total} image{'s' * (total != 1)}: gradients may be masked"
+    return _row("white_box_le_black_box", total == 0, counts, note)
+
+
+def _inside_ball(run: _Run) -> dict:
+    excess = max((meta["largest_perturbation"] - parse_eps(eps_text) for (eps_text, _), meta in run.meta.items()
+                  if meta["norm"] == "linf"), default=0.0)
+    return _row("inside_the_ball", excess <= 1e-6, _figure(max(excess, 0.0)), "no perturbation exceeds eps, none leaves [0, 1]"
+                if excess <= 1e-6 else "a perturbation is larger than eps")
+
+
+def _moved(run: _Run) -> dict:
+    unchanged = {f"{eps_text}:{name}": meta["n_unchanged"] for (eps_text, name), meta in run.meta.items() if meta["n_unchanged"]}
+    note = "every attack changed every image it was given" if not unchanged else \
+        f"{', '.join(f'{name} left {count} images as they were' for name, count in list(unchanged.items())[:3])}: not robust, not attacked"
+    return _row("every_image_changed", not unchanged, unchanged, note)
+
+
+def _denominator(run: _Run, plan: Sequence[Stage]) -> dict:
+    partial = {stage.name for stage in plan if stage.scope == "sample"}
+    missing = [f"{eps_text}:{name}" for (eps_text, name), logits in run.logits.items()
+               if len(logits) != len(run.labels) or (np.isnan(logits).any() and name not in partial)]
+    return _row("full_denominator", not missing, len(run.labels), f"every score counts all {len(run.labels)} images" if not missing
+                else f"{', '.join(missing)} left images out")
+
+
+def worst_case(logits: Mapping[tuple[str, str], np.ndarray], labels: np.ndarray, eps_text: str, view: str = "four") -> np.ndarray:
+    """Whether each image stands against every attack at an eps, bool (N,): the minimum over attacks per image. Give the
+    logits of one norm."""
+    standing = np.ones(len(labels), bool)
+    for (eps, _), rows in logits.items():
+        if eps == eps_text:
+            standing &= ~fallen(rows, labels, view)
+    return standing
+
+
+def _worst_by_image(run: _Run) -> dict:
+    linf = {key: rows for key, rows in run.logits.items() if run.meta[key]["norm"] == "linf"}
+    mean_of_min = float((worst_case(linf, run.labels, run.headline) & ~fallen(run.clean, run.labels)).mean())
+    min_of_means = min((_standing(run, key) for key in linf if key[0] == run.headline), default=1.0)
+    return _row("worst_case_by_image", mean_of_min <= min_of_means + 1e-9, [_figure(mean_of_min), _figure(min_of_means)],
+                f"{mean_of_min:.1%} stand against every attack at once; the best single attack leaves {min_of_means:.1%}")
+
+
+def _kept_rescore(run: _Run) -> dict:
+    again = predict_logits(run.model, run.kept, run.config.attack_batch)
+    finite = again.isfinite().all(1)
+    gap = _difference(again[finite], torch.as_tensor(run.kept_logits)[finite]) if finite.any() else 0.0
+    return _row("kept_images_rescore", gap <= SAME_LOGITS, _figure(gap), "the kept adversarial images give the recorded answers again"
+                if gap <= SAME_LOGITS else "the kept adversarial images do not give the recorded answers again")
+
+
+def _untouched_model(run: _Run) -> dict:
+    same = model_digest(run.model) == run.digest and [module.training for module in run.model.modules()] == run.modes
+    return _row("model_untouched", same, same, "weights, BatchNorm statistics and modes are as before" if same
+                else "the evaluation changed the model: weights, BatchNorm statistics or modes differ")
+
+
+# -- curves, matrices, distributions -----------------------------------------------------------------------------------
+
+
+def accuracy_curves(result: SuiteResult, labels: np.ndarray, view: str = "four", norm: str = "linf") -> dict[str, np.ndarray]:
+    """Attack → which images stand at each eps, bool (E, N), eps ascending; `worst_case` over all of them. Each curve is the
+    union over smaller eps, whose balls lie inside the larger ones, so it never rises. Attacks not run at every eps are
+    left out, except from `worst_case`."""
+    keys = [key for key in result.logits if result.meta[key]["norm"] == norm]
+    sweep = sorted({eps_text for eps_text, _ in keys}, key=parse_eps)
+    curves = {}
+    for name in dict.fromkeys(name for _, name in keys):
+        if all((eps_text, name) in result.logits for eps_text in sweep):
+            standing = np.stack([~fallen(result.logits[eps_text, name], labels, view) for eps_text in sweep])
+            curves[name] = np.logical_and.accumulate(standing, axis=0)
+    chosen = {key: result.logits[key] for key in keys}
+    worst = np.stack([worst_case(chosen, labels, eps_text, view) for eps_text in sweep])
+    curves["worst_case"] = np.logical_and.accumulate(worst & ~fallen(result.clean_logits, labels, view), axis=0)
+    return curves
+
+
+def transfer_matrix(models: Mapping[str, nn.Module], images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *,
+                    steps: int = 20, batch: int = 64, seed: int = 0) -> np.ndarray:
+    """Which images of each target model stand against images made on each source model, bool (source, target, N), in the
+    order of `models`. The diagonal is momentum PGD on the model itself."""
+    pixels, truth, members = as_pixels(images_uint8), np.asarray(labels), list(models.values())
+    standing = np.zeros((len(members), len(members), len(pixels)), bool)
+    for row, source in enumerate(progress(members, "transfer")):
+        made = attack_images(source, pixels, truth, "transfer", eps, batch=batch, seed=seed, source=source, steps=steps)
+        for column, target in enumerate(members):
+            standing[row, column] = ~fallen(predict_logits(target, made, batch).numpy(), truth)
+    return standing
+
+
+def attack_images(model: nn.Module, pixels: Tensor, labels: np.ndarray, attack: str, eps: float, *, batch: int = 64, seed: int = 0,
+                  targets: np.ndarray | None = None, **budget: object) -> Tensor:
+    """Adversarial images (N, 1, H, W) of a registered attack, on the CPU, batch by batch; pixels float32 in [0, 1]."""
+    device, made = _device(model), []
+    for start in range(0, len(pixels), batch):
+        part = slice(start, start + batch)
+        aims = None if targets is None else torch.as_tensor(targets[part]).to(device)
+        made.append(ATTACKS[attack](model, pixels[part].to(device), torch.as_tensor(labels[part]).to(device), eps,
+                                    seed=seed + 7919 * start, targets=aims, **budget).cpu())
+    return torch.cat(made)
+
+
+def minimal_perturbations(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, *, norm: str = "linf",
+                          steps: int = 50, batch: int = 64, seed: int = 0) -> np.ndarray:
+    """Size of the smallest adversarial perturbation that FAB-T finds for each image, float (N,), in units of the [0, 1]
+    pixel range: an upper bound on the true one; 0 for clean errors, infinite where none is found."""
+    pixels, device, sizes = as_pixels(images_uint8), _device(model), []
+    for start in range(0, len(pixels), batch):
+        images, truth = pixels[start:start + batch], torch.as_tensor(np.asarray(labels)[start:start + batch])
+        found = nearest_adversarial(model, images.to(device), truth.to(device), norm=norm, steps=steps, seed=seed).cpu()
+        fooled = predict_logits(model, found, batch).argmax(1) != truth
+        sizes.append(torch.where(fooled, perturbation_size(images, found, norm), torch.inf))
+    return torch.cat(sizes).numpy()
+
+
+def direction_success(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *, steps: int = 20,
+                      batch: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
+    """For `healthier` and `sicker`: 1 where PGD moves the answer to a class below or above the truth, 0 where it does not,
+    NaN where there is no such class (Non cannot be made healthier), float (N,)."""
+    pixels, truth = as_pixels(images_uint8), np.asarray(labels).astype(np.int64)
+    success = {}
+    for direction, step in (("healthier", -1), ("sicker", 1)):
+        moved = np.where((truth + step >= 0) & (truth + step < len(CLASSES)), 0.0, np.nan)
+        for distance in range(1, len(CLASSES)):
+            target = truth + step * distance
+            rows = np.flatnonzero((moved == 0) & (target >= 0) & (target < len(CLASSES)))
+            if not len(rows):
+                break
+            made = attack_images(model, pixels[rows], truth[rows], "pgd_targeted", eps, batch=batch, seed=seed,
+                                 targets=target[rows], steps=steps)
+            answers = predict_logits(model, made, batch).argmax(1).numpy()
+            moved[rows[(answers - truth[rows]) * step > 0]] = 1.0
+        success[direction] = moved
+    return success
+
+
+def pgd_convergence(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *,
+                    steps: Sequence[int] = (1, 2, 5, 10, 20, 50), restarts: Sequence[int] = (1, 2, 5), restart_steps: int = 20,
+                    batch: int = 64, seed: int = 0) -> dict[tuple[str, int], np.ndarray]:
+    """Which images stand after PGD with each number of steps, and with each number of restarts of `restart_steps` steps,
+    bool (N,), under the keys `("steps", k)` and `("restarts", k)`."""
+    pixels, truth = as_pixels(images_uint8), np.asarray(labels)
+    budgets = {("steps", count): dict(steps=count) for count in steps}
+    budgets |= {("restarts", count): dict(steps=restart_steps, restarts=count) for count in restarts}
+    standing = {}
+    for key, budget in budgets.items():
+        made = attack_images(model, pixels, truth, "pgd", eps, batch=batch, seed=seed, loss="margin", **budget)
+        standing[key] = ~fallen(predict_logits(model, made, batch).numpy(), truth)
+    return standing
+
+
+def model_from_factory(spec: str) -> nn.Module:
+    """The model that a user's `module:function` returns, in eval mode.
+
+    Raises:
+        StudyError: no such module or function, or it returns no `nn.Module`.
+    """
+    module_name, _, function_name = spec.partition(":")
+    try:
+        model = getattr(importlib.import_module(module_name), function_name or "build_model")()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise StudyError(f"{spec!r} gave no model ({type(error).__name__}: {error}): write it as module:function, where the "
+                         "function takes nothing and returns a torch.nn.Module.") from error
+    if not isinstance(model, nn.Module):
+        raise StudyError(f"{spec!r} returned a {type(model).__name__}: expected a torch.nn.Module from pixels to four logits.")
+    return model.eval()

@@ -1,0 +1,147 @@
+"""Small things every notebook needs: project paths, seeding, device choice, environment print, atomic files, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Ordinal everywhere: a higher number is a worse clinical rating.
+CLASSES = ("Non", "Very mild", "Mild", "Moderate")
+BACKBONES = ("Dinov2", "Efficientnet", "Resnet")
+#: The names used in every path, record, figure and table. `_atk` is the adversarially trained twin.
+MODELS = tuple(f"{backbone}{twin}" for backbone in BACKBONES for twin in ("", "_atk"))
+PROTOCOLS = ("slice", "patient")
+
+
+class StudyError(Exception):
+    """A failure that a user can cause and mend: one sentence that says what was found, what was expected, what to do."""
+
+
+def result_root(profile: str, data: str) -> Path:
+    """Where a run writes: the repository itself for `cpu` and `paper` on real data, `runs/<profile>-<data>/` for
+    everything else, so that a committed result is never overwritten by a lesser run. `ALZHEIMER_RUNS` moves `runs/`."""
+    if profile in ("cpu", "paper") and data == "real":
+        return ROOT
+    return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs")) / f"{profile}-{data}"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and renames it on success: a kill at any moment leaves the old file or the
+    new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp", dir=path.parent)
+    os.close(handle)
+    os.chmod(name, 0o644)  # mkstemp makes it private to this user; a result is for everybody
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """Atomically writes `value` as readable JSON. NaN and infinity are refused: a record must be valid JSON."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise StudyError(f"{path} is not valid JSON ({error}); delete it and run the command that makes it again.") from error
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and PyTorch (all devices)."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_device() -> "torch.device":  # noqa: F821
+    """The fastest device at hand: CUDA, Apple's MPS, or the CPU. `ALZHEIMER_DEVICE` overrides."""
+    import torch
+
+    if name := os.environ.get("ALZHEIMER_DEVICE"):
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def hardware() -> str:
+    """One line: the accelerator if there is one, else the processor and its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def environment() -> dict[str, str]:
+    """Versions of what decides a number: Python and the packages that train, attack and explain."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = ("torch", "torchvision", "timm", "transformers", "optuna", "torchattacks", "pyautoattack",
+                "adversarial-robustness-toolbox", "grad-cam", "scikit-learn", "numpy")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def print_environment() -> None:
+    """The line that every notebook prints first: what it ran on."""
+    versions = environment()
+    print(f"{hardware()} · device {choose_device()} · " + " · ".join(f"{k} {v}" for k, v in versions.items()))
+
+
+def git_state() -> dict[str, object]:
+    """Commit and whether tracked files differ from it; `unknown` outside a clone (a downloaded archive)."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"git_commit": git("rev-parse", "HEAD"),
+                "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "utils", "models", "dataset"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": "unknown", "git_dirty": True}
+
+
+def progress(items: Iterable, description: str, total: int | None = None, **options) -> "tqdm":  # noqa: F821
+    """A progress bar on standard error that leaves no trace when done; off where nobody watches (`ALZHEIMER_QUIET`,
+    set by the headless runner: an executed notebook keeps figures and tables, not logs)."""
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=description, total=total, leave=False, file=sys.stderr, dynamic_ncols=True,
+                disable=bool(os.environ.get("ALZHEIMER_QUIET")), **options)
