@@ -1,0 +1,123 @@
+"""How long our suite takes against official AutoAttack, and whether it leaves anyone standing whom AutoAttack fells.
+
+    python tests/benchmarks/attack_suite.py [--n 128] [--size 32] [--checkpoint FILE --test-set FILE]
+
+Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 is trained adversarially on the phantom cohort
+first (a few minutes on two cores; kept under runs/). Prints what `attack_suite.txt` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils.attacks import perturb_for_training  # noqa: E402
+from utils.backbones import PixelClassifier, build_model, load_model, save_model  # noqa: E402
+from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
+from utils.phantom import draw_cohort  # noqa: E402
+from utils.robustness import (as_pixels, evaluate_suite, fallen, predict_logits, stratified_sample, suite_plan,  # noqa: E402
+                              worst_case)
+from utils.utils_funcs import hardware  # noqa: E402
+
+
+def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images uint8 (N, 1, size, size), labels and people, all classes equally."""
+    cohort = draw_cohort(people=(12, 12, 12, 12), slices=8, size=size, synthetic=0, duplicates=0, seed=seed)
+    return np.stack(cohort.images)[:, None], np.asarray(cohort.label, np.int64), np.asarray(cohort.person)
+
+
+def robust_model(name: str, size: int, eps: float, epochs: int) -> PixelClassifier:
+    """A model trained with two-step PGD on the phantom, kept between runs."""
+    path = ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}.safetensors"
+    if path.is_file():
+        return load_model(path)
+    images, labels, _ = phantom_images(size, seed=1)
+    pixels, truth = as_pixels(images), torch.as_tensor(labels)
+    torch.manual_seed(0)
+    model = build_model(name, pretrained=False, input_size=size)
+    optimiser = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=0.01)
+    for epoch in range(epochs):
+        ramp, losses = eps * min(1.0, 2 * epoch / epochs), []
+        for part in torch.randperm(len(pixels)).split(32):
+            model.eval()
+            adversarial = perturb_for_training(model, pixels[part], truth[part], ramp, steps=2)
+            model.train()
+            loss = torch.nn.functional.cross_entropy(model(adversarial), truth[part])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+        print(f"  epoch {epoch + 1}/{epochs}: adversarial loss {np.mean(losses):.3f}", file=sys.stderr, flush=True)
+    save_model(model.eval(), path)
+    return model.eval()
+
+
+def test_images(size: int, count: int, test_set: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if test_set:
+        stored = torch.load(test_set, weights_only=True)
+        images, labels, people = (np.asarray(stored[key]) for key in ("images", "labels", "people"))
+    else:
+        images, labels, people = phantom_images(size, seed=2)
+    chosen = stratified_sample(labels, people, count)
+    return images[chosen], labels[chosen].astype(np.int64), people[chosen]
+
+
+def ours(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, people: np.ndarray, config: RunConfig) -> np.ndarray:
+    """Who stands after the four-class part of suite `standard`."""
+    plan = [stage for stage in suite_plan(config) if stage.view == "four" and stage.attack not in ("pgd_clinical", "kryptonite")]
+    result = evaluate_suite(model, images, labels, people, config, stages=plan)
+    for (_, name), meta in result.meta.items():
+        print(f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, {meta['seconds']:7.1f} s")
+    return worst_case(result.logits, labels, config.headline_eps) & ~fallen(result.clean_logits, labels)
+
+
+def official(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps: float) -> np.ndarray:
+    """Who stands after AutoAttack `standard` as its authors run it, with three target classes."""
+    from pyautoattack import AutoAttack
+
+    attack = AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 3
+    pixels, truth = as_pixels(images), torch.as_tensor(labels)
+    found = attack.run_standard_evaluation(pixels, truth, batch_size=64)[0]
+    return (predict_logits(model, found).argmax(1) == truth).numpy() & (predict_logits(model, pixels).argmax(1) == truth).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--eps", default="4/255")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--test-set", help="a prepared test_set.pt; the phantom without it")
+    options = parser.parse_args()
+    eps = parse_eps(options.eps)
+    model = load_model(options.checkpoint) if options.checkpoint else robust_model("Resnet_atk", options.size, eps, options.epochs)
+    images, labels, people = test_images(options.size, options.n, options.test_set)
+    config = make_config("cpu", "Resnet_atk", suite="standard", eps=(options.eps,), headline_eps=options.eps)
+    clean = (predict_logits(model, as_pixels(images)).argmax(1).numpy() == labels).mean()
+    print(f"{model.name} at {images.shape[-1]} px, eps {options.eps}, n = {len(labels)}, float32, {torch.get_num_threads()} thread(s), "
+          f"{hardware()}\nclean accuracy {clean:.1%}")
+    wall, cpu = time.perf_counter(), time.process_time()
+    ours_standing = ours(model, images, labels, people, config)
+    our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)", flush=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    official_standing = official(model, images, labels, eps)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)")
+    print(f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
+          f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}")
+    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""experiment: a unit goes from data to record once; shards share the grid; the phantom is announced."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from utils import experiment, report
+from utils.config import make_config
+from utils.utils_funcs import MODELS, ROOT, StudyError
+
+TINY = dict(max_train=24, max_test=8, epochs=1, trials=0, eps=("4/255",), pgd_steps=2, sample=4, input_size=32, batch_size=12,
+            pretrained=False, train_steps=1)
+
+
+@pytest.fixture(scope="module")
+def study(phantom_raw, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALZHEIMER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield dataclasses.replace(experiment.open_study("demo", phantom_raw), data="phantom")
+
+
+def tiny(protocol="patient", model="Efficientnet", **changes):
+    return make_config("demo", model, protocol=protocol, **{**TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def record(study):
+    return experiment.run_unit(study, tiny())
+
+
+def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
+    for key in ("schema_version", "model", "regime", "protocol", "data", "profile", "init", "search", "folds", "seeds", "cohort_sha256",
+                "config", "environment", "hardware", "wall_seconds", "git_commit", "git_dirty", "clean", "attacks", "worst_case", "sanity"):
+        assert key in record, key
+    assert (record["model"], record["data"], record["init"], record["folds"], record["seeds"]) == ("Efficientnet", "phantom", "random", [0], [0])
+    assert record == report.read_record(study.record("Efficientnet", "patient"))
+    assert record["units"][0]["explanation"] and record["units"][0]["history"]
+    assert json.dumps(record, allow_nan=False)
+
+
+def test_the_record_follows_from_its_predictions(study, record):
+    rows = report.read_predictions(study.record("Efficientnet", "patient"))
+    assert len(rows["labels"]) == record["clean"]["slice"].get("n_slices", record["clean"].get("n_slices"))
+    assert report.summarise(rows, record["units"]) == record
+
+
+def test_a_finished_unit_is_not_run_twice(study, record, monkeypatch):
+    monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(experiment, "evaluate_suite", lambda *a, **k: pytest.fail("attacked again"))
+    assert experiment.run_unit(study, tiny()) == record
+
+
+def test_a_record_is_shown_without_its_weights(study, record, monkeypatch):
+    checkpoint = study.checkpoint(tiny())
+    hidden = checkpoint.rename(checkpoint.with_suffix(".hidden"))
+    monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
+    try:
+        fit = experiment.train(study, tiny())
+        unit = experiment.attack(study, tiny())
+        assert fit.history == record["units"][0]["history"] and len(unit.rows["labels"]) == 8
+        assert experiment.save(study, experiment.with_explanation(unit, experiment.explain(study, tiny())[1])) == record
+    finally:
+        hidden.rename(checkpoint)
+
+
+def test_other_settings_do_not_pass_as_the_recorded_ones(study, record):
+    with pytest.raises(StudyError, match="epochs 1 instead of 7"):
+        experiment.run_unit(study, tiny(epochs=7))
+
+
+def test_folds_are_pooled_and_a_unit_replaces_only_itself(study, record):
+    first = experiment.attack(study, tiny())
+    second = experiment.Unit({**first.rows, "fold": np.full(8, 1, np.int8)}, {**first.meta, "fold": 1})
+    both = experiment.save(study, second)
+    assert both["folds"] == [0, 1] and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+    again = experiment.save(study, experiment.Unit(second.rows, {**second.meta, "hardware": "another machine"}))
+    assert again["folds"] == [0, 1] and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+
+
+def test_an_attack_that_one_fold_lacks_is_outside_its_declared_set():
+    rows = {"labels": np.zeros(2, np.int8), "clean": np.zeros((2, 4), np.float16)}
+    pooled = experiment._pool({**rows, "4/255:square": np.ones((2, 4), np.float16)}, rows)
+    assert np.isnan(pooled["4/255:square"][2:]).all() and not np.isnan(pooled["4/255:square"][:2]).any()
+
+
+def test_the_grid_puts_the_most_valuable_first():
+    units = experiment.grid_units("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
+    assert len(units) == 6 * 6 and set(experiment.GRID_MODELS) == set(MODELS)
+    assert [unit.protocol for unit in units] == ["patient"] * 30 + ["slice"] * 6
+    assert units[0].model == "Resnet" and units[-1].model == "Dinov2_atk"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 50])
+def test_shards_together_do_every_unit_once(count):
+    units = experiment.grid_units("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
+    shared = [unit for index in range(count) for unit in experiment.shard_of(units, f"{index + 1}/{count}")]
+    assert sorted(map(repr, shared)) == sorted(map(repr, units))
+
+
+@pytest.mark.parametrize("bad", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_shard_that_makes_no_sense_is_refused(bad):
+    with pytest.raises(StudyError, match="i/n"):
+        experiment.shard_of([], bad)
+
+
+def test_the_phantom_is_announced(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ALZHEIMER_RUNS", str(tmp_path))
+    monkeypatch.setenv("ALZHEIMER_OFFLINE", "1")
+    monkeypatch.delenv("ALZHEIMER_RAW", raising=False)
+    opened = experiment.open_study("demo")
+    assert opened.data == "phantom" and opened.root == tmp_path / "demo-phantom"
+    assert "data: phantom" in capsys.readouterr().out
+    assert experiment.open_study("demo") == opened
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["grid", "--help"], ["attack", "--help"]])
+def test_help_is_the_documentation(arguments):
+    done = subprocess.run([sys.executable, "-m", "utils.experiment", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout.lower()
+
+
+def test_the_run_command_shows_the_defaults_of_its_profile():
+    done = subprocess.run([sys.executable, "-m", "utils.experiment", "run", "--profile", "cpu", "--model", "Dinov2", "--help"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert "(default: 12)" in done.stdout and "(default: Dinov2)" in done.stdout
+
+
+def test_a_users_mistake_is_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "utils.experiment", "prepare", "--raw", str(tmp_path / "nothing")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

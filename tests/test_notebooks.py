@@ -1,0 +1,137 @@
+"""The notebooks: thin, of one anatomy, twins but for title and parameters, and they run headless, from two commands."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from reproduce import NOTEBOOKS
+from utils.utils_funcs import BACKBONES, MODELS, ROOT
+
+COMMITTED = [path for path in NOTEBOOKS if (ROOT / path).is_file()]
+
+
+def read(path: str) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / path, as_version=4)
+
+
+def code(notebook) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+
+
+def test_every_model_has_its_notebook():
+    assert {f"models/{model}.ipynb" for model in MODELS} | {"models/results.ipynb", "dataset/prepare_dataset.ipynb"} <= set(COMMITTED)
+
+
+@pytest.mark.parametrize("path", COMMITTED)
+def test_a_notebook_is_thin(path):
+    notebook = read(path)
+    assert (ROOT / path).stat().st_size < 1_000_000
+    for source in code(notebook):
+        assert source.count("\n") < 20, f"a cell of {path} is longer than 20 lines"
+        tree = ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
+        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
+    definitions = [node for source in code(notebook) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert len(definitions) <= 1
+
+
+@pytest.mark.parametrize("path", COMMITTED)
+def test_a_notebook_has_the_fixed_anatomy(path):
+    notebook = read(path)
+    first, setup, imports, parameters = notebook.cells[:4]
+    assert first.cell_type == "markdown" and first.source.startswith("# ") and "colab-badge" in first.source and path in first.source
+    assert "?" in first.source, "the first paragraph poses the question"
+    assert "google.colab" in setup.source and "print_environment()" in imports.source
+    assert "parameters" in parameters.metadata.tags
+    assert set(re.findall(r"^(\w+) =", parameters.source, re.M)) >= {"profile", "raw", "retrain"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    last = notebook.cells[-1]
+    assert last.cell_type == "markdown" and last.source.startswith("## What this shows") and len(last.source) > 200
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_clean_notebook_and_its_twin_differ_in_title_parameters_and_prose_only(backbone):
+    notebooks = [read(f"models/{backbone}{twin}.ipynb") for twin in ("", "_atk")]
+    sources = [[cell.source for cell in notebook.cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])]
+               for notebook in notebooks]
+    assert sources[0] == sources[1]
+
+
+@pytest.mark.parametrize("path", COMMITTED)
+def test_a_committed_notebook_shows_a_run_on_real_data_and_no_error(path):
+    notebook = read(path)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert outputs, f"{path} was committed without its outputs"
+    assert not any(output.output_type == "error" for output in outputs)
+    assert "data: real" in printed(notebook) and "phantom" not in printed(notebook)
+    assert str(Path.home()) not in json.dumps(outputs) and str(ROOT) not in json.dumps(outputs)
+
+
+def reproduce(tmp_path: Path, *arguments: str, raw: str | None = None, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "ALZHEIMER_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("ALZHEIMER_RAW", None)
+    environment |= {"ALZHEIMER_RAW": raw} if raw else {}
+    return subprocess.run([sys.executable, "reproduce.py", "--no-venv", *arguments], cwd=ROOT, env=environment, capture_output=True,
+                          text=True, encoding="utf-8", **options)
+
+
+def state_of_the_tree() -> str:
+    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
+    before = state_of_the_tree()
+    done = reproduce(tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert state_of_the_tree() == before, "a demo writes nothing that git tracks"
+    root = tmp_path / "demo-phantom"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["demo-phantom"]
+    for path in COMMITTED:
+        notebook = nbformat.read(root / path, as_version=4)
+        assert "data: phantom" in printed(notebook) and "data: real" not in printed(notebook), path
+    for model in MODELS:
+        for protocol in ("slice", "patient"):
+            record = json.loads((root / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8"))
+            assert (record["data"], record["profile"]) == ("phantom", "demo")
+            assert record["wall_seconds"]["train"] > 0 and record["worst_case"]
+    assert "phantom" in done.stdout and "Dinov2_atk" in done.stdout
+
+
+@pytest.mark.skipif("ALZHEIMER_RAW" not in os.environ, reason="needs the real data")
+def test_with_data_a_part_of_the_real_cohort_runs_survives_a_kill_and_says_so(tmp_path):
+    raw = os.environ["ALZHEIMER_RAW"]
+    with pytest.raises(subprocess.TimeoutExpired):  # killed in the middle
+        reproduce(tmp_path, "--only", "Efficientnet_atk", raw=raw, timeout=25)
+    done = reproduce(tmp_path, "--only", "Efficientnet_atk", raw=raw)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "demo-real" / "assets" / "Efficientnet_atk" / "patient.json").read_text(encoding="utf-8"))
+    assert (record["data"], record["profile"], record["init"]) == ("real", "demo", "random")
+    clean, worst = record["clean"]["slice"]["accuracy"]["value"], record["worst_case"]["4/255"]["accuracy"]["value"]
+    attacks = record["attacks"]["4/255"]
+    assert worst <= attacks["fgsm"]["accuracy"]["value"] <= clean
+    assert not list((tmp_path / "demo-real").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("folder", ["dataset", "."])
+def test_a_notebook_runs_from_its_own_folder_and_from_the_root(folder, tmp_path, phantom_raw):
+    """Executed by hand, without `reproduce.py`, on a phantom cohort that it is told to take for data."""
+    import papermill
+
+    environment = {"ALZHEIMER_RUNS": str(tmp_path), "ALZHEIMER_QUIET": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        papermill.execute_notebook(str(ROOT / "dataset" / "prepare_dataset.ipynb"), str(tmp_path / "out.ipynb"), cwd=str(ROOT / folder),
+                                   parameters={"raw": str(phantom_raw)}, progress_bar=False, kernel_name="python3")
+    assert "804 images" in printed(nbformat.read(tmp_path / "out.ipynb", as_version=4))

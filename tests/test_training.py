@@ -1,0 +1,249 @@
+"""training: the best epoch is chosen honestly, a killed run goes on to the same numbers, failures are clear."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from utils import training
+from utils.backbones import build_model, load_model, save_model
+from utils.config import RunConfig, make_config
+from utils.data import ImageSet
+from utils.utils_funcs import StudyError
+
+
+def striped(count: int, seed: int) -> ImageSet:
+    """Images of 32 px whose class is where a bright bar stands."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    images = torch.rand(count, 1, 32, 32, generator=generator) * 40
+    for row, label in enumerate(labels.tolist()):
+        images[row, 0, 8:24, 2 + 8 * label: 6 + 8 * label] += 180
+    people = torch.arange(count) // 4 + 1000 * seed
+    return ImageSet(images.to(torch.uint8), labels, people, torch.arange(count) % 4, [f"{seed:02d}{row:062d}" for row in range(count)], "bars")
+
+
+TRAIN, VALIDATION = striped(32, 1), striped(16, 2)
+DEVICE = torch.device("cpu")
+
+
+def small(model: str = "Efficientnet", **changes) -> RunConfig:
+    return make_config("demo", model, **{**dict(input_size=None, epochs=2, batch_size=16, pretrained=False, train_steps=1), **changes})
+
+
+class TinyNet(nn.Module):
+    """A network of the model contract that trains in milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.init, self.input_size = "Resnet", "random", None
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 8, 5, 2), nn.BatchNorm2d(8), nn.Linear(8 * 16, 4)
+
+    def forward(self, images):
+        return self.fc(torch.nn.functional.adaptive_avg_pool2d(torch.relu(self.norm(self.conv(images))), 4).flatten(1))
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Training with `TinyNet` in place of the backbones; `load_model` likewise."""
+    def build(name, *, pretrained=True, input_size=None):
+        return TinyNet().eval()
+
+    def load(path):
+        from safetensors.torch import load_file
+
+        model = build("")
+        model.load_state_dict(load_file(path))
+        return model
+
+    monkeypatch.setattr(training, "build_model", build)
+    monkeypatch.setattr(training, "load_model", load)
+    return tmp_path / "fold0_seed0.safetensors"
+
+
+def weights(path):
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def equal(first, second) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("model", ["Efficientnet", "Efficientnet_atk"])
+def test_a_backbone_trains_and_leaves_best_and_last(model, tmp_path):
+    fit = training.fit(TRAIN, VALIDATION, small(model), tmp_path / "fold0_seed0.safetensors", DEVICE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fold0_seed0.safetensors", "fold0_seed0_last.safetensors"]
+    assert [entry["epoch"] for entry in fit.history] == [1, 2] and fit.init == "random"
+    assert ("adversarial_validation_loss" in fit.history[0]) == model.endswith("_atk")
+    restored = load_model(fit.checkpoint)
+    scores = training.validate(restored, VALIDATION, small(model), DEVICE)
+    assert scores["validation_loss"] == pytest.approx(fit.history[fit.best_epoch - 1]["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method,extra", [("pgd", {}), ("pgd", {"clean_weight": 0.5}), ("trades", {}), ("fast", {})])
+def test_every_adversarial_method_learns_to_stand(tiny, method, extra):
+    config = small("Resnet_atk", method=method, epochs=14, lr=0.02, train_eps=0.1, augmentation=0.0, train_steps=2, weight_decay=0.0,
+                   ema_decay=0.0, **extra)
+    fit = training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
+    assert fit.history[fit.best_epoch - 1]["adversarial_validation_balanced_accuracy"] > 0.8
+
+
+def test_the_curriculum_grows_and_then_stays():
+    config = small("Resnet_atk", epochs=10, eps_ramp=0.5)
+    assert training.curriculum(config, 0) == 0
+    assert training.curriculum(config, 2.5) == pytest.approx(config.train_eps / 2)
+    assert training.curriculum(config, 5) == training.curriculum(config, 9.9) == config.train_eps
+
+
+@pytest.mark.parametrize("model", ["Resnet", "Resnet_atk"])
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "optimizer": "sgd"}])
+def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
+    config = small(model, epochs=4, augmentation=0.7, **extra)
+    whole = training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
+    broken = tiny.with_name("broken.safetensors")
+
+    def kill(entry):
+        if entry["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(TRAIN, VALIDATION, config, broken, DEVICE, on_epoch=kill)
+    assert not broken.exists(), "an unfinished training is not a checkpoint"
+    resumed = training.fit(TRAIN, VALIDATION, config, broken, DEVICE)
+    strip = lambda history: [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]  # noqa: E731
+    assert strip(resumed.history) == strip(whole.history)
+    assert equal(weights(tiny), weights(broken))
+    assert equal(weights(tiny.with_name("fold0_seed0_last.safetensors")), weights(broken.with_name("broken_last.safetensors")))
+
+
+def test_a_finished_training_is_not_run_again(tiny):
+    first = training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
+    stamp = tiny.stat().st_mtime_ns
+    again = training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
+    assert again.history == first.history and tiny.stat().st_mtime_ns == stamp
+
+
+def test_a_checkpoint_of_other_settings_is_an_error_until_retrained(tiny):
+    training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
+    with pytest.raises(StudyError, match="lr 0.0003 instead of 0.01"):
+        training.fit(TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE)
+    assert training.fit(TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE, retrain=True).history
+
+
+def test_an_exploding_loss_is_a_clear_error_and_loses_nothing(tiny, monkeypatch):
+    config = small("Resnet", epochs=3)
+    original, seen = training.loss_of_batch, []
+
+    def poisoned(*arguments):
+        seen.append(1)
+        loss, logits = original(*arguments)
+        return (loss * float("nan") if len(seen) == 4 else loss), logits
+
+    monkeypatch.setattr(training, "loss_of_batch", poisoned)
+    with pytest.raises(StudyError, match="loss became nan in epoch 2"):
+        training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
+    monkeypatch.setattr(training, "loss_of_batch", original)
+    assert len(training.fit(TRAIN, VALIDATION, config, tiny, DEVICE).history) == 3
+
+
+def test_a_model_that_answers_one_class_is_refused_as_best():
+    history = [{"epoch": 1, "score": 1.30, "validation_classes": 1}, {"epoch": 2, "score": 1.38, "validation_classes": 3},
+               {"epoch": 3, "score": 1.45, "validation_classes": 4}]
+    assert training.best_epoch(history) == (2, False)
+    assert training.best_epoch(history[:1]) == (1, True)
+
+
+def test_the_score_is_not_won_by_a_constant_answer():
+    labels = torch.tensor([0] * 90 + [1] * 5 + [2] * 5)
+    constant = torch.zeros(100, 4)
+    constant[:, 0] = 6.0
+    unsure = torch.zeros(100, 4)
+    assert nn.functional.cross_entropy(constant, labels) < nn.functional.cross_entropy(unsure, labels)
+    assert training.macro_cross_entropy(constant, labels) > training.macro_cross_entropy(unsure, labels)
+
+
+def test_class_weights_balance_the_training_set():
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    weight = training.class_weights(labels)
+    assert weight[labels].mean() == pytest.approx(1.0)
+    assert weight[0] * 6 == pytest.approx(float(weight[1] * 3)) and weight[3] == 0
+
+
+@pytest.mark.parametrize("name", ["Resnet", "Efficientnet", "Dinov2"])
+def test_fine_tuning_freezes_what_lies_below(name):
+    model = build_model(name, pretrained=False)
+    counts = {}
+    for what in ("full", "last_block", "head"):
+        training.parameter_groups(model, RunConfig(model=name, fine_tune=what))
+        counts[what] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts["full"] == sum(p.numel() for p in model.parameters())
+    assert 0 < counts["head"] < counts["last_block"] < counts["full"]
+
+
+def test_layer_decay_slows_lower_blocks_of_dinov2():
+    model = build_model("Dinov2", pretrained=False)
+    groups = training.parameter_groups(model, RunConfig(model="Dinov2", layer_decay=0.8))
+    scale_of = {id(p): group["scale"] for group in groups for p in group["params"]}
+    scales = [scale_of[id(p)] for name, p in model.named_parameters() if name.endswith("attention.query.weight") or "q_proj.weight" in name]
+    assert len(scales) == 12 and scales == sorted(scales) and scales[0] < 0.2
+    assert scale_of[id(model.body.head.weight)] == 1.0
+
+
+def test_nothing_is_trained_in_the_attack_and_batchnorm_does_not_move():
+    model = TinyNet()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images, labels = torch.rand(8, 1, 32, 32), torch.arange(8) % 4
+    steps = []
+    original = training.perturb_for_training
+
+    def watched(network, *arguments, **options):
+        steps.append(network.training)
+        return original(network, *arguments, **options)
+
+    config = small("Resnet_atk", train_steps=3)
+    training.perturb_for_training = watched
+    try:
+        training.loss_of_batch(model, images, labels, config, 0.1, None, lambda: torch.autocast("cpu", enabled=False))
+    finally:
+        training.perturb_for_training = original
+    assert steps == [False] and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model.state_dict()["conv.weight"], before["conv.weight"])
+    assert int(model.norm.num_batches_tracked) == 1, "one forward pass in train mode: the one that is learnt from"
+
+
+def test_the_probe_leaves_the_weights_alone_and_names_a_precision():
+    model = build_model("Efficientnet", pretrained=False)
+    assert training.probe_precision(model, torch.rand(4, 1, 64, 64), DEVICE) in ("fp32", "bf16")
+
+
+def test_settings_survive_json():
+    config = small("Resnet_atk")
+    assert json.loads(json.dumps(training.training_settings(config))) == training.training_settings(dataclasses.replace(config))
+
+
+def test_a_state_of_another_backbone_does_not_load(tiny):
+    config = small("Resnet", epochs=3)
+
+    def stop(entry):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(TRAIN, VALIDATION, config, tiny, DEVICE, on_epoch=stop)
+    path = tiny.with_suffix(".state.pt")
+    state = torch.load(path, weights_only=True)
+    state["model"]["conv.weight"] = torch.zeros(8, 1, 3, 3)
+    torch.save(state, path)
+    with pytest.raises(StudyError, match="does not fit"):
+        training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
+
+
+def test_save_model_is_what_load_model_reads(tmp_path):
+    model = build_model("Efficientnet", pretrained=False, input_size=64)
+    save_model(model, tmp_path / "a.safetensors")
+    assert load_model(tmp_path / "a.safetensors").input_size == 64
