@@ -127,7 +127,7 @@ def parse_eps(text: str) -> float:
 
 #: What a profile changes: budgets and sizes, never code paths.
 PROFILES: dict[str, dict] = {
-    "demo": dict(max_train=128, max_test=32, precision="fp32", input_size=64, epochs=2, batch_size=16, train_steps=2,
+    "demo": dict(max_train=96, max_test=24, precision="fp32", input_size=64, epochs=2, batch_size=16, train_steps=2,
                  trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, suite="quick", sample=8),
     "cpu": dict(slice_stride=2, epochs=12, train_steps=2, trials=0, suite="full"),
     "paper": dict(input_size=224, epochs=40, batch_size=64, train_steps=10, trials=20, search_epochs=8, suite="full",

@@ -219,6 +219,7 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
     figure_path.parent.mkdir(parents=True, exist_ok=True)
     few, more = (test.pick(data.spread(test, size)) for size in (count, config.sample))
+    few = few.pick(few.labels.argsort(stable=True))
     images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
     figure = grad_cam.overlay_figure(images, grad_cam.explain(model, images), probabilities, few.labels, title=label_of(study, config))
     measures = grad_cam.explanation_measures(model, data.pixels(more.images, choose_device()), methods=("gradcam",), sample=range(count))
