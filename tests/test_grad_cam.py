@@ -33,18 +33,20 @@ def planted(count: int, seed: int) -> tuple[Tensor, Tensor]:
     angle = (labels * np.pi / 4)[:, None, None]
     phase = 2 * np.pi * torch.rand(count, 1, 1, generator=generator)
     images = torch.zeros(count, 1, 128, 128)
-    images[:, 0, PATCH, PATCH] = 0.4 + 0.3 * torch.sin(2 * np.pi / 8 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase)
+    along = torch.cos(angle) * x + torch.sin(angle) * y
+    images[:, 0, PATCH, PATCH] = 0.4 + 0.3 * torch.sin(2 * np.pi / 8 * along + phase)
     return images, labels
 
 
 class SmallNet(nn.Module):
-    """A stride-32 network that trains in seconds."""
+    """Each cell of its 4 × 4 map sees its own 32 px tile and nothing else, so where the evidence lies is known exactly.
+    (The real backbones' cells see far beyond their tile, so evidence next to a cell is also in it.)"""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 16, 24, 32, 48)
-        stages = [nn.Sequential(nn.Conv2d(i, o, 7 if i == 3 else 3, 4 if i == 3 else 2, 3 if i == 3 else 1, bias=False),
-                                nn.BatchNorm2d(o), nn.ReLU(inplace=True)) for i, o in zip(widths, widths[1:])]
+        widths, sides = (3, 16, 24, 32, 48), (4, 2, 2, 2)
+        stages = [nn.Sequential(nn.Conv2d(i, o, side, side, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+                  for i, o, side in zip(widths, widths[1:], sides)]
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(48, 4)
 
@@ -114,13 +116,13 @@ def test_a_map_does_not_depend_on_its_batch(backbone, slices):
         together = grad_cam.explain(backbone, slices, method=method, batch_size=5)
         alone = torch.cat([grad_cam.explain(backbone, image[None], method=method) for image in slices])
         assert (together - alone).abs().max() < 1e-3, method
-        assert torch.equal(together, grad_cam.explain(backbone, slices.flip(0), method=method).flip(0)) or (
-            together - grad_cam.explain(backbone, slices.flip(0), method=method).flip(0)).abs().max() < 1e-3
 
 
 def fingerprint(model: nn.Module) -> list:
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training) for m in model.modules()]
-    gradients = [(p.requires_grad, None if p.grad is None else (id(p.grad), float(p.grad.sum()))) for p in model.parameters()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), m.training)
+             for m in model.modules()]
+    gradients = [(p.requires_grad, None if p.grad is None else (id(p.grad), float(p.grad.sum())))
+                 for p in model.parameters()]
     return [hooks, gradients, [buffer.double().sum().item() for buffer in model.buffers()]]
 
 
@@ -182,8 +184,8 @@ def test_the_differentiable_map_is_the_one_of_the_package(backbone, slices):
 def test_cells_are_drawn_where_they_look(backbone):
     """The gradient of one cell with respect to the pixels is centred where the enlarged map puts that cell."""
     model = build_model(backbone.name, pretrained=False, input_size=224)  # large enough for a cell away from the border
-    layer = model.body.layer2 if backbone.name == "Resnet" else model.body.blocks[2] if backbone.name == "Efficientnet" else (
-        model.body.backbone.encoder.layer[0].norm1)
+    layer = {"Resnet": lambda body: body.layer2, "Efficientnet": lambda body: body.blocks[2],
+             "Dinov2": lambda body: body.backbone.encoder.layer[0].norm1}[model.name](model.body)
     pixels = torch.rand(1, 1, 224, 224, generator=torch.Generator().manual_seed(3)).requires_grad_()
     kept: list[Tensor] = []
     hook = layer.register_forward_hook(lambda _m, _i, output: kept.append(output))
@@ -201,7 +203,7 @@ def test_cells_are_drawn_where_they_look(backbone):
     stride = 224 / features.shape[2]
     for axis in (0, 1):
         place = [float((mass.sum(1 - axis) * torch.arange(224)).sum() / mass.sum()) for mass in (seen, drawn)]
-        assert abs(place[0] - place[1]) < 0.3 * stride, "half a cell is what stretching the map over the image is wrong by"
+        assert abs(place[0] - place[1]) < 0.3 * stride, "stretching the map over the image is half a cell wrong"
 
 
 def test_bad_requests_are_refused_in_one_sentence(trained, slices):
@@ -232,11 +234,12 @@ def test_a_random_model_does_not_favour_the_patch(method):
     assert np.nanmean(shares) <= 2 * 64**2 / 128**2
 
 
-def test_randomising_the_last_layer_changes_every_gradient_map(backbone):
+def test_randomising_the_last_layer_changes_grad_cam(backbone):
     generator = torch.Generator().manual_seed(4)
-    images = F.interpolate(torch.rand(6, 1, 12, 12, generator=generator), size=(128, 128), mode="bilinear")
-    for method in GRADIENT_METHODS:
-        assert np.mean(grad_cam.randomisation_check(backbone, images, method=method, depth=1)[stage_names(backbone)[0]]) < 0.5, method
+    images = F.interpolate(torch.rand(4, 1, 12, 12, generator=generator), size=(128, 128), mode="bilinear")
+    changed = grad_cam.randomisation_check(backbone, images, depth=1)
+    assert list(changed) == [stage_names(backbone)[0]]
+    assert np.mean(changed[stage_names(backbone)[0]]) < grad_cam.SANITY_LIMIT
 
 
 def stage_names(model: nn.Module) -> list[str]:
@@ -249,7 +252,8 @@ def test_rollout_fails_the_sanity_check_and_is_marked(slices):
         model = build_model("Dinov2", pretrained=False, input_size=70)
     changed = grad_cam.randomisation_check(model, slices[:2], method="rollout", depth=1, draws=1)
     assert np.allclose(changed["head"], 1)
-    record = grad_cam.explanation_record({"rollout:randomisation:00 head": changed["head"]}, np.array([0, 1]), np.array([0, 1]))
+    labels = people = np.array([0, 1])
+    record = grad_cam.explanation_record({"rollout:randomisation:00 head": changed["head"]}, labels, people)
     assert record["rollout"]["randomisation"]["passed"] is False
 
 
@@ -259,7 +263,7 @@ def test_randomisation_covers_every_parameter_and_leaves_the_model_alone(backbon
 
 
 def test_true_maps_are_more_faithful_than_random_ones(trained):
-    images, labels = planted(16, seed=1)
+    images, labels = planted(4, seed=1)
     result = grad_cam._faithfulness(trained, images, grad_cam.explain(trained, images), labels, 4, 64, 0)
     assert result["deletion"].mean() < result["deletion of random maps"].mean() - 0.05
     assert result["insertion"].mean() > result["insertion of random maps"].mean() + 0.05
@@ -317,8 +321,8 @@ def test_masks_of_real_slices_have_anatomical_sizes():
         opened = [Image.open(file) for file in files]
     else:
         with zipfile.ZipFile(raw) as archive:
-            names = [name for name in sorted(archive.namelist()) if name.endswith(".jpg") and "/test/" in f"/{name}"][::40]
-            opened = [Image.open(io.BytesIO(archive.read(name))) for name in names]
+            names = [name for name in sorted(archive.namelist()) if name.endswith(".jpg") and "/test/" in f"/{name}"]
+            opened = [Image.open(io.BytesIO(archive.read(name))) for name in names[::40]]
     images = torch.from_numpy(np.stack([np.asarray(image.convert("L")) for image in opened]))[:, None].float() / 255
     area = {name: mask.float().mean(dim=(1, 2)).numpy() for name, mask in grad_cam.anatomy_masks(images).items()}
     assert (0.3 < area["brain"]).all() and (area["brain"] < 0.65).all()
@@ -381,7 +385,7 @@ def test_measures_are_one_number_a_slice_and_nan_outside_the_sample(measures):
 
 
 def test_the_record_is_json_with_clustered_intervals(measures):
-    labels, people = np.arange(8) % 4, np.arange(8) // 2 * 0 + np.arange(8)
+    labels, people = np.arange(8) % 4, np.arange(8)
     record = json.loads(json.dumps(grad_cam.explanation_record(measures, labels, people), allow_nan=False))
     shares = record["gradcam"]["anatomy"]["brain"]
     assert shares["ci"][0] <= shares["value"] <= shares["ci"][1] and shares["n_people"] == 8
@@ -398,8 +402,8 @@ def test_figures_show_every_slice_with_both_classes_and_a_probability(slices):
     titles = [axis.get_title() for axis in figure.axes[:5]]
     assert titles[0] == "true Mild\n✓ Mild 0.60" and titles[1] == "true Non\n✗ Mild 0.60"
     assert len(figure.axes) == 3 * 5 + 1
-    grid = grad_cam.comparison_figure({"Resnet": (slices, maps, predictions), "Resnet_atk": (slices, maps, predictions)},
-                                      [2, 0, 1, 3, 2])
+    row = (slices, maps, predictions)
+    grid = grad_cam.comparison_figure({"Resnet": row, "Resnet_atk": row}, [2, 0, 1, 3, 2])
     assert len(grid.axes) == 2 * 3 * 5 + 1
     for made in (figure, grid, grad_cam.person_strip(slices, maps, predictions, 2)):
         made.savefig(io.BytesIO(), format="png")

@@ -224,7 +224,7 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     figure = grad_cam.overlay_figure(images, grad_cam.explain(model, images), probabilities, few.labels, title=label_of(study, config))
     measures = grad_cam.explanation_measures(model, data.pixels(more.images, choose_device()), methods=("gradcam",), sample=range(count))
     numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
-    report.save_figure(figure, figure_path, dpi=90)  # of images: more dots would only weigh more
+    report.save_figure(figure, figure_path, dpi=100, colours=192)
     write_json(numbers_path, numbers)
     return figure_path, numbers
 

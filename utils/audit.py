@@ -1,0 +1,491 @@
+"""The leak audit of any image folder: who is on both sides of its split, and what a classifier without medicine scores.
+
+    python -m utils.audit RAW --out report.html        # any class folders, with or without train/ and test/
+
+Exit code 0: people were found and the page says what the split shares; 3: the images show no people that can be told
+apart (the page says so); 2: the images cannot be read.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils import audit_figures, cohort as recovery
+from utils import metrics, records
+from utils.cohort import Cohort, NoPeopleError, RawImages, Recovery, features, members_of, nearest
+from utils.data import Folds, split_people, split_slices
+from utils.utils_funcs import CLASSES, StudyError, atomic_path, environment, git_state, hardware, progress
+
+NO_PEOPLE = 3
+#: Controls that know no medicine, in the order of tables.
+CONTROLS = {"constant": "always the most frequent training class",
+            "nearest_neighbour": "nearest training image, raw pixels",
+            "linear_32": "linear classifier on 32×32 pixels",
+            "nearest_neighbour_permuted": "nearest training image, people's labels permuted at random"}
+#: Above so many images the audit measures correlations at the search size only, to stay within memory.
+FULL_SIZE_LIMIT = 12_000
+THRESHOLDS = np.round(np.arange(0.50, 0.9951, 0.005), 3)
+EDGES = np.linspace(0, 1, 201)
+
+
+# ---------------------------------------------------------------------------------------------- people from pixels
+
+
+def link_evidence(vectors: np.ndarray, person: np.ndarray) -> dict[str, np.ndarray]:
+    """How far people lie apart: histograms over `EDGES` of each image's best correlation with its own person and with
+    anybody else, and how many groups remain at each of `THRESHOLDS`.
+
+    Args:
+        vectors: `float32` (N, D) unit rows of real images.
+        person: (N,) ids from 0.
+
+    Returns:
+        `own`, `other` (200,) counts; `groups` (T,) connected components; `gap` (2,) best link between two people and
+        weakest link that joins a slice to its own, on these vectors.
+    """
+    own = np.empty(len(vectors))
+    weakest, links = 1.0, [recovery.strongest_tree(vectors, rounds=20)[:, 2]]
+    for members in members_of(person):
+        matrix = vectors[members] @ vectors[members].T
+        weakest = min(weakest, recovery.weakest_join(matrix))
+        own[members] = np.where(np.eye(len(members), dtype=bool), -1, matrix).max(1)
+    other = nearest(vectors, group=person, description="comparing people")[0][:, 0]
+    groups = len(vectors) - np.array([(links[0] >= threshold).sum() for threshold in THRESHOLDS])
+    count = lambda values: np.histogram(np.clip(values, 0, 1), EDGES)[0].astype(np.int32)  # noqa: E731
+    return {"own": count(own), "other": count(other), "groups": groups.astype(np.int32), "gap": np.array([other.max(), weakest])}
+
+
+def sizes_by_class(person: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """(P, 2) class and number of images of each person."""
+    return np.array([[np.bincount(label[members]).argmax(), len(members)] for members in members_of(person)])
+
+
+def recompressed(image: np.ndarray, quality: int) -> np.ndarray:
+    """The image after another JPEG compression."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
+
+
+def shrunk(image: np.ndarray, side: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
+
+
+def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -> list[dict]:
+    """Does the recovery depend on how it is done? The same images under other blur widths, sizes, compression, noise.
+
+    Returns:
+        One row a variant: `variant`, `people` found (0: no gap), `same` (whether they are the same people), and `low`
+        and `high`, the edges of the gap (NaN: none), all at the recovery's search size.
+    """
+    rng = np.random.default_rng(seed)
+    noisy = lambda sigma: lambda image: np.clip(image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)  # noqa: E731
+    variants: list[tuple[str, Callable, dict]] = [("as published", lambda image: image, {})]
+    variants += [(f"blur widths {a:g} and {b:g}", lambda image: image, {"narrow": a, "wide": b})
+                 for a, b in ((0.7, 4), (1, 3), (1.5, 6), (2, 8))]
+    variants += [(f"features of {side} px", lambda image: image, {"side": side}) for side in (64, 128)]
+    variants += [(f"images of {side} px", lambda image, side=side: shrunk(image, side), {}) for side in (64, 32)]
+    variants += [(f"JPEG quality {quality}", lambda image, quality=quality: recompressed(image, quality), {})
+                 for quality in (90, 75, 60)]
+    variants += [(f"noise of {sigma} grey levels", noisy(sigma), {}) for sigma in (2, 4, 8)]
+    rows = []
+    for name, change, options in progress(variants, "stability"):
+        vectors = features([change(image) for image in images], **options)
+        rows.append({"variant": name, **_regroup(vectors, person)})
+    return rows
+
+
+def _regroup(vectors: np.ndarray, person: np.ndarray) -> dict:
+    tree = recovery.strongest_tree(vectors, rounds=3)
+    gap = recovery.find_gap(tree, len(vectors))
+    if gap is None:
+        return {"people": 0, "same": False, "low": float("nan"), "high": float("nan")}
+    group = recovery.groups_above(tree, len(vectors), recovery.middle(gap))
+    pairs = len(set(zip(group.tolist(), person.tolist(), strict=True)))
+    return {"people": int(group.max()) + 1, "same": pairs == group.max() + 1 == len(np.unique(person)), "low": gap[0], "high": gap[1]}
+
+
+# ---------------------------------------------------------------------------------------------- what the split measures
+
+
+def shared_people(cohort: Cohort) -> dict[str, int]:
+    """How many people stand in the published train, in the published test folder, and in both."""
+    known = cohort.patient_id >= 0
+    train, test = (set(cohort.patient_id[known & (cohort.source_split == split)].tolist()) for split in ("train", "test"))
+    images = known & (cohort.source_split == "test")
+    leaked = images & np.isin(cohort.patient_id, list(train))
+    return {"train": len(train), "test": len(test), "both": len(train & test), "test_images": int(images.sum()),
+            "test_images_of_training_people": int(leaked.sum())}
+
+
+def distance_to_training(cohort: Cohort) -> np.ndarray:
+    """For each published test slice the number of slices to the nearest training slice of its own person (1: its direct
+    neighbour was trained on); -1 where the person has none."""
+    known = cohort.patient_id >= 0
+    train, test = known & (cohort.source_split == "train"), np.flatnonzero(known & (cohort.source_split == "test"))
+    distances = np.full(len(test), -1)
+    for row, i in enumerate(test):
+        own = cohort.slice_index[train & (cohort.patient_id == cohort.patient_id[i])]
+        if len(own):
+            distances[row] = np.abs(own - cohort.slice_index[i]).min()
+    return distances
+
+
+def nearest_rows(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Row of the gallery that is nearest to each query in Euclidean distance, block by block; both `float32` (·, D)."""
+    length = (gallery ** 2).sum(1) / 2
+    found = np.empty(len(queries), np.int64)
+    for start in progress(range(0, len(queries), 512), "nearest neighbours"):
+        found[start:start + 512] = (queries[start:start + 512] @ gallery.T - length).argmax(1)
+    return found
+
+
+def as_rows(images: Sequence[np.ndarray], side: int | None = None) -> np.ndarray:
+    """Images as centred `float32` rows (N, H·W) in [-0.5, 0.5]; of one side where one is given or sizes differ."""
+    if side is None and len({image.shape for image in images}) > 1:
+        side = recovery.SEARCH_SIDE
+    if side is not None:
+        images = [shrunk(image, side) for image in images]
+    return np.stack([image.ravel() for image in images]).astype(np.float32) / 255 - 0.5
+
+
+def _certain(answers: np.ndarray, classes: int) -> np.ndarray:
+    """Probabilities of a rule that gives only an answer: 0.97 on it, so that none is ever zero."""
+    return np.full((len(answers), classes), 0.03 / (classes - 1)) + (0.97 - 0.03 / (classes - 1)) * np.eye(classes)[answers]
+
+
+def permuted_people(people: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[int, int]:
+    """Who is given whose label, at random: the people of the test images among themselves, all others among themselves.
+    What is left to learn is who somebody is."""
+    rng = np.random.default_rng(seed)
+    everybody, tested = (set(rows[rows >= 0].tolist()) for rows in (people, people[test]))
+    return {int(who): int(donor) for part in (tested, everybody - tested)
+            for who, donor in zip(sorted(part), rng.permutation(sorted(part)))}
+
+
+def control_predictions(images: Sequence[np.ndarray], labels: np.ndarray, people: np.ndarray, train: np.ndarray,
+                        test: np.ndarray, *, classes: int = len(CLASSES), seed: int = 0) -> dict[str, np.ndarray]:
+    """What the controls answer on the test images: control → probabilities (len(test), classes).
+
+    `nearest_neighbour_permuted` learns, and is asked for, labels that were permuted among people; only images of known
+    people train. So that it is scored on the given labels, a row of it holds the answer for an image of the person who
+    was given the label of that row's person (in turn, where the two have different numbers of test images).
+
+    Args:
+        images: `uint8` images, all that `train` and `test` index.
+        labels, people: (N,); -1 is nobody known. Test images are of known people.
+    """
+    used = np.concatenate([train, test])
+    trains, tests = np.arange(len(train)), np.arange(len(train), len(used))
+    chosen, labels, people = [images[i] for i in used], labels[used], people[used]
+    rows, answers = as_rows(chosen), {}
+    answers["constant"] = _certain(np.full(len(test), np.bincount(labels[trains]).argmax()), classes)
+    answers["nearest_neighbour"] = _certain(labels[nearest_rows(rows[tests], rows[trains])], classes)
+    answers["linear_32"] = _linear(as_rows(chosen, 32), labels, trains, tests, classes)
+    known = trains[people[trains] >= 0]
+    neighbour = known[nearest_rows(rows[tests], rows[known])]
+    answers["nearest_neighbour_permuted"] = _certain(_permuted_answers(labels, people, tests, neighbour, seed), classes)
+    return answers
+
+
+def _permuted_answers(labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int) -> np.ndarray:
+    donor = permuted_people(people, tests, seed)
+    own = {int(who): int(np.bincount(labels[people == who]).argmax()) for who in donor}
+    guess = np.array([own[donor[int(who)]] for who in people[neighbour]])
+    answers = np.empty(len(tests), np.int64)
+    for who, other in donor.items():
+        asked, held = np.flatnonzero(people[tests] == who), np.flatnonzero(people[tests] == other)
+        if len(asked):
+            answers[held] = np.resize(guess[asked], len(held))
+    return answers
+
+
+def _linear(rows: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression
+
+    mean, scale = rows[train].mean(0), rows[train].std() + 1e-6
+    model = LogisticRegression(C=0.01, max_iter=150, class_weight="balanced")
+    model.fit((rows[train] - mean) / scale, labels[train])
+    result = np.full((len(test), classes), 1e-6)
+    result[:, model.classes_] = model.predict_proba((rows[test] - mean) / scale)
+    return result / result.sum(1, keepdims=True)
+
+
+def control_rows(raw: RawImages, cohort: Cohort, folds: Folds, protocol: str, *, test_folds: Sequence[int] = (0, 1, 2, 3, 4),
+                 seed: int = 0) -> dict[str, np.ndarray]:
+    """The predictions file of `Baselines` under one protocol: one row per test image, `"<control>/clean"` logits.
+
+    Under `slice` the whole published train folder trains (nothing is chosen on validation), and its test folder tests;
+    under `patient` each test fold is answered from the people of the others.
+    """
+    parts = []
+    for fold in (0,) if protocol == "slice" else test_folds:
+        sets = split_slices(cohort) if protocol == "slice" else split_people(cohort, folds, fold)
+        train, test = np.concatenate([sets["train"], sets["validation"]]), sets["test"]
+        answers = control_predictions(raw.images, cohort.label, cohort.patient_id, train, test, seed=seed)
+        digests = np.frombuffer(bytes.fromhex("".join(cohort.file_sha256[test])), np.uint8).reshape(-1, 32)
+        parts.append({"labels": cohort.label[test].astype(np.int8), "fold": np.full(len(test), fold, np.int8),
+                      "seed": np.full(len(test), 0, np.int8), "patient_id": cohort.patient_id[test].astype(np.int32),
+                      "slice_index": cohort.slice_index[test].astype(np.int16), "file_sha256": digests,
+                      **{f"{name}/clean": metrics.to_half(np.log(value)) for name, value in answers.items()}})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def baseline_record(raw: RawImages, cohort: Cohort, folds: Folds, protocol: str, *, data: str, profile: str,
+                    cohort_sha256: str, **options) -> tuple[dict, dict[str, np.ndarray]]:
+    """Record and predictions of `Baselines` under one protocol (`records.write_record` takes both)."""
+    start = time.monotonic()
+    predictions = control_rows(raw, cohort, folds, protocol, **options)
+    seconds = round(time.monotonic() - start, 1)
+    common = {"model": "Baselines", "regime": "clean", "protocol": protocol, "data": data, "profile": profile, "init": "none",
+              "search": "none", "search_people": [], "seed": 0, "cohort_sha256": cohort_sha256, "config": {"controls": CONTROLS},
+              "environment": environment(), "hardware": hardware(), **git_state(), "attacks": {}, "sanity": []}
+    units = [{**common, "fold": int(fold), "wall_seconds": {"train": seconds if fold == predictions["fold"][0] else 0, "attack": 0}}
+             for fold in np.unique(predictions["fold"])]
+    return records.summarise(predictions, units), predictions
+
+
+# ---------------------------------------------------------------------------------------------- synthetic images
+
+
+def synthetic_evidence(raw: RawImages, cohort: Cohort) -> dict[str, np.ndarray]:
+    """What the synthetic images are and where they come from.
+
+    Returns:
+        `kinds` (4, 3): images by class and kind (real, synthetic, duplicate) in the published train folder; `likeness`
+        (200,): histogram over `EDGES` of each one's correlation with the nearest real image; `likeness_real` (200,):
+        the same of real images with the nearest other real one; `from_test` (4, 2): by class, synthetic images, and
+        those whose nearest real image is a test slice; `test_share` (4,): share of test slices among a class's real
+        images; `background` (2, 2): least and greatest corner level of real and
+        of synthetic images; `shortcut` (2,): accuracy in the train folder of answering the most frequent class of the
+        image's kind (real or synthetic), and of the most frequent class overall.
+    """
+    train = cohort.source_split != "test"
+    kinds = np.array([[((cohort.label == k) & (cohort.kind == kind) & train).sum() for kind in ("real", "synthetic", "duplicate")]
+                      for k in range(len(CLASSES))])
+    real, made = np.flatnonzero(cohort.kind == "real"), np.flatnonzero(cohort.kind == "synthetic")
+    side = 64 if len(cohort) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
+    vectors = {name: features([raw.images[i] for i in rows], side) for name, rows in (("real", real), ("made", made))}
+    among_real = nearest(vectors["real"])[0][:, 0]
+    from_test, likeness = np.zeros((len(CLASSES), 2), np.int32), np.zeros(len(made))
+    if len(made):
+        closest = nearest_rows(vectors["made"], vectors["real"])
+        likeness = (vectors["made"] * vectors["real"][closest]).sum(1)
+        tested = cohort.source_split[real[closest]] == "test"
+        for k in range(len(CLASSES)):
+            own = cohort.label[made] == k
+            from_test[k] = own.sum(), (own & tested).sum()
+    tested = cohort.source_split[real] == "test"
+    test_share = np.array([tested[cohort.label[real] == k].mean() if (cohort.label[real] == k).any() else 0 for k in range(len(CLASSES))])
+    levels = recovery.background(raw.images)
+    background = np.array([[levels[rows].min(), levels[rows].max()] if len(rows) else [np.nan] * 2 for rows in (real, made)])
+    by_kind = np.column_stack([kinds[:, 0] + kinds[:, 2], kinds[:, 1]])
+    shortcut = np.array([by_kind.max(0).sum(), by_kind.sum(1).max()]) / max(1, by_kind.sum())
+    count = lambda values: np.histogram(np.clip(values, 0, 1), EDGES)[0].astype(np.int32)  # noqa: E731
+    return {"kinds": kinds, "likeness": count(likeness), "likeness_real": count(among_real), "from_test": from_test,
+            "test_share": test_share, "background": background, "shortcut": shortcut}
+
+
+# ---------------------------------------------------------------------------------------------- everything, as small arrays
+
+
+def leak_arrays(raw: RawImages, cohort: Cohort, *, data: str, with_stability: bool = True) -> dict[str, np.ndarray]:
+    """All that the audit's figures are drawn from, without the images: histograms and counts, well under 1 MB."""
+    real = np.flatnonzero(cohort.kind == "real")
+    images, person = [raw.images[i] for i in real], cohort.patient_id[real]
+    side = min(recovery.FULL_SIDE, min(image.shape[0] for image in images[:100])) if len(raw) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
+    arrays = {f"links_{name}": value for name, value in link_evidence(features(images, side), person).items()}
+    arrays |= {f"synthetic_{name}": value for name, value in synthetic_evidence(raw, cohort).items()}
+    if with_stability:
+        rows = stability(images, person)
+        arrays |= {f"stability_{name}": np.array([row[name] for row in rows]) for name in rows[0]}
+    shared = shared_people(cohort)
+    return arrays | {"sizes": sizes_by_class(person, cohort.label[real]), "distance": distance_to_training(cohort).astype(np.int16),
+                     "shared": np.array([shared[name] for name in audit_figures.SHARED]), "data": np.array(data),
+                     "side": np.array(side)}
+
+
+def write_arrays(arrays: dict[str, np.ndarray], path: Path | str) -> None:
+    """Writes the arrays atomically, compressed; equal arrays give equal bytes."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    if not Path(path).is_file():
+        raise StudyError(f"There is no leak audit at {path}: run dataset/leak_audit.ipynb, which writes it.")
+    with np.load(path) as file:
+        return dict(file)
+
+
+def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
+    """The data in a page of Markdown: counts by protocol in people and slices, and what cannot be concluded."""
+    def row(name: str, rows: np.ndarray) -> str:
+        cells = []
+        for k in range(len(CLASSES)):
+            members = rows[cohort.label[rows] == k]
+            people = len(set(cohort.patient_id[members].tolist()) - {-1})
+            cells.append(f"{people} / {len(members):,}" if len(members) else "–")
+        people = len(set(cohort.patient_id[rows].tolist()) - {-1})
+        return f"| {name} | " + " | ".join(cells) + f" | {people} / {len(rows):,} |"
+
+    lines = ["| people / images | " + " | ".join(CLASSES) + " | all |", "|---" * (len(CLASSES) + 2) + "|"]
+    for kind in ("real", "synthetic", "duplicate"):
+        lines.append(row(f"all, {kind}", np.flatnonzero(cohort.kind == kind)))
+    lines += [row(f"`slice`, {name}", rows) for name, rows in split_slices(cohort).items()]
+    if folds is not None:
+        lines += [row(f"`patient`, test fold {fold}", split_people(cohort, folds, fold)["test"]) for fold in sorted(set(folds.fold.tolist()))]
+    moderate = len(set(cohort.patient_id[(cohort.label == 3) & (cohort.patient_id >= 0)].tolist()))
+    return "\n".join([*lines, "",
+        f"- **Moderate is {moderate} people.** No four-class number by person says anything about Moderate; beside it stand "
+        "three classes (Mild and Moderate merged) and Non against the rest.",
+        "- **Age is a confound.** In the source cohort part of the Non group is younger than any demented person; a "
+        "classifier may see age.",
+        "- **No names.** Patient ids are arbitrary integers recovered from pixels, linked to no other data set.",
+        "- **Licence.** The images are distributed on Kaggle without a clear licence of their source; this repository holds "
+        "none of them, only hashes, ids, scores and the few slices that figures show.",
+        "- **Not to be concluded:** anything about other scanners, slice selections or populations, and nothing clinical."])
+
+
+# ---------------------------------------------------------------------------------------------- the tool
+
+
+def split_control(raw: RawImages, cohort: Cohort) -> dict[str, tuple[float, float]]:
+    """Accuracy and balanced accuracy of the nearest neighbour on 32×32 pixels: under the published split (where there is
+    one), and with people kept apart (five groups of people, real images only)."""
+    rows, result = as_rows(raw.images, 32), {}
+    train, test = (np.flatnonzero(cohort.source_split == split) for split in ("train", "test"))
+    if len(train) and len(test):
+        result["published split"] = _rates(cohort.label[test], cohort.label[train[nearest_rows(rows[test], rows[train])]])
+    real = np.flatnonzero(cohort.kind == "real")
+    fold = cohort.patient_id[real] % 5
+    answers = np.empty(len(real), np.int64)
+    for k in np.unique(fold):
+        inside, others = real[fold == k], real[fold != k]
+        answers[fold == k] = cohort.label[others[nearest_rows(rows[inside], rows[others])]]
+    result["people kept apart"] = _rates(cohort.label[real], answers)
+    return result
+
+
+def _rates(labels: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
+    right = labels == answers
+    return float(right.mean()), float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
+
+
+def copies_across_splits(cohort: Cohort) -> int:
+    """Images of the test folder whose pixels also stand in the train folder."""
+    train = set(cohort.pixel_sha256[cohort.source_split == "train"].tolist())
+    return sum(pixel in train for pixel in cohort.pixel_sha256[cohort.source_split == "test"].tolist())
+
+
+def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
+    """The audit as one self-contained HTML page, and whether people were found."""
+    try:
+        cohort, found = recovery.build_cohort(raw)
+    except NoPeopleError as error:
+        body = [f"<p class='verdict'>{html.escape(str(error))}</p>", "<p>So nothing can be said from the pixels about who stands on both "
+                "sides of a split. That is no proof that nobody does.</p>"]
+        if error.recovery is not None and len(error.recovery.links):
+            body.append(_inline(audit_figures.links_figure(error.recovery.links, None, label=source)))
+        return _page(source, raw, body), False
+    return _page(source, raw, _findings(raw, cohort, found, source)), True
+
+
+def _findings(raw: RawImages, cohort: Cohort, found: Recovery, source: str) -> list[str]:
+    shared, control = shared_people(cohort), split_control(raw, cohort)
+    sizes = [len(members) for members in members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))]
+    kinds = Counter(cohort.kind.tolist())
+    facts = [("groups of slices (people)", f"{len(sizes):,}, of {min(sizes)} to {max(sizes)} images (median {int(np.median(sizes))})"),
+             ("gap", f"two groups reach a correlation of {found.gap[0]:.3f}, a slice joins its own at {found.gap[1]:.3f}"),
+             ("images in a group", f"{kinds['real']:,}"), ("images in none (synthetic, or alone)", f"{kinds['synthetic']:,}"),
+             ("exact copies", f"{kinds['duplicate']:,}, of which {copies_across_splits(cohort):,} test images repeat a training image"),
+             ("groups in more than one class", f"{len(found.conflicts):,}")]
+    verdict = "The folder has no train and test parts, so no split is judged; split it by the groups found, never by image."
+    if shared["test_images"]:
+        share = shared["test_images_of_training_people"] / shared["test_images"]
+        verdict = (f"{share:.1%} of the test images that belong to a group have that group in train "
+                   f"({shared['both']} of {shared['test']} test groups).")
+        facts.append(("nearest training slice of a test image's own group", _distances(distance_to_training(cohort))))
+    facts += [(f"1-nearest neighbour on 32×32 pixels, {name}", f"{rate:.1%} accuracy, {balanced:.1%} balanced")
+              for name, (rate, balanced) in control.items()]
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts)
+    body = [f"<p class='verdict'>{html.escape(verdict)}</p>", f"<table>{table}</table>",
+            _inline(audit_figures.links_figure(found.links, found.search_gap, label=source)),
+            _inline(audit_figures.stack_figure(*example_stacks(raw, cohort), label=source))]
+    if found.conflicts:
+        rows = "".join(f"<tr><td>group {who}</td><td>" + html.escape(", ".join(f"{raw.classes[k]}: {count}" for k, count in counts.items()))
+                       + "</td></tr>" for who, counts in list(found.conflicts.items())[:50])
+        body.append(f"<h2>Groups in more than one class</h2><table>{rows}</table>")
+    return body
+
+
+def _distances(distance: np.ndarray) -> str:
+    known = distance[distance >= 0]
+    return f"next to it for {np.mean(known <= 1):.1%}, at most 3 slices away for {np.mean(known <= 3):.1%}" if len(known) else "none"
+
+
+def example_stacks(raw: RawImages, cohort: Cohort, columns: int = 16, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """One person's slices in order, and as many real images drawn at random."""
+    groups = members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))
+    rng = np.random.default_rng(seed)
+    members = max(groups, key=lambda group: (min(len(group), 2 * columns), -group[0]))
+    ordered = members[np.argsort(cohort.slice_index[members])][:2 * columns]
+    drawn = rng.choice(np.flatnonzero(cohort.kind == "real"), len(ordered), replace=False)
+    return [raw.images[i] for i in ordered], [raw.images[i] for i in drawn]
+
+
+def _inline(figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+
+
+def _page(source: str, raw: RawImages, body: list[str]) -> str:
+    splits = Counter(raw.source_split)
+    counts = ", ".join(f"{count:,} {split or 'without a split'}" for split, count in sorted(splits.items()))
+    return ("<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Leak audit</title><style>"
+            "body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}"
+            "img{max-width:100%;display:block;margin:1.5rem 0}table{border-collapse:collapse}"
+            "th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e6e6e6;font-weight:normal;vertical-align:top}"
+            "th{color:#6b6b6b}.verdict{font-size:1.25rem;font-weight:bold}</style></head><body>"
+            f"<h1>Leak audit of {html.escape(source)}</h1><p>{len(raw):,} images ({counts}) in {len(raw.classes)} classes.</p>"
+            + "\n".join(body) + "<p>Groups are recovered from pixels alone: images are linked by the correlation of a difference of two "
+            "Gaussian blurs, and a group is what a gap in these links sets apart. A group is taken for one person.</p></body></html>\n")
+
+
+def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
+    """Audits a folder or zip of class folders and writes one self-contained page.
+
+    Args:
+        raw: class folders of any names, with or without train/ and test/ above them.
+        out: the HTML page to write.
+        skip_unreadable: go on without images that cannot be read.
+    """
+    images = recovery.read_raw(raw, skip_unreadable=skip_unreadable, any_classes=True)
+    page, found = report_page(images, raw.name)
+    with atomic_path(out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"written to {out}")
+    if not found:
+        print(f"No people can be told apart in {raw}: its images show no gap between groups of slices.", file=sys.stderr)
+        sys.exit(NO_PEOPLE)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        tyro.cli(main)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
