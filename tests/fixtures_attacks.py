@@ -16,8 +16,8 @@ SIDE = 16
 
 
 def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Four classes of faint discs of growing size in noise: uint8 (count, 1, 16, 16), labels (count,), people (count,), eight
-    images of one class to a person."""
+    """Four classes of faint discs of growing size in noise: uint8 (count, 1, 16, 16), labels (count,), people (count,),
+    eight images of one class to a person."""
     random = np.random.default_rng(seed)
     people = np.arange(count) // 8
     labels = people % 4
@@ -32,8 +32,9 @@ def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def small_net(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():  # a test that compares random states must not see these weights being drawn
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, stride=2),
-                             nn.ReLU(), nn.Dropout(0.1), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 16, 4))
+        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                             nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.ReLU(), nn.Dropout(0.1), nn.AvgPool2d(2),
+                             nn.Flatten(), nn.Linear(8 * 16, 4))
 
 
 @functools.cache
@@ -96,8 +97,8 @@ def within_oracle(attack: str, budget: dict, slack: float = 1.25) -> bool:
 
 
 class OnTheWay(nn.Module):
-    """Wrong only in a thin shell of brightness that a long ascent walks through: an attack that returns its last iterate
-    misses it. Its gradient always points outwards."""
+    """Wrong only in a thin shell of brightness that a long ascent walks through: an attack that returns its last
+    iterate misses it. Its gradient always points outwards."""
 
     def forward(self, images: Tensor) -> Tensor:
         shift = (images.flatten(1).mean(1) - 0.5) * 255

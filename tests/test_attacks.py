@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import random
 
-import fixtures_attacks as zoo
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import fixtures_attacks as zoo
 from utils import attacks
-from utils.attacks import (ATTACKS, BINARY, THREE, AttackError, GroupedClasses, brain_mask, clinical_targets, group_labels,
-                           margin, perturb_for_training, perturbation_size, unsaturated_cross_entropy)
+from utils.attacks import (ATTACKS, BINARY, THREE, AttackError, GroupedClasses, brain_mask, clinical_targets,
+                           group_labels, margin, perturb_for_training, perturbation_size, unsaturated_cross_entropy)
 
 #: Budgets that let every attack run in a moment.
 SHORT = {"apgd_ce": dict(steps=8), "apgd_t": dict(steps=8), "fab_t": dict(steps=4), "square": dict(queries=30),
-         "hopskipjump": dict(steps=1, evaluations=20), "deepfool": dict(steps=5), "few_pixel": dict(generations=3, population=8),
-         "one_pixel": dict(generations=3, population=8)}
+         "hopskipjump": dict(steps=1, evaluations=20), "deepfool": dict(steps=5),
+         "few_pixel": dict(generations=3, population=8), "one_pixel": dict(generations=3, population=8)}
 #: AutoAttack has no shorter form; it has its own test.
 FAST = sorted(set(ATTACKS) - {"autoattack"})
 
@@ -86,8 +86,10 @@ def test_eps_zero_changes_nothing(name, model, batch):
 
 
 def state_of(model: nn.Module) -> tuple:
-    return ([tensor.clone() for tensor in model.state_dict().values()], [module.training for module in model.modules()],
-            [parameter.requires_grad for parameter in model.parameters()], [parameter.grad for parameter in model.parameters()],
+    return ([tensor.clone() for tensor in model.state_dict().values()],
+            [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()],
+            [parameter.grad for parameter in model.parameters()],
             torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
 
 
@@ -98,7 +100,8 @@ def same_state(before: tuple, after: tuple) -> bool:
 
 
 def half_frozen_model() -> nn.Module:
-    """In training mode but for a frozen BatchNorm, as when fine-tuning: the state that a careless `train()` destroys."""
+    """In training mode but for a frozen BatchNorm, as when fine-tuning: the state that a careless `train()`
+    destroys."""
     model = zoo.honest_model().train()
     model[1].eval()
     return model
@@ -149,7 +152,8 @@ def test_another_seed_gives_another_random_start(model, batch):
 
 
 @pytest.mark.parametrize("groups", [THREE, BINARY])
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "pgd_targeted", "apgd_ce", "apgd_t", "fab_t", "square", "deepfool", "kryptonite"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "pgd_targeted", "apgd_ce", "apgd_t", "fab_t", "square", "deepfool",
+                                  "kryptonite"])
 def test_attacks_work_on_merged_classes(name, groups, model, batch):
     images, labels = batch
     view, merged = GroupedClasses(model, groups), group_labels(labels, groups)
@@ -197,7 +201,26 @@ def test_any_successful_iterate_counts():
     eps = 8 / 255
     ours = ATTACKS["pgd"](model, images, labels, eps, steps=10, step_size=eps / 4, random_start=False)
     assert accuracy(model, ours, labels) == 0
-    assert accuracy(model, last_iterate_only(model, images, labels, eps), labels) == 1, "the model no longer shows the flaw"
+    assert accuracy(model, last_iterate_only(model, images, labels, eps),
+                    labels) == 1, "the model no longer shows the flaw"
+
+
+class ConfusedInBfloat16(zoo.Wrapped):
+    """Answers Moderate to everything as soon as it computes in bfloat16, with the gradient left as it is."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        confused = torch.is_autocast_enabled("cpu")
+        return self.model(images).float() + 100 * confused * torch.eye(4)[3]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, ConfusedInBfloat16])
+def test_a_search_in_bfloat16_counts_only_what_falls_in_float32(wrap, model, thousand):
+    images, labels = thousand[0][:200], thousand[1][:200]
+    scores = []
+    for precision in ("fp32", "bf16"):
+        found = ATTACKS["pgd"](wrap(model), images, labels, 4 / 255, precision=precision, loss="margin")
+        scores.append(accuracy(model, found, labels))
+    assert abs(scores[0] - scores[1]) <= 0.02 and scores[0] < 0.7 * accuracy(model, images, labels)
 
 
 def test_targeted_success_means_hitting_the_target(model, batch):
@@ -260,7 +283,8 @@ def test_the_oracle_sees_too_small_a_step():
 
 def test_fgsm_is_optimal_on_two_linear_classes():
     model, images, labels = zoo.linear_model(3, classes=2)
-    for image, label, distance in zip(images[:, None], labels[:, None], zoo.linear_optimum(model, images, labels, "linf"), strict=True):
+    for image, label, distance in zip(images[:, None], labels[:, None],
+                                      zoo.linear_optimum(model, images, labels, "linf"), strict=True):
         assert model(ATTACKS["fgsm"](model, image, label, 1.02 * float(distance))).argmax(1) != label
         assert model(ATTACKS["fgsm"](model, image, label, 0.98 * float(distance))).argmax(1) == label
 
@@ -278,7 +302,8 @@ def thousand() -> tuple[Tensor, Tensor]:
 def art_classifier(model):
     from art.estimators.classification import PyTorchClassifier
 
-    return PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, zoo.SIDE, zoo.SIDE), 4, clip_values=(0.0, 1.0), device_type="cpu")
+    return PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, zoo.SIDE, zoo.SIDE), 4, clip_values=(0.0, 1.0),
+                             device_type="cpu")
 
 
 def test_fgsm_predictions_equal_torchattacks_and_art(model, thousand, art_classifier):
@@ -301,12 +326,15 @@ def test_pgd_agrees_with_torchattacks_and_art(model, thousand, art_classifier):
 
     images, labels = thousand
     eps, step, steps = 3 / 255, 3 / 255 / 4, 10
-    fixed = accuracy(model, run("pgd", model, images, labels, eps, steps=steps, step_size=step, random_start=False), labels)
+    fixed = accuracy(model, run("pgd", model, images, labels, eps, steps=steps, step_size=step, random_start=False),
+                     labels)
     started = accuracy(model, run("pgd", model, images, labels, eps, steps=steps, step_size=step), labels)
     toolbox = ProjectedGradientDescentPyTorch(art_classifier, eps=eps, eps_step=step, max_iter=steps, batch_size=500,
-                                              num_random_init=0, verbose=False).generate(images.numpy(), y=labels.numpy())
+                                              num_random_init=0, verbose=False).generate(images.numpy(),
+                                                                                         y=labels.numpy())
     assert 0.05 < fixed < 0.95
-    assert abs(fixed - accuracy(model, torchattacks.PGD(model, eps, step, steps, random_start=False)(images, labels), labels)) <= 0.001
+    assert abs(fixed - accuracy(model, torchattacks.PGD(model, eps, step, steps, random_start=False)(images, labels),
+                                labels)) <= 0.001
     assert abs(fixed - accuracy(model, torch.as_tensor(toolbox), labels)) <= 0.001
     assert abs(started - accuracy(model, torchattacks.PGD(model, eps, step, steps)(images, labels), labels)) <= 0.005
 
@@ -326,7 +354,8 @@ def test_autoattack_runs_with_as_many_targets_as_other_classes(model, batch, mon
         return (images + 1e-3).clamp(0, 1), labels
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
-    for view, labels, targets in ((model, batch[1], 3), (GroupedClasses(model, THREE), group_labels(batch[1], THREE), 2)):
+    for view, labels, targets in ((model, batch[1], 3), (GroupedClasses(model, THREE), group_labels(batch[1], THREE),
+                                                         2)):
         ATTACKS["autoattack"](view, batch[0], labels, 8 / 255, seed=7)
         assert (seen["apgd"], seen["fab"]) == (targets, targets)
     assert seen["steps"] == (100, 100, 100) and seen["version"] == "standard" and seen["queries"] == 5000
@@ -345,7 +374,8 @@ def test_training_perturbation_is_a_working_pgd_without_parameter_gradients(mode
     images, labels = batch
     before = state_of(model)
     for loss, steps in (("ce", 1), ("ce", 5), ("kl", 5)):
-        found = perturb_for_training(model, images, labels, 8 / 255, steps=steps, loss=loss, generator=torch.Generator().manual_seed(0))
+        found = perturb_for_training(model, images, labels, 8 / 255, steps=steps, loss=loss,
+                                     generator=torch.Generator().manual_seed(0))
         assert (found - images).abs().max() <= 8 / 255 + 1e-6 and 0 <= found.min() and found.max() <= 1
         assert not found.requires_grad
         losses = [nn.functional.cross_entropy(model(x), labels) for x in (images, found)]

@@ -17,7 +17,7 @@ ROOT = reproduce.ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REQUIREMENTS = [line for line in (ROOT / "env" / "requirements.txt").read_text(encoding="utf-8").splitlines()
                 if line.strip() and not line.lstrip().startswith("#")]
-FIRST_PARTY = {"utils", "reproduce", "tests", "conftest"}
+FIRST_PARTY = {"utils", "reproduce", "tests", "conftest", *(path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py"))}
 
 
 def normalised(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -133,3 +134,19 @@ def test_a_users_mistake_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-m", "utils.experiment", "prepare", "--raw", str(tmp_path / "nothing")], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\n"
+                                      "def build():\n"
+                                      "    torch.manual_seed(0)\n"
+                                      "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(16, 4))\n")
+    few = tmp_path / "images"
+    for folder in sorted((phantom_raw / "test").iterdir()):
+        (few / folder.name).mkdir(parents=True)
+        for image in sorted(folder.iterdir())[:3]:
+            (few / folder.name / image.name).write_bytes(image.read_bytes())
+    done = subprocess.run([sys.executable, "-m", "utils.experiment", "attack", "--model", "mine:build", "--raw", str(few), "--suite", "quick"],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.returncode == 0, done.stderr
+    assert "WORST CASE" in done.stdout and "checks" in done.stdout and "12" in done.stdout

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 Norm = Literal["linf", "l2", "l0"]
 Loss = Literal["ce", "margin"]
+Precision = Literal["fp32", "bf16"]
 Groups = tuple[tuple[int, ...], ...]
 
 #: Mild and Moderate merged: the headline's three classes (a clinical rating of 1 or more is one class).
@@ -32,8 +33,8 @@ BINARY: Groups = ((0,), (1, 2, 3))
 
 
 class Attack(Protocol):
-    """A registered attack: `norm` in which eps is measured, `kind` by what it may ask of the model, and the `package` whose
-    code it runs (None: ours)."""
+    """A registered attack: `norm` in which eps is measured, `kind` by what it may ask of the model, and the `package`
+    whose code it runs (None: ours)."""
 
     norm: Norm
     kind: Literal["control", "white-box", "black-box", "transfer"]
@@ -52,6 +53,18 @@ class AttackError(Exception):
 
 
 # -- views of a model -------------------------------------------------------------------------------------------------
+
+
+class _InBfloat16(nn.Module):
+    """The model under bfloat16 autocast: faster where the processor has it, with a gradient that is good enough."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.model(images).float()
 
 
 class GroupedClasses(nn.Module):
@@ -141,7 +154,8 @@ def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _register(name: str, norm: Norm = "linf", kind: str = "white-box", package: str | None = None) -> Callable[[Callable[..., Tensor]], Attack]:
+def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
+              package: str | None = None) -> Callable[[Callable[..., Tensor]], Attack]:
     """Adds a function to `ATTACKS` with the guard around it and its outcome checked for shape, range and NaN."""
 
     def wrap(function: Callable[..., Tensor]) -> Attack:
@@ -164,7 +178,7 @@ def _register(name: str, norm: Norm = "linf", kind: str = "white-box", package: 
 
 def _check_input(images: Tensor, labels: Tensor, eps: float, targets: Tensor | None) -> None:
     if images.ndim != 4 or len(images) != len(labels):
-        raise ValueError(f"expected images (N, C, H, W) and N labels, not {tuple(images.shape)} and {len(labels)} labels")
+        raise ValueError(f"expected images (N, C, H, W) and N labels, not {tuple(images.shape)} and {len(labels)}")
     if len(images) and not (0 <= images.min() and images.max() <= 1):
         raise ValueError("images must lie in [0, 1]: an attack acts on raw pixels, before any normalisation")
     if eps < 0:
@@ -176,7 +190,8 @@ def _check_input(images: Tensor, labels: Tensor, eps: float, targets: Tensor | N
 def _checked(name: str, norm: Norm, images: Tensor, adversarial: Tensor, eps: float) -> Tensor:
     """The adversarial images, or `AttackError` where they break the threat model."""
     if adversarial.shape != images.shape or adversarial.dtype != images.dtype:
-        raise AttackError(f"{name} returned {tuple(adversarial.shape)} {adversarial.dtype} for {tuple(images.shape)} {images.dtype}")
+        raise AttackError(f"{name} returned {tuple(adversarial.shape)} {adversarial.dtype} where images are "
+                          f"{tuple(images.shape)} {images.dtype}")
     if not bool(adversarial.isfinite().all()):
         raise AttackError(f"{name} returned NaN or infinite pixels")
     if adversarial.min() < 0 or adversarial.max() > 1:
@@ -225,8 +240,8 @@ def _objective(logits: Tensor, labels: Tensor, targets: Tensor | None, loss: Los
 
 
 def _distance_to_success(logits: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Margin that an attack still has to overcome (N,), and whether it succeeded (N,): another answer than the label, or
-    the target itself. Decided by `argmax`, as every score is; a logit that is not finite is no right answer."""
+    """Margin that an attack still has to overcome (N,), and whether it succeeded (N,): another answer than the label,
+    or the target itself. Decided by `argmax`, as every score is; a logit that is not finite is no right answer."""
     answers = logits.argmax(1)
     if targets is None:
         distance, done = margin(logits, labels), (answers != labels) | ~logits.isfinite().all(1)
@@ -286,9 +301,10 @@ def _random_start(images: Tensor, eps: float, norm: Norm, seed: int) -> Tensor:
     return (images + noise.to(images)).clamp(0.0, 1.0)
 
 
-def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start: Tensor, *, steps: int, step_size: float,
-            targets: Tensor | None = None, norm: Norm = "linf", loss: Loss = "ce", momentum: float | None = None,
-            mask: Tensor | None = None, push: bool = False, aim: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start: Tensor, *, steps: int,
+            step_size: float, targets: Tensor | None = None, norm: Norm = "linf", loss: Loss = "ce",
+            momentum: float | None = None, mask: Tensor | None = None, push: bool = False,
+            aim: Tensor | None = None, precision: Precision = "fp32") -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from `start`, keeping each image's best iterate.
 
     An image leaves the batch at its first success, so that later steps cost only the images that still stand; with
@@ -299,22 +315,27 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
         aim: class to climb towards while any wrong answer is a success.
         momentum: decay of the accumulated gradient (None: no accumulation).
         mask: 1 where a pixel may change, broadcastable to `images`.
+        precision: arithmetic of the search; whatever it is, success counts in float32 alone.
 
     Returns:
         Best iterate (N, 1, H, W), its distance to success (N,), and whether it succeeded (N,).
     """
     goal = targets if aim is None else aim
-    best, distance, done = start.clone(), torch.full_like(labels, torch.inf, dtype=torch.float32), torch.zeros_like(labels).bool()
+    best, distance = start.clone(), torch.full_like(labels, torch.inf, dtype=torch.float32)
+    done = torch.zeros_like(labels).bool()
     rows, current = torch.arange(len(images), device=images.device), start
     velocity = torch.zeros_like(images) if momentum is not None else None
+    search = model if precision == "fp32" else _InBfloat16(model)
     for step in range(steps + 1):
         y, t, g = labels[rows], _rows(targets, rows), _rows(goal, rows)
         if step < steps:
-            gradient, logits = _pixel_gradient(model, current, lambda logits: _objective(logits, y, g, loss))
+            gradient, logits = _pixel_gradient(search, current, lambda logits: _objective(logits, y, g, loss))
         else:
             with torch.no_grad():
                 logits = model(current).float()
         remaining, hit = _distance_to_success(logits, y, t)
+        if search is not model and step < steps and bool(hit.any()):
+            remaining[hit], hit[hit.clone()] = _succeeded(model, current[hit], y[hit], _rows(t, hit))
         better = (hit & ~done[rows]) | (remaining < distance[rows])
         best[rows[better]], distance[rows[better]] = current[better], remaining[better]
         done[rows[hit]] = True
@@ -349,7 +370,8 @@ def _of_rows(mask: Tensor, rows: Tensor) -> Tensor:
     return mask[rows] if mask.ndim == 4 and len(mask) > 1 else mask
 
 
-def _succeeded(model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _succeeded(model: nn.Module, images: Tensor, labels: Tensor,
+               targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distance to success and success of unperturbed images (N,)."""
     with torch.no_grad():
         return _distance_to_success(model(images).float(), labels, targets)
@@ -357,7 +379,8 @@ def _succeeded(model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor
 
 def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int, targets: Tensor | None,
                steps: int, attempts: int, step_size: float | None, norm: Norm, loss: Loss, random_start: bool,
-               momentum: float | None = None, mask: Tensor | None = None, push: bool = False) -> Tensor:
+               momentum: float | None = None, mask: Tensor | None = None, push: bool = False,
+               precision: Precision = "fp32") -> Tensor:
     """`attempts` ascents, each on the images that still stand after those before. With a margin loss and no targets the
     k-th climbs towards the k-th nearest class."""
     aims = None
@@ -382,7 +405,7 @@ def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
         found, remaining, hit = _ascend(
             model, part, labels[rows], eps, start, steps=steps, step_size=step_size or 2.5 * eps / steps,
             targets=_rows(targets, rows), norm=norm, loss=loss, momentum=momentum, mask=own_mask, push=push,
-            aim=None if aims is None else aims[rows, attempt % aims.shape[1]])
+            aim=None if aims is None else aims[rows, attempt % aims.shape[1]], precision=precision)
         better = (hit & ~done[rows]) | (remaining < distance[rows])
         adversarial[rows[better]], distance[rows[better]] = found[better], remaining[better]
         done[rows[hit]] = True
@@ -404,8 +427,8 @@ def nearest_classes(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm
 
 
 def class_gaps(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The other classes, the likeliest first (N, C − 1); by how much the label's logit leads each of them (N, C − 1); the
-    pixel gradients of that (N, C − 1, 1, H, W); and the logits (N, C)."""
+    """The other classes, the likeliest first (N, C − 1); by how much the label's logit leads each of them (N, C − 1);
+    the pixel gradients of that (N, C − 1, 1, H, W); and the logits (N, C)."""
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
         logits = model(images).float()
@@ -418,7 +441,8 @@ def class_gaps(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 def clinical_targets(labels: Tensor, classes: int = 4) -> Tensor:
-    """The clinically worst answer: healthy (0) for the sicker half of the classes, the sickest for the healthier half."""
+    """The clinically worst answer: healthy (0) for the sicker half of the classes, the sickest for the healthier
+    half."""
     return torch.where(2 * labels >= classes, 0, classes - 1)
 
 
@@ -515,8 +539,8 @@ def ifgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed:
           steps: int = 10, step_size: float | None = None, loss: Loss = "ce") -> Tensor:
     """Iterative FGSM, also called BIM (Kurakin et al. 2017, arXiv:1607.02533): from the image itself, no random start.
     Towards `targets` where they are given."""
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=1, step_size=step_size,
-                      norm="linf", loss=loss, random_start=False)
+    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=1,
+                      step_size=step_size, norm="linf", loss=loss, random_start=False)
 
 
 ATTACKS["bim"] = ifgsm
@@ -531,17 +555,19 @@ def ifgsm_targeted(model: nn.Module, images: Tensor, labels: Tensor, eps: float,
 
 
 @_register("mifgsm")
-def mifgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-           steps: int = 10, step_size: float | None = None, momentum: float = 1.0, loss: Loss = "ce") -> Tensor:
+def mifgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+           targets: Tensor | None = None, steps: int = 10, step_size: float | None = None, momentum: float = 1.0,
+           loss: Loss = "ce") -> Tensor:
     """Momentum iterative FGSM (Dong et al. 2018, arXiv:1710.06081): made to transfer between models."""
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=1, step_size=step_size,
-                      norm="linf", loss=loss, random_start=False, momentum=momentum)
+    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=1,
+                      step_size=step_size, norm="linf", loss=loss, random_start=False, momentum=momentum)
 
 
 @_register("pgd")
 def pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-        steps: int = 20, restarts: int = 1, step_size: float | None = None, loss: Loss = "ce", random_start: bool = True,
-        push: bool = False, mask: Tensor | None = None) -> Tensor:
+        steps: int = 20, restarts: int = 1, step_size: float | None = None, loss: Loss = "ce",
+        random_start: bool = True, push: bool = False, mask: Tensor | None = None,
+        precision: Precision = "fp32") -> Tensor:
     """Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), keeping the best iterate: any successful one
     counts, and an image is left alone once it fell. Towards `targets` where they are given.
 
@@ -550,14 +576,17 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: i
         loss: `ce`, or `margin`, which climbs towards the nearest other class (the next nearest at each restart).
         push: go on after success to the lowest margin (what a rank statistic like AUROC asks of an attacker).
         mask: 1 where a pixel may change.
+        precision: `bf16` searches in bfloat16, faster on processors that have it; every success is verified in float32.
     """
     return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
-                      step_size=step_size, norm="linf", loss=loss, random_start=random_start, push=push, mask=mask)
+                      step_size=step_size, norm="linf", loss=loss, random_start=random_start, push=push, mask=mask,
+                      precision=precision)
 
 
 @_register("pgd_targeted")
 def pgd_targeted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                 targets: Tensor | None = None, steps: int = 20, restarts: int = 1, step_size: float | None = None) -> Tensor:
+                 targets: Tensor | None = None, steps: int = 20, restarts: int = 1,
+                 step_size: float | None = None) -> Tensor:
     """PGD towards `targets` (success means hitting them); without them towards each other class in turn, the likeliest
     first, where any wrong answer is a success (multi-targeted, Gowal et al. 2019, arXiv:1910.09338)."""
     attempts = restarts if targets is not None else restarts * (_classes_of(model, images) - 1)
@@ -574,8 +603,9 @@ def pgd_clinical(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *
 
 
 @_register("pgd_l2", norm="l2")
-def pgd_l2(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-           steps: int = 20, restarts: int = 1, step_size: float | None = None, loss: Loss = "margin") -> Tensor:
+def pgd_l2(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+           targets: Tensor | None = None, steps: int = 20, restarts: int = 1, step_size: float | None = None,
+           loss: Loss = "margin") -> Tensor:
     """PGD in the Euclidean norm (Madry et al. 2018): steps along the gradient itself, not its sign."""
     return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
                       step_size=step_size, norm="l2", loss=loss, random_start=True)
@@ -585,11 +615,11 @@ def pgd_l2(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed
 
 
 @_register("deepfool", norm="l2")
-def deepfool(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-             steps: int = 50, overshoot: float = 0.02) -> Tensor:
+def deepfool(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+             targets: Tensor | None = None, steps: int = 50, overshoot: float = 0.02) -> Tensor:
     """Minimal Euclidean perturbation by repeated linearisation (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599), drawn
-    back to the boundary by bisection. Where the nearest adversarial image found lies beyond eps, its projection onto the
-    ball comes back. Towards `targets` where they are given."""
+    back to the boundary by bisection. Where the nearest adversarial image found lies beyond eps, its projection onto
+    the ball comes back. Towards `targets` where they are given."""
     nearest = _deepfool(model, images, labels, targets, steps, overshoot)
     return _project(nearest, images, eps, "l2")
 
@@ -629,16 +659,16 @@ def _bisect(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tenso
 @_register("fab_t", package="pyautoattack")
 def fab_t(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
           steps: int = 100) -> Tensor:
-    """FAB-T, minimal perturbation towards each other class (Croce and Hein 2020, arXiv:1907.02044), official code. Where
-    the nearest adversarial image found lies beyond eps, its projection onto the ball comes back."""
+    """FAB-T, minimal perturbation towards each other class (Croce and Hein 2020, arXiv:1907.02044), official code.
+    Where the nearest adversarial image found lies beyond eps, its projection onto the ball comes back."""
     nearest = nearest_adversarial(model, images, labels, norm="linf", steps=steps, seed=seed, eps=eps)
     return _or_noise(_project(nearest, images, eps, "linf"), model, images, labels, eps, seed)
 
 
 def nearest_adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, norm: Norm = "linf", steps: int = 100,
                         seed: int = 0, eps: float | None = None) -> Tensor:
-    """Nearest adversarial images that official FAB-T finds at any distance (N, 1, H, W); unchanged where it finds none, and
-    for clean errors. With `eps` an image counts as done once it fell within eps, as in AutoAttack.
+    """Nearest adversarial images that official FAB-T finds at any distance (N, 1, H, W); unchanged where it finds none,
+    and for clean errors. With `eps` an image counts as done once it fell within eps, as in AutoAttack.
 
     The loop over target classes is ours because the official one throws away what it found beyond eps.
     """
@@ -646,7 +676,8 @@ def nearest_adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, nor
 
     norms = {"linf": "Linf", "l2": "L2"}
     with _untouched(model):
-        fab = FABAttack_PT(model, norm=norms[norm], n_iter=steps, eps=eps or 1.0, seed=seed, targeted=True, device=images.device)
+        fab = FABAttack_PT(model, norm=norms[norm], n_iter=steps, eps=eps or 1.0, seed=seed, targeted=True,
+                           device=images.device)
         adversarial, distance = images.clone(), torch.full_like(labels, torch.inf, dtype=torch.float32)
         distance[_succeeded(model, images, labels)[1]] = 0.0
         torch.manual_seed(seed)
@@ -666,8 +697,8 @@ def nearest_adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, nor
 
 
 class _AtLeastFour(nn.Module):
-    """A view with fewer than four classes, with constant losers added: the targeted DLR loss reads the four highest logits.
-    The losers lie below every real class, so that they are never a target."""
+    """A view with fewer than four classes, with constant losers added: the targeted DLR loss reads the four highest
+    logits. The losers lie below every real class, so that they are never a target."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -683,8 +714,8 @@ class _AtLeastFour(nn.Module):
 
 
 @_register("apgd_ce", package="pyautoattack")
-def apgd_ce(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-            steps: int = 100, restarts: int = 1) -> Tensor:
+def apgd_ce(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+            targets: Tensor | None = None, steps: int = 100, restarts: int = 1) -> Tensor:
     """Auto-PGD on the cross-entropy (Croce and Hein 2020, arXiv:2003.01690), official code."""
     from pyautoattack.autopgd_base import APGDAttack
 
@@ -693,8 +724,8 @@ def apgd_ce(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, see
 
 
 @_register("apgd_t", package="pyautoattack")
-def apgd_t(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-           steps: int = 100, restarts: int = 1) -> Tensor:
+def apgd_t(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+           targets: Tensor | None = None, steps: int = 100, restarts: int = 1) -> Tensor:
     """Auto-PGD on the targeted difference-of-logits ratio, towards each other class (Croce and Hein 2020,
     arXiv:2003.01690), official code with as many targets as there are other classes."""
     from pyautoattack.autopgd_base import APGDAttack_targeted
@@ -705,19 +736,20 @@ def apgd_t(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed
 
 
 @_register("square", kind="black-box", package="pyautoattack")
-def square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-           queries: int = 5000) -> Tensor:
-    """Square Attack, a random search that needs only the logits (Andriushchenko et al. 2020, arXiv:1912.00049), official
-    code with AutoAttack's settings."""
+def square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+           targets: Tensor | None = None, queries: int = 5000) -> Tensor:
+    """Square Attack, a random search that needs only the logits (Andriushchenko et al. 2020, arXiv:1912.00049),
+    official code with AutoAttack's settings."""
     from pyautoattack.square import SquareAttack
 
-    attack = SquareAttack(model, p_init=0.8, n_queries=queries, eps=eps, seed=seed, resc_schedule=False, device=images.device)
+    attack = SquareAttack(model, p_init=0.8, n_queries=queries, eps=eps, seed=seed, resc_schedule=False,
+                          device=images.device)
     return _or_noise(attack.perturb(images, labels), model, images, labels, eps, seed)
 
 
 def _or_noise(adversarial: Tensor, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-    """The official code hands the clean image back where it found nothing; a random point of the ball stands in for it, so
-    that a clean image that comes back from any attack always means that the attack did not run."""
+    """The official code hands the clean image back where it found nothing; a random point of the ball stands in for it,
+    so that a clean image that comes back from any attack always means that the attack did not run."""
     lost = (adversarial == images).flatten(1).all(1) & ~_succeeded(model, images, labels)[1]
     return torch.where(_axes(lost), _random_start(images, eps, "linf", seed), adversarial)
 
@@ -725,13 +757,15 @@ def _or_noise(adversarial: Tensor, model: nn.Module, images: Tensor, labels: Ten
 @_register("autoattack", package="pyautoattack")
 def autoattack(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
                targets: Tensor | None = None, batch: int = 64) -> Tensor:
-    """Official AutoAttack `standard` in L-infinity: APGD-CE, APGD-T, FAB-T and Square, 100 steps and 5,000 queries (Croce and
-    Hein 2020, arXiv:2003.01690), set to the model's number of classes (its default of ten fails with four)."""
+    """Official AutoAttack `standard` in L-infinity: APGD-CE, APGD-T, FAB-T and Square, 100 steps and 5,000 queries
+    (Croce and Hein 2020, arXiv:2003.01690), set to the model's number of classes (its default of ten fails with
+    four)."""
     from pyautoattack import AutoAttack
 
     tracer = sys.gettrace()
     try:
-        attack = AutoAttack(_AtLeastFour(model), norm="Linf", eps=eps, version="standard", seed=seed, device=images.device)
+        attack = AutoAttack(_AtLeastFour(model), norm="Linf", eps=eps, version="standard", seed=seed,
+                            device=images.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = _classes_of(model, images) - 1
         adversarial = attack.run_standard_evaluation(images, labels, batch_size=batch)[0]
     finally:
@@ -743,8 +777,8 @@ def autoattack(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
 
 
 @_register("few_pixel", norm="l0", kind="black-box")
-def few_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-              pixels: int = 5, generations: int = 30, population: int = 40) -> Tensor:
+def few_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+              targets: Tensor | None = None, pixels: int = 5, generations: int = 30, population: int = 40) -> Tensor:
     """Changes a few pixels by at most eps each (1: any value), found by differential evolution on the logits alone (Su,
     Vargas and Sakurai 2019, arXiv:1710.08864), for all images at once and from its own seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -770,11 +804,11 @@ def few_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, s
 
 
 @_register("one_pixel", norm="l0", kind="black-box")
-def one_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-              generations: int = 30, population: int = 40) -> Tensor:
+def one_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
+              targets: Tensor | None = None, generations: int = 30, population: int = 40) -> Tensor:
     """One pixel changed by at most eps (1: any value), by differential evolution (Su et al. 2019, arXiv:1710.08864)."""
-    return few_pixel.__wrapped__(model, images, labels, eps, seed=seed, targets=targets, pixels=1, generations=generations,
-                                 population=population)
+    return few_pixel.__wrapped__(model, images, labels, eps, seed=seed, targets=targets, pixels=1,
+                                 generations=generations, population=population)
 
 
 def _with_pixels(images: Tensor, genes: Tensor, eps: float) -> Tensor:
@@ -817,11 +851,13 @@ def hopskipjump(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
     starts, rows = _adversarial_starts(model, images, labels, targets, seed)
     found = _random_start(images, eps, "linf", seed)
     if len(rows):
-        oracle = BlackBoxClassifierNeuralNetwork(answers, images.shape[1:], classes, channels_first=True, clip_values=(0.0, 1.0))
+        oracle = BlackBoxClassifierNeuralNetwork(answers, images.shape[1:], classes, channels_first=True,
+                                                 clip_values=(0.0, 1.0))
         attack = HopSkipJump(oracle, targeted=targets is not None, norm=np.inf, max_iter=steps, max_eval=evaluations,
                              init_eval=min(100, evaluations), init_size=1, verbose=False)
-        made = attack.generate(images[rows].cpu().numpy(), y=np.eye(classes, dtype=np.float32)[aims[rows].cpu().numpy()],
-                               x_adv_init=starts.cpu().numpy())
+        made = attack.generate(images[rows].cpu().numpy(),
+                               y=np.eye(classes,
+                                        dtype=np.float32)[aims[rows].cpu().numpy()], x_adv_init=starts.cpu().numpy())
         found[rows] = _project(torch.as_tensor(made).to(images), images[rows], eps, "linf")
     return _or_noise(found, model, images, labels, eps, seed)
 
@@ -853,20 +889,20 @@ def transfer(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, so
 @_register("kryptonite")
 def kryptonite(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
                targets: Tensor | None = None, mask: Tensor | None = None, steps: int = 20, restarts: int = 1) -> Tensor:
-    """Perturbation confined to the region of interest (Kulkarni and Bhambani 2021, "Kryptonite: an adversarial attack using
-    regional focus"): PGD inside `mask`.
+    """Perturbation confined to the region of interest (Kulkarni and Bhambani 2021, "Kryptonite: an adversarial attack
+    using regional focus"): PGD inside `mask`.
 
     Args:
         mask: 1 inside the region, (N, 1, H, W) or (1, 1, H, W), e.g. where Grad-CAM is high; None takes the brain.
     """
     mask = brain_mask(images) if mask is None else mask.to(images)
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts, step_size=None,
-                      norm="linf", loss="margin", random_start=True, mask=mask)
+    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
+                      step_size=None, norm="linf", loss="margin", random_start=True, mask=mask)
 
 
 def brain_mask(images: Tensor) -> Tensor:
-    """1 where the brain is, float (N, 1, H, W), from the image alone: above half of Otsu's threshold, the largest connected
-    piece, holes filled. All 1 where nothing stands out."""
+    """1 where the brain is, float (N, 1, H, W), from the image alone: above half of Otsu's threshold, the largest
+    connected piece, holes filled. All 1 where nothing stands out."""
     from scipy import ndimage
 
     masks = np.ones(images.shape, np.float32)

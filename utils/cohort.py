@@ -55,10 +55,12 @@ NEIGHBOURS = 4
 RIVALS = 500
 #: Two images alike may be two copies; a person begins with three.
 LEAST_SLICES = 3
+#: No scanner makes longer stacks; whatever is longer is no stack, and its order not worth polishing.
+LONGEST_STACK = 600
 #: A gap counts when it is this much wider than the next widest step between neighbouring links, and …
-GAP_RATIO = 3.0
+GAP_RATIO = 1.5
 #: … at least so wide in Fisher's z, in which the error of a correlation is the same at every height.
-GAP_LEAST = 0.08
+GAP_LEAST = 0.1
 COLUMNS = ("file_sha256", "pixel_sha256", "source_split", "label", "kind", "duplicate_of", "patient_id", "slice_index")
 
 
@@ -351,11 +353,11 @@ def background(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def usual_background(levels: np.ndarray) -> np.ndarray:
-    """Which images have the set's most usual background or a darker one. The width of the peak is read from its dark
-    side, because what generators leave behind is brighter."""
+    """Which images have the set's most usual background or a darker one. The width of the peak (noise that was
+    added to every image) is read from its dark side, because what generators leave behind is brighter."""
     bins = np.floor(levels * 50).astype(np.int64)
     peak = np.bincount(bins).argmax() / 50
-    return levels <= peak + 0.02 + (peak - levels.min()) * (peak > 0)
+    return levels <= peak + 0.02 + 2 * (peak - levels.min()) * (peak > 0)
 
 
 # ---------------------------------------------------------------------------------------------------- links
@@ -455,15 +457,21 @@ def strongest_tree(vectors: np.ndarray, *, rounds: int = 4) -> np.ndarray:
     value, index = nearest(vectors, k=min(NEIGHBOURS, max(1, n - 1)))
     rows = np.repeat(np.arange(n), value.shape[1])
     links = np.column_stack([rows, index.ravel(), value.ravel()])[index.ravel() >= 0]
-    links = _tree(links, n)
-    for turn in range(rounds):
+    links = kruskal(links, n)
+    for _ in range(rounds):
         part = groups_above(links, n, -2)
         if part.max(initial=0) == 0:
             break
-        value, index = nearest(vectors, group=part, description=f"joining {part.max() + 1} parts")
-        best = _strongest_of_each(part, value[:, 0])
-        links = _tree(np.vstack([links, np.column_stack([best, index[best, 0], value[best, 0]])]), n)
+        links = kruskal(np.vstack([links, join_parts(vectors, part)[0]]), n)
     return links
+
+
+def join_parts(vectors: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every part's strongest link to another part, (P, 3) rows of (i, j, correlation); and each image's best correlation
+    (N,) with another part."""
+    value, index = nearest(vectors, group=part, description=f"joining {part.max() + 1} parts")
+    best = _strongest_of_each(part, value[:, 0])
+    return np.column_stack([best, index[best, 0], value[best, 0]]), value[:, 0]
 
 
 def _strongest_of_each(part: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -471,40 +479,65 @@ def _strongest_of_each(part: np.ndarray, value: np.ndarray) -> np.ndarray:
     return order[np.unique(part[order], return_index=True)[1]]
 
 
-def _tree(links: np.ndarray, n: int) -> np.ndarray:
+def kruskal(links: np.ndarray, n: int) -> np.ndarray:
+    """Those of the links (M, 3) that make the strongest forest on n nodes, strongest first (Kruskal 1956)."""
     forest = _Forest(n)
     links = links[np.argsort(-links[:, 2], kind="stable")]
     kept = [row for row, (i, j) in enumerate(links[:, :2].astype(np.int64)) if forest.join(int(i), int(j)) != (0, 0)]
     return links[kept]
 
 
-def find_gap(links: np.ndarray, n: int) -> tuple[float, float] | None:
+def find_gap(links: np.ndarray, n: int, doubtful: np.ndarray | None = None) -> tuple[float, float] | None:
     """The widest empty step, in Fisher's z, between neighbouring links of a tree that leaves people: at least two groups
-    of `LEAST_SLICES`, half of the images in such groups, and no group that holds nearly all.
+    of `LEAST_SLICES`, half of the images in such groups, no group that holds nearly all, and links that join
+    only what shares half of its variance.
+
+    Args:
+        links: the tree's links (M, 3), strongest first.
+        doubtful: (N,) images whose background speaks against them: where one or two of them hang on to a group, nothing
+            is said about people, and the link does not count.
 
     Returns:
         The correlations below and above the step; None where no step stands out from the others.
     """
-    forest, people, covered, largest = _Forest(n), 0, 0, 1
+    doubtful = np.zeros(n, bool) if doubtful is None else doubtful
+    forest, trusted, tally = _Forest(n), (~doubtful).astype(int).tolist(), _Tally()
     z = np.arctanh(np.clip(links[:, 2], -0.9999, 0.9999))
-    steps, places = [], []
-    for row in range(len(links) - 1):
-        sizes = forest.join(int(links[row, 0]), int(links[row, 1]))
-        whole = sum(sizes)
-        people += (whole >= LEAST_SLICES) - sum(size >= LEAST_SLICES for size in sizes)
-        covered += (whole if whole >= LEAST_SLICES else 0) - sum(size for size in sizes if size >= LEAST_SLICES)
-        largest = max(largest, whole)
-        if people >= 2 and covered >= n / 2 and largest < 0.9 * n and links[row, 2] ** 2 >= 0.5:
-            steps.append(z[row] - z[row + 1])
-            places.append(row)
+    steps, edges, above = [], [], None
+    for row in range(len(links)):
+        i, j = (forest.root(int(end)) for end in links[row, :2])
+        hangs_on = any(forest.size[end] < LEAST_SLICES and not trusted[end] for end in (i, j))
+        if not hangs_on:
+            if above is not None and tally.shows_people(n) and links[above, 2] ** 2 >= 0.5:
+                steps.append(z[above] - z[row])
+                edges.append((float(links[row, 2]), float(links[above, 2])))
+            above = row
+        tally.join(*forest.join(i, j))
+        trusted[forest.root(i)] = trusted[i] + trusted[j]
     if not steps:
         return None
     widest = int(np.argmax(steps))
     next_widest = max((step for i, step in enumerate(steps) if i != widest), default=0.0)
-    if steps[widest] < max(GAP_LEAST, GAP_RATIO * next_widest):
-        return None
-    row = places[widest]
-    return float(links[row + 1, 2]), float(links[row, 2])
+    return edges[widest] if steps[widest] >= max(GAP_LEAST, GAP_RATIO * next_widest) else None
+
+
+@dataclass
+class _Tally:
+    """Groups of at least `LEAST_SLICES`: how many, how many images they hold, and the largest of all."""
+
+    people: int = 0
+    covered: int = 0
+    largest: int = 1
+
+    def join(self, one: int, two: int) -> None:
+        whole, parts = one + two, [size for size in (one, two) if size >= LEAST_SLICES]
+        if whole >= LEAST_SLICES:
+            self.people += 1 - len(parts)
+            self.covered += whole - sum(parts)
+        self.largest = max(self.largest, whole)
+
+    def shows_people(self, n: int) -> bool:
+        return self.people >= 2 and self.covered >= n / 2 and self.largest < 0.9 * n
 
 
 def middle(gap: tuple[float, float]) -> float:
@@ -549,7 +582,7 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
     for chosen in ([usual, np.ones_like(usual)] if not usual.all() else [usual]):
         rows = np.flatnonzero(chosen)
         tree = strongest_tree(vectors[rows])
-        gap, links = find_gap(tree, len(rows)), tree if len(tree) else links
+        gap, links = find_gap(tree, len(rows), ~usual[rows]), tree if len(tree) else links
         if gap is not None:
             break
     if gap is None:
@@ -559,10 +592,9 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
             Recovery(float("nan"), (float("nan"),) * 2, (float("nan"),) * 2, links[:, 2], int(usual.sum()), 0))
     group = np.full(len(vectors), -1)
     group[rows], rivals = _exact_groups(vectors[rows], tree, middle(gap))
-    group = _drop_small(group)
-    admitted = _admit(vectors, group, gap)
-    return People(_by_first_appearance(admitted), gap, tree[:, 2], len(rows), int(((admitted >= 0) & ~chosen).sum()),
-                  rows[rivals])
+    group = _drop_small(_without_side_branches(vectors, group, ~usual))
+    person = _by_first_appearance(_admit(vectors, group, gap))
+    return People(person, gap, tree[:, 2], len(rows), int(((person >= 0) & ~usual).sum()), rows[rivals])
 
 
 def _exact_groups(vectors: np.ndarray, tree: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -594,9 +626,10 @@ def _by_first_appearance(group: np.ndarray) -> np.ndarray:
 def _admit(vectors: np.ndarray, group: np.ndarray, gap: tuple[float, float]) -> np.ndarray:
     """Adds the ungrouped images that join people, or form some, without putting any image into the gap.
 
-    All images are linked at the threshold. The ungrouped members of a part stay out where one of them has a look-alike
-    among the other ungrouped images *inside* the gap (below the threshold, above the strongest link between two
-    people), or where they would join two people to one.
+    All images are linked at the threshold. The ungrouped members of a part stay out where most of them have a look-alike
+    elsewhere *inside* the gap (below the threshold, above the strongest link between two people), where there are more
+    of them than slices in any stack, and where they would join two people to one. Of the others those stay that are
+    slices of the stack.
     """
     outside = np.flatnonzero(group < 0)
     if not len(outside):
@@ -609,33 +642,43 @@ def _admit(vectors: np.ndarray, group: np.ndarray, gap: tuple[float, float]) -> 
     links = [np.column_stack([chain[:-1][same], chain[1:][same], np.ones(same.sum())])]
     while True:
         part = groups_above(np.vstack(links), n, threshold)
-        value, index = _nearest_to(vectors, outside, part)
-        missed = np.flatnonzero(value >= threshold)
-        if not len(missed):
+        value, index = nearest(vectors, k=NEIGHBOURS, group=part, description="asking the other images")
+        rows, places = np.nonzero(value[outside] >= threshold)
+        if not len(rows):
             break
-        links.append(np.column_stack([outside[missed], index[missed], value[missed]]))
-    suspects = (value > low) & (value < threshold)
-    tainted = np.union1d(part[outside[suspects]], part[[i for i in index[suspects] if group[i] < 0]])
+        rows = outside[rows]
+        links.append(np.column_stack([rows, index[rows, places], value[rows, places]]))
+    value = value[outside, 0]
+    size = np.bincount(part[outside], minlength=n)
+    suspects = np.bincount(part[outside[(value > low) & (value < threshold)]], minlength=n)
     # A part that would make two people one is a blend of both.
-    known = np.unique(np.column_stack([part, group])[group >= 0], axis=0)
-    tainted = np.union1d(tainted, [p for p, count in Counter(known[:, 0].tolist()).items() if count > 1])
-    stays_out = np.isin(part, tainted)
-    return _drop_small(np.where(stays_out, np.where(group >= 0, n + group, -1), part))
+    known = np.unique(np.column_stack([part, group])[group >= 0], axis=0)[:, 0]
+    tainted = np.flatnonzero((2 * suspects > size) | (size > LONGEST_STACK) | (np.bincount(known, minlength=n) > 1))
+    joined = np.where(np.isin(part, tainted), np.where(group >= 0, n + group, -1), part)
+    return _drop_small(_without_side_branches(vectors, joined, group < 0))
 
 
-def _nearest_to(vectors: np.ndarray, rows: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For some rows, the strongest correlation with any image of another part, and that image."""
-    value, index = np.full(len(rows), -2, np.float32), np.full(len(rows), -1, np.int64)
-    starts = [(a, b) for a in range(0, len(rows), BLOCK) for b in range(0, len(vectors), BLOCK)]
-    for a, b in progress(starts, "asking the other images"):
-        members = rows[a:a + BLOCK]
-        scores = vectors[members] @ vectors[b:b + BLOCK].T
-        scores[part[members][:, None] == part[b:b + BLOCK]] = -2
-        best = scores.argmax(1)
-        top = scores[np.arange(len(members)), best]
-        better = top > value[a:a + BLOCK]
-        value[a:a + BLOCK][better], index[a:a + BLOCK][better] = top[better], best[better] + b
-    return value, index
+def _without_side_branches(vectors: np.ndarray, group: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
+    """Takes the doubtful images that are no slices of their group's stack out of it (-1).
+
+    A slice stands between its neighbours: they are less alike than each is to it. What was made after a slice hangs
+    off that slice, and between it and the next makes a detour.
+    """
+    group = group.copy()
+    for name in np.unique(group[doubtful & (group >= 0)]):
+        members = np.flatnonzero(group == name)
+        while len(members) >= LEAST_SLICES:
+            stack = members[order_stack(vectors[members] @ vectors[members].T)]
+            before, middle_, after = vectors[stack[:-2]], vectors[stack[1:-1]], vectors[stack[2:]]
+            # The length of the detour, in 1 - correlation; an end of the stack is judged by the slice next to it.
+            detour = 1 + ((before * after) - (before * middle_) - (middle_ * after)).sum(1)
+            detour = np.where(doubtful[stack], np.concatenate([detour[:1], detour, detour[-1:]]), -1)
+            if detour.max() <= 0:
+                break
+            worst = stack[detour.argmax()]
+            group[worst] = -1
+            members = members[members != worst]
+    return group
 
 
 def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence[np.ndarray]) -> tuple[float, float]:
@@ -647,12 +690,12 @@ def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence
     Raises:
         NoPeopleError: what was empty at `SEARCH_SIDE` is not at full size.
     """
-    weakest = min(weakest_join(matrix) for matrix in matrices)
+    weakest = float(min(tree_of(matrix).min() for matrix in matrices))
     pairs, strongest = people.rivals[people.rivals[:, 1] >= 0], -1.0
     for start in range(0, len(pairs), 256):
         chunk = pairs[start:start + 256]
         rows, place = np.unique(chunk, return_inverse=True)
-        vectors = features([images[i] for i in rows], _full_side(images))
+        vectors = features([images[i] for i in rows], full_side(images))
         first, second = vectors[place.reshape(chunk.shape)[:, 0]], vectors[place.reshape(chunk.shape)[:, 1]]
         strongest = max(strongest, float((first * second).sum(1).max()))
     if strongest >= weakest:
@@ -661,13 +704,14 @@ def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence
     return strongest, weakest
 
 
-def _full_side(images: Sequence[np.ndarray]) -> int:
+def full_side(images: Sequence[np.ndarray]) -> int:
+    """Side in pixels of the full-size features: the images' own, at most `FULL_SIDE`."""
     return int(min(FULL_SIDE, np.median([min(image.shape) for image in images[:1000]])))
 
 
 def correlations(images: Sequence[np.ndarray], members: np.ndarray) -> np.ndarray:
     """Full-size correlations (M, M) of some images."""
-    vectors = features([images[i] for i in members], _full_side(images))
+    vectors = features([images[i] for i in members], full_side(images))
     return vectors @ vectors.T
 
 
@@ -678,16 +722,16 @@ def members_of(person: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(person[order])) + 1) if len(order) else []
 
 
-def weakest_join(matrix: np.ndarray) -> float:
-    """The weakest link of the strongest tree through all rows of a correlation matrix (Prim 1957)."""
-    best, joined, weakest = matrix[0].copy(), np.zeros(len(matrix), bool), 1.0
+def tree_of(matrix: np.ndarray) -> np.ndarray:
+    """The links (M - 1,) of the strongest tree through all rows of a correlation matrix (Prim 1957)."""
+    best, joined, links = matrix[0].copy(), np.zeros(len(matrix), bool), np.empty(len(matrix) - 1)
     joined[0] = True
-    for _ in range(len(matrix) - 1):
+    for step in range(len(links)):
         following = int(np.argmax(np.where(joined, -2, best)))
-        weakest = min(weakest, float(best[following]))
+        links[step] = best[following]
         joined[following] = True
         best = np.maximum(best, matrix[following])
-    return weakest
+    return links
 
 
 # ---------------------------------------------------------------------------------------------------- slice order
@@ -705,7 +749,8 @@ def order_stack(matrix: np.ndarray) -> np.ndarray:
     degree = similarity.sum(1)
     laplacian = np.eye(len(matrix)) - similarity / np.sqrt(np.outer(degree, degree))
     _, vectors = np.linalg.eigh(laplacian)
-    return _shorten(np.argsort(vectors[:, 1] / np.sqrt(degree), kind="stable"), matrix)
+    order = np.argsort(vectors[:, 1] / np.sqrt(degree), kind="stable")
+    return _shorten(order, matrix) if len(order) <= LONGEST_STACK else order
 
 
 def _shorten(order: np.ndarray, matrix: np.ndarray) -> np.ndarray:

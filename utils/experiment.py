@@ -7,6 +7,7 @@ The notebooks call these functions; the command line runs the same ones:
     python -m utils.experiment grid --profile cpu                                   # every unit that no record holds yet
     python -m utils.experiment grid --profile paper --shard 3/8                     # the third of eight shares (job array)
     python -m utils.experiment attack --model Resnet_atk --protocol patient --eps 4/255
+    python -m utils.experiment attack --model my_module:build --raw my_images/ --eps 4/255   # your model, your images
 
 A killed command is simply started again: training goes on from its last epoch, the attacks from their last finished
 part, and a unit that stands in a record is not run twice.
@@ -27,11 +28,11 @@ import torch
 import tyro
 
 from utils import data, grad_cam, optuna_search, phantom, report, training
-from utils.backbones import PixelClassifier
+from utils.backbones import load_model
 from utils.cohort import Cohort, cohort_for, find_raw, read_raw, write_cohort
 from utils.config import RunConfig, folds_of, make_config
 from utils.metrics import fit_temperature, to_half
-from utils.robustness import evaluate_suite
+from utils.robustness import SuiteResult, evaluate_suite, model_from_factory, verdict
 from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, StudyError, choose_device, environment, git_state, hardware, read_json,
                                result_root, write_json)
 
@@ -174,12 +175,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     if retrain:
         _remove_tree(state)
     result = evaluate_suite(model, test.images, test.labels, test.people, config, state_dir=state)
-    rows = unit_rows(test, config)
-    rows["clean"] = to_half(np.asarray(result.clean_logits))
-    rows |= {f"{eps}:{name}": to_half(np.asarray(logits)) for (eps, name), logits in result.logits.items()}
-    attacks: dict[str, dict] = {}
-    for (eps, name), meta in result.meta.items():
-        attacks.setdefault(eps, {})[name] = meta
+    rows, attacks = suite_rows(test, config, result)
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
     return Unit(rows, {**describe(study, config), "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
@@ -193,6 +189,16 @@ def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
     return {"labels": test.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8),
             "seed": np.full(count, config.seed, np.int8), "patient_id": test.people.numpy().astype(np.int32),
             "slice_index": test.slices.numpy().astype(np.int16), "file_sha256": digests}
+
+
+def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """(rows of the predictions file, eps → attack → what it cost) of an evaluated suite."""
+    rows = unit_rows(test, config) | {"clean": to_half(np.asarray(result.clean_logits))}
+    rows |= {f"{eps}:{name}": to_half(np.asarray(logits)) for (eps, name), logits in result.logits.items()}
+    attacks: dict[str, dict] = {}
+    for (eps, name), meta in result.meta.items():
+        attacks.setdefault(eps, {})[name] = meta
+    return rows, attacks
 
 
 def describe(study: Study, config: RunConfig) -> dict:
@@ -462,26 +468,42 @@ def shard_of(units: list[RunConfig], shard: str) -> list[RunConfig]:
 def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, eps: tuple[str, ...] = ("4/255",),
                    profile: Literal["demo", "cpu", "paper"] = "demo", suite: Literal["quick", "standard", "full"] = "standard",
                    raw: str | None = None) -> None:
-    """Attacks a trained model of this study from its checkpoint, and prints the table and the sanity checks."""
-    if model not in MODELS:
-        raise StudyError(f"Unknown model {model!r}: expected one of {', '.join(MODELS)}.")
-    study = open_study(profile, raw)
-    config = make_config(profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite)
-    test, network = load_sets(study, config)["test"], _network(study, config)
-    result = evaluate_suite(network, test.images, test.labels, test.people, config, state_dir=None)
-    rows = unit_rows(test, config) | {"clean": to_half(np.asarray(result.clean_logits))}
-    rows |= {f"{text}:{name}": to_half(np.asarray(logits)) for (text, name), logits in result.logits.items()}
-    attacks = {text: {name: meta for (other, name), meta in result.meta.items() if other == text} for text in eps}
-    unit = Unit(rows, {**describe(study, config), "init": network.init, "precision": "fp32", "wall_seconds": {"train": 0.0, "attack": 0.0},
-                       "attacks": attacks, "sanity": result.sanity, "history": [], "best_epoch": 0, "one_class": False, "explanation": {}})
-    print(report.attacks_text(report.summarise(rows, [unit.meta])))
-    print(sanity_text(unit))
+    """Attacks a trained model and prints the table and the checks that say whether to believe it.
+
+    Args:
+        model: a model of this study, from its checkpoint; or your own as `module:function`, a function that returns a
+            `torch.nn.Module` from float32 pixels (N, 1, H, W) in [0, 1] to four logits, evaluated on every image of `raw`.
+        raw: folder or zip of class folders.
+    """
+    if ":" in model:
+        test, network = _everything_in(raw), model_from_factory(model)
+        config = make_config(profile, "Resnet", eps=eps, headline_eps=eps[0], suite=suite)
+        origin = {"model": model, "protocol": "all images", "data": "your images", "init": "yours", "search": "none", "cohort_sha256": ""}
+    elif model in MODELS:
+        study = open_study(profile, raw)
+        config = make_config(profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite)
+        test, network = load_sets(study, config)["test"], load_model(study.checkpoint(config))
+        origin = {"model": model, "protocol": protocol, "data": study.data, "init": network.init, "search": "none",
+                  "cohort_sha256": study.cohort_sha256}
+    else:
+        raise StudyError(f"Unknown model {model!r}: expected one of {', '.join(MODELS)}, or your own as module:function.")
+    result = evaluate_suite(network.to(choose_device()), test.images, test.labels, test.people, config)
+    rows, attacks = suite_rows(test, config, result)
+    meta = {**origin, "regime": config.regime, "profile": profile, "fold": config.fold, "seed": config.seed, "attacks": attacks,
+            "sanity": result.sanity, "config": dataclasses.asdict(config)}
+    print(report.attacks_text(report.summarise(rows, [meta])))
+    print(f"{sanity_text(Unit(rows, meta))}\n\n{verdict(result.sanity)}")
 
 
-def _network(study: Study, config: RunConfig) -> PixelClassifier:
-    from utils.backbones import load_model
-
-    return load_model(study.checkpoint(config)).to(choose_device())
+def _everything_in(raw: str | None) -> data.ImageSet:
+    """Every image of a folder as one set; nobody's person is known, so each image stands for itself in the intervals."""
+    folder = find_raw(raw)
+    if folder is None:
+        raise StudyError("Your own model needs images: give a folder or zip of class folders with --raw.")
+    images = read_raw(folder)
+    nobody = torch.arange(len(images))
+    return data.ImageSet(data.stack_images(images), torch.from_numpy(images.label), nobody, torch.zeros_like(nobody),
+                         list(images.file_sha256), "your images")
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ from utils.config import RunConfig, parse_eps
 from utils.utils_funcs import CLASSES, StudyError, atomic_path, progress
 
 #: View of the logits → groups of classes (None: the four classes themselves) and suffix of the stored attack name.
-VIEWS: dict[str, tuple[Groups | None, str]] = {"four": (None, ""), "three": (THREE, "_merged"), "binary": (BINARY, "_binary")}
+VIEWS: dict[str, tuple[Groups | None, str]] = {"four": (None, ""), "three": (THREE, "_merged"),
+                                               "binary": (BINARY, "_binary")}
 #: Bumped when the same settings would give other numbers: states of older code are then not continued.
 STATE_VERSION = 1
 
@@ -76,32 +77,32 @@ class SuiteResult:
 def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[str] = ()) -> list[Stage]:
     """The L-infinity attacks of `config.suite`, cheap ones first.
 
-    `quick`: noise, FGSM and PGD, PGD on both other views. `standard`: also transfer from each of `sources`, PGD towards
-    each other class, the clinically worst one, APGD-T and Square on what still stands, in the views of four and of three
-    classes, and Kryptonite. `full`: also the other named gradient attacks, and official AutoAttack on the standing part of
-    the fixed sample.
+    `quick`, at every eps: noise, FGSM, and PGD on all three views. `standard` adds, at the headline eps: transfer from
+    each of `sources`; PGD towards each other class and APGD-T on what still stands, in the views of four and of three
+    classes; Square on the standing part of the fixed sample; the clinically worst target; Kryptonite. `full` adds the
+    other named gradient attacks, and official AutoAttack on the standing part of the fixed sample.
     """
     steps = dict(steps=config.pgd_steps)
     margin_steps, name = {**steps, "loss": "margin"}, f"pgd{config.pgd_steps}"
+    # With two classes there is one direction to go, and every image is pushed to the end: half the steps do.
+    half = max(config.pgd_steps // 2, min(config.pgd_steps, 5))
     plan = [Stage("noise", "noise"), Stage("fgsm", "fgsm"),
             Stage("pgd", name, budget=margin_steps),
             Stage("pgd", f"{name}_merged", "three", "standing", budget=margin_steps),
-            Stage("pgd", f"{name}_binary", "binary", budget={**margin_steps, "push": True})]
+            Stage("pgd", f"pgd{half}_binary", "binary", budget=dict(steps=half, loss="margin", push=True))]
     if config.suite == "quick":
         return plan
     plan += [Stage("transfer", f"transfer_{source}", eps="headline", budget=steps, source=source) for source in sources]
-    plan += [Stage("pgd_targeted", "pgd_targeted", scope="standing", budget=steps),
-             Stage("pgd_targeted", "pgd_targeted_merged", "three", "standing", budget=steps)]
-    plan += [Stage(attack, attack + VIEWS[view][1], view, "standing", "headline", budget)
-             for attack, budget in (("apgd_t", dict(steps=100)), ("square", dict(queries=1000))) for view in ("four", "three")]
+    plan += [Stage(attack, attack + VIEWS[view][1], view, scope, "headline", budget)
+             for attack, scope, budget in (("pgd_targeted", "standing", steps), ("apgd_t", "standing", dict(steps=100)),
+                                           ("square", "sample", dict(queries=1000))) for view in ("four", "three")]
     # Not for the worst case, which they rarely lower, but for what they alone tell: so on every image.
     plan += [Stage("pgd_clinical", "pgd_clinical", eps="headline", budget=steps),
              Stage("kryptonite", "kryptonite", eps="headline", budget=steps)]
     plan += [Stage("kryptonite", f"kryptonite_{mask}", eps="headline", budget=steps, mask=mask) for mask in masks]
     if config.suite == "full":
         plan += [Stage(attack, attack, eps="headline") for attack in ("fgsm_targeted", "ifgsm", "mifgsm")]
-        plan += [Stage("autoattack", "autoattack", scope="sample", eps="headline"),
-                 Stage("autoattack", "autoattack_merged", "three", "sample", "headline")]
+        plan += [Stage("autoattack", "autoattack", scope="sample", eps="headline")]
     return plan
 
 
@@ -165,7 +166,8 @@ def as_pixels(images: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, 1, H, W) → float32 in [0, 1]."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise StudyError(f"The evaluation takes uint8 images of shape (N, 1, H, W), not {images.dtype} {tuple(images.shape)}.")
+        raise StudyError("The evaluation takes uint8 images of shape (N, 1, H, W), "
+                         f"not {images.dtype} {tuple(images.shape)}.")
     return images.float() / 255
 
 
@@ -215,7 +217,8 @@ def evaluate_suite(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: 
         StudyError: an attack raised, ran out of time, or changed no image: a failed run, never a robust model.
     """
     labels, people = np.asarray(labels).astype(np.int64), np.asarray(people)
-    run = _Run(model, as_pixels(images_uint8), labels, people, config, state_dir, time_limit, dict(sources or {}), dict(masks or {}))
+    run = _Run(model, as_pixels(images_uint8), labels, people, config, state_dir, time_limit, dict(sources or {}),
+               dict(masks or {}))
     plan = list(suite_plan(config, tuple(run.sources), tuple(run.masks)) if stages is None else stages)
     sweep = sorted(config.eps, key=parse_eps)
     # Ascending, so that what fell at a smaller eps, a point of every larger ball, need not be attacked again.
@@ -244,7 +247,8 @@ class _Counted(nn.Module):
 
 
 class _Run:
-    """The state of one evaluation: what has fallen in each norm and view, to which logits, and what each attack left."""
+    """The state of one evaluation: what has fallen in each norm and view, to which logits, and what each attack
+    left."""
 
     def __init__(self, model: nn.Module, pixels: Tensor, labels: np.ndarray, people: np.ndarray, config: RunConfig,
                  state_dir: Path | None, time_limit: float | None, sources: dict[str, nn.Module],
@@ -327,8 +331,9 @@ class _Run:
             self.fallen[state] |= new
         self.logits[key], self.attacked[key] = logits, chosen
         self.meta[key] = {
-            "n_attacked": count, "n_set": int((~np.isnan(logits).any(1)).sum()), "norm": attack.norm, "kind": attack.kind,
-            "view": stage.view, "scope": stage.scope, "seed": self.config.seed, "standing_before": round(before, 4),
+            "n_attacked": count, "n_set": int((~np.isnan(logits).any(1)).sum()), "norm": attack.norm,
+            "kind": attack.kind, "view": stage.view, "scope": stage.scope, "seed": self.config.seed,
+            "standing_before": round(before, 4),
             "standing_after": round(self.share_standing(stage), 4), "seconds": round(totals["seconds"], 2),
             "queries": round(totals["queries"] / max(count, 1), 1), "n_unchanged": int(totals["unchanged"]),
             "largest_perturbation": totals["largest"], "flags": sorted(totals["flags"]), **stage.budget}
@@ -345,7 +350,8 @@ class _Run:
         adversarial, queries, flags = self._perturb(stage, eps_text, rows, seed)
         seconds, images = time.perf_counter() - started, self.pixels[rows]
         logits = self._score(adversarial, rows)
-        unchanged = (adversarial == images).flatten(1).all(1).numpy() & ~fallen(self.clean[rows], self.labels[rows], stage.view)
+        unchanged = (adversarial == images).flatten(1).all(1).numpy() & ~fallen(self.clean[rows], self.labels[rows],
+                                                                                stage.view)
         # Rounded, not truncated: truncation would shift every perturbation by half a grey level.
         rounded = self._score((adversarial * 255).round() / 255, rows) if _rounds(stage, eps_text) else logits
         kept = adversarial[np.isin(rows, self.sample)] if self._keeps(stage, eps_text) else adversarial[:0]
@@ -372,19 +378,21 @@ class _Run:
         labels = torch.as_tensor(view_labels(self.labels[rows], stage.view)).to(self.device)
         try:
             with _warnings_of_official_code() as flags:
-                adversarial = ATTACKS[stage.attack](counted, self.pixels[rows].to(self.device), labels, parse_eps(eps_text),
-                                                    seed=seed, **budget).cpu()
+                adversarial = ATTACKS[stage.attack](counted, self.pixels[rows].to(self.device), labels,
+                                                    parse_eps(eps_text), seed=seed, **budget).cpu()
         except Exception as error:
             kind = "ran out of time" if isinstance(error, TimeoutError) else f"failed ({type(error).__name__}: {error})"
-            raise StudyError(f"Attack {stage.name} at eps {eps_text} {kind} on images {rows[0]}-{rows[-1]}: this is a failed "
-                             "evaluation, not a robust model; mend the attack or the model and run it again.") from error
+            raise StudyError(f"Attack {stage.name} at eps {eps_text} {kind} on images {rows[0]}-{rows[-1]}: this is a "
+                             "failed evaluation, not a robust model; mend the attack or the model and run it "
+                             "again.") from error
         return adversarial, counted.images, flags
 
     def _given(self, stage: Stage) -> str:
         """Identity of what a stage was given beside its budget: the source's weights, the mask."""
         source = model_digest(self.sources[stage.source]) if stage.source else ""
-        mask = hashlib.sha256(np.ascontiguousarray(torch.as_tensor(self.masks[stage.mask]))).hexdigest() if stage.mask else ""
-        return source + mask
+        if not stage.mask:
+            return source
+        return source + hashlib.sha256(np.ascontiguousarray(torch.as_tensor(self.masks[stage.mask]))).hexdigest()
 
     def keep(self, rows: np.ndarray, done: dict[str, np.ndarray]) -> None:
         """Keeps a sample image's adversarial until a stronger one comes: the lowest four-class margin wins."""
@@ -400,8 +408,8 @@ class _Run:
         """An attack that left every image as it was did not run, whatever its score says."""
         asked = int((~fallen(self.clean[rows], self.labels[rows], stage.view)).sum())
         if asked and unchanged == asked and parse_eps(eps_text) > 0:
-            raise StudyError(f"Attack {stage.name} at eps {eps_text} changed none of the {asked} images it was given: this is a "
-                             "failed evaluation, not a robust model; its gradient may be zero everywhere.")
+            raise StudyError(f"Attack {stage.name} at eps {eps_text} changed none of the {asked} images it was given: "
+                             "this is a failed evaluation, not a robust model; its gradient may be zero everywhere.")
 
 
 def _rounds(stage: Stage, eps_text: str) -> bool:
@@ -426,8 +434,7 @@ def _warnings_of_official_code() -> Iterator[list[str]]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield flags
-        flags += sorted({str(warning.message) for warning in caught if issubclass(warning.category, UserWarning | Warning)
-                         and "pyautoattack" in str(warning.filename)})
+        flags += sorted({str(warning.message) for warning in caught if "pyautoattack" in str(warning.filename)})
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
@@ -468,7 +475,8 @@ class _Store:
 
     def name(self, eps_text: str, stage: Stage, seed: int, rows: np.ndarray, given: str) -> str:
         identity = f"{stage.attack} {stage.view} {sorted(stage.budget.items())} {seed} {given}".encode()
-        return f"{eps_text.replace('/', '-')}_{stage.name}_{hashlib.sha256(identity + rows.tobytes()).hexdigest()[:12]}.npz"
+        digest = hashlib.sha256(identity + rows.tobytes()).hexdigest()[:12]
+        return f"{eps_text.replace('/', '-')}_{stage.name}_{digest}.npz"
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
         if self.folder is None or not (self.folder / name).is_file():
@@ -495,16 +503,14 @@ def _row(check: str, passed: bool, figure: object, note: str) -> dict:
 
 
 def sanity_table(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> list[dict]:
-    """The conditions of an honest evaluation, each with what was found: `check`, `passed`, `figure` and a `note` that says
-    in plain words what it means. On the fixed stratified sample where a check costs model passes."""
-    model_checks = [_finite_logits, _logits_not_probabilities, _same_every_time, _same_with_gradient, _batch_independent,
-                    _not_constant, _gradients_present, _eps_zero]
+    """The conditions of an honest evaluation, each with what was found: `check`, `passed`, `figure` and a `note` that
+    says in plain words what it means. On the fixed stratified sample where a check costs model passes."""
+    model_checks = [_finite_logits, _logits_not_probabilities, _same_every_time, _same_with_gradient,
+                    _batch_independent, _not_constant, _gradients_present, _eps_zero]
     rows = [check(run) for check in model_checks]
-    rows += _ordered(run, sweep) + [_falls_with_eps(run, plan, sweep), _eps_one(run), *_converged(run), _masking(run, sweep),
-                                    _inside_ball(run), _moved(run), _denominator(run, plan), _worst_by_image(run),
-                                    _kept_rescore(run)]
-    rows.append(_untouched_model(run))
-    return rows
+    rows += [*_ordered(run, sweep), _falls_with_eps(run, plan, sweep), _eps_one(run), *_converged(run)]
+    rows += [_masking(run, sweep), _inside_ball(run), _moved(run), _denominator(run, plan), _worst_by_image(run)]
+    return [*rows, _kept_rescore(run), _untouched_model(run)]
 
 
 def verdict(sanity: Sequence[dict]) -> str:
@@ -528,8 +534,8 @@ def _finite_logits(run: _Run) -> dict:
 
 def _logits_not_probabilities(run: _Run) -> dict:
     inside = (run.clean >= 0).all() and (run.clean <= 1).all() and np.allclose(run.clean.sum(1), 1, atol=1e-4)
-    note = "the outputs look like probabilities: losses on them have the wrong gradient, so return logits" if inside else \
-        "raw [0, 1] pixels in, logits out"
+    note = "raw [0, 1] pixels in, logits out" if not inside else \
+        "the outputs look like probabilities: losses on them have the wrong gradient, so return logits"
     return _row("logits_from_pixels", not inside, int(run.clean.shape[1]), note)
 
 
@@ -598,8 +604,8 @@ def _not_constant(run: _Run) -> dict:
 
 
 def gradient_shares(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 64) -> dict[str, float]:
-    """Shares of images whose pixel gradient is zero everywhere or not finite, for the plain cross-entropy (`zero_ce`), which
-    vanishes where softmax saturates, and for the margin (`zero_margin`); `not_finite` for either."""
+    """Shares of images whose pixel gradient is zero everywhere or not finite, for the plain cross-entropy (`zero_ce`),
+    which vanishes where softmax saturates, and for the margin (`zero_margin`); `not_finite` for either."""
     zero_ce, zero_margin, broken = [], [], []
     with _evaluating(model), no_parameter_gradients(model), torch.enable_grad():
         for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
@@ -622,10 +628,11 @@ def _gradients_present(run: _Run) -> dict:
     if passed:
         note = "every sampled image has a gradient to follow"
     elif shares["zero_margin"] or shares["not_finite"]:
-        note = (f"{shares['zero_margin']:.0%} of gradients are zero and {shares['not_finite']:.0%} not finite: gradients are "
-                "masked, so gradient attacks prove nothing here")
+        note = (f"{shares['zero_margin']:.0%} of gradients are zero and {shares['not_finite']:.0%} not finite: "
+                "gradients are masked, so gradient attacks prove nothing here")
     else:
-        note = f"softmax saturates on {shares['zero_ce']:.0%} of the images (scaled logits?): cross-entropy has no gradient there"
+        note = (f"softmax saturates on {shares['zero_ce']:.0%} of the images (scaled logits?): cross-entropy has no "
+                "gradient there")
     return _row("gradients_present", passed, {name: _figure(share) for name, share in shares.items()}, note)
 
 
@@ -633,8 +640,9 @@ def _eps_zero(run: _Run) -> dict:
     images, labels = _sampled(run)
     attacked = ATTACKS["pgd"](run.model, images, labels, 0.0, steps=2)
     gap = _difference(predict_logits(run.model, images), predict_logits(run.model, attacked))
-    return _row("eps_zero_is_clean", gap <= SAME_LOGITS, _figure(gap), "an attack with eps 0 gives the clean answers"
-                if gap <= SAME_LOGITS else "an attack with eps 0 changes answers: something else than the pixels is attacked")
+    note = "an attack with eps 0 gives the clean answers" if gap <= SAME_LOGITS else \
+        "an attack with eps 0 changes answers: something else than the pixels is attacked"
+    return _row("eps_zero_is_clean", gap <= SAME_LOGITS, _figure(gap), note)
 
 
 def _standing(run: _Run, key: tuple[str, str], view: str = "four") -> float:
@@ -669,7 +677,8 @@ def _ordered(run: _Run, sweep: Sequence[str]) -> list[dict]:
 
 def _falls_with_eps(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> dict:
     """On attacks that start anew at each eps; a stage on standing images inherits what smaller eps felled."""
-    name = next((stage.name for stage in plan if stage.attack == "pgd" and stage.scope == "all" and stage.view == "four"), None)
+    name = next((stage.name for stage in plan if stage.attack == "pgd" and stage.scope == "all"
+                 and stage.view == "four"), None)
     curve = [_standing(run, (eps_text, name)) for eps_text in sweep] if name else []
     rise = max((later - earlier for earlier, later in zip(curve, curve[1:], strict=False)), default=0.0)
     passed = rise <= max(CHANCE, 1 / len(run.labels)) + 1e-9
@@ -693,9 +702,12 @@ def _eps_one(run: _Run) -> dict:
     balanced = float(np.mean([correct[run.labels == label].mean() for label in np.unique(run.labels)]))
     accuracy = float(_sample_standing(run, 1.0, run.sample, steps=run.config.pgd_steps).mean())
     passed = accuracy <= 0.05 or balanced <= 0.6
-    note = "with eps 1 nothing is left" if accuracy <= 0.05 else \
-        f"{accuracy:.0%} survive eps 1, but at a clean balanced accuracy of {balanced:.0%} that can be a constant answer" if passed \
-        else f"{accuracy:.0%} survive eps 1, where any image may be shown: the attack does not work on this model"
+    if accuracy <= 0.05:
+        note = "with eps 1 nothing is left"
+    elif passed:
+        note = f"{accuracy:.0%} survive eps 1, as a constant answer would; clean balanced accuracy is {balanced:.0%}"
+    else:
+        note = f"{accuracy:.0%} survive eps 1, where any image may be shown: the attack does not work on this model"
     return _row("eps_one_breaks_all", passed, _figure(accuracy), note)
 
 
@@ -703,7 +715,8 @@ def _converged(run: _Run) -> list[dict]:
     """Whether twice the steps, or another restart, fells more of the sample than the suite's PGD did."""
     eps, steps = parse_eps(run.headline), run.config.pgd_steps
     name = _first(run, run.headline, "pgd")
-    standing = run.sample if name is None else run.sample[~fallen(run.logits[run.headline, name][run.sample], run.labels[run.sample])]
+    standing = run.sample if name is None else run.sample[~fallen(run.logits[run.headline, name][run.sample],
+                                                                  run.labels[run.sample])]
     if name is None:
         standing = standing[_sample_standing(run, eps, standing, steps=steps)]
     base, rows = len(standing) / len(run.sample), []
@@ -735,14 +748,15 @@ def _masking(run: _Run, sweep: Sequence[str]) -> dict:
 def _inside_ball(run: _Run) -> dict:
     excess = max((meta["largest_perturbation"] - parse_eps(eps_text) for (eps_text, _), meta in run.meta.items()
                   if meta["norm"] == "linf"), default=0.0)
-    return _row("inside_the_ball", excess <= 1e-6, _figure(max(excess, 0.0)), "no perturbation exceeds eps, none leaves [0, 1]"
-                if excess <= 1e-6 else "a perturbation is larger than eps")
+    note = "no perturbation exceeds eps, none leaves [0, 1]" if excess <= 1e-6 else "a perturbation is larger than eps"
+    return _row("inside_the_ball", excess <= 1e-6, _figure(max(excess, 0.0)), note)
 
 
 def _moved(run: _Run) -> dict:
-    unchanged = {f"{eps_text}:{name}": meta["n_unchanged"] for (eps_text, name), meta in run.meta.items() if meta["n_unchanged"]}
-    note = "every attack changed every image it was given" if not unchanged else \
-        f"{', '.join(f'{name} left {count} images as they were' for name, count in list(unchanged.items())[:3])}: not robust, not attacked"
+    unchanged = {f"{eps_text}:{name}": meta["n_unchanged"] for (eps_text, name), meta in run.meta.items()
+                 if meta["n_unchanged"]}
+    told = ", ".join(f"{name} left {count} images as they were" for name, count in list(unchanged.items())[:3])
+    note = f"{told}: not robust, not attacked" if unchanged else "every attack changed every image it was given"
     return _row("every_image_changed", not unchanged, unchanged, note)
 
 
@@ -750,11 +764,12 @@ def _denominator(run: _Run, plan: Sequence[Stage]) -> dict:
     partial = {stage.name for stage in plan if stage.scope == "sample"}
     missing = [f"{eps_text}:{name}" for (eps_text, name), logits in run.logits.items()
                if len(logits) != len(run.labels) or (np.isnan(logits).any() and name not in partial)]
-    return _row("full_denominator", not missing, len(run.labels), f"every score counts all {len(run.labels)} images" if not missing
-                else f"{', '.join(missing)} left images out")
+    return _row("full_denominator", not missing, len(run.labels), f"every score counts all {len(run.labels)} images"
+                if not missing else f"{', '.join(missing)} left images out")
 
 
-def worst_case(logits: Mapping[tuple[str, str], np.ndarray], labels: np.ndarray, eps_text: str, view: str = "four") -> np.ndarray:
+def worst_case(logits: Mapping[tuple[str, str], np.ndarray], labels: np.ndarray, eps_text: str,
+               view: str = "four") -> np.ndarray:
     """Whether each image stands against every attack at an eps, bool (N,): the minimum over attacks per image. Give the
     logits of one norm."""
     standing = np.ones(len(labels), bool)
@@ -768,16 +783,17 @@ def _worst_by_image(run: _Run) -> dict:
     linf = {key: rows for key, rows in run.logits.items() if run.meta[key]["norm"] == "linf"}
     mean_of_min = float((worst_case(linf, run.labels, run.headline) & ~fallen(run.clean, run.labels)).mean())
     min_of_means = min((_standing(run, key) for key in linf if key[0] == run.headline), default=1.0)
-    return _row("worst_case_by_image", mean_of_min <= min_of_means + 1e-9, [_figure(mean_of_min), _figure(min_of_means)],
-                f"{mean_of_min:.1%} stand against every attack at once; the best single attack leaves {min_of_means:.1%}")
+    note = f"{mean_of_min:.1%} stand against every attack at once; the best single attack leaves {min_of_means:.1%}"
+    figures = [_figure(mean_of_min), _figure(min_of_means)]
+    return _row("worst_case_by_image", mean_of_min <= min_of_means + 1e-9, figures, note)
 
 
 def _kept_rescore(run: _Run) -> dict:
     again = predict_logits(run.model, run.kept, run.config.attack_batch)
     finite = again.isfinite().all(1)
     gap = _difference(again[finite], torch.as_tensor(run.kept_logits)[finite]) if finite.any() else 0.0
-    return _row("kept_images_rescore", gap <= SAME_LOGITS, _figure(gap), "the kept adversarial images give the recorded answers again"
-                if gap <= SAME_LOGITS else "the kept adversarial images do not give the recorded answers again")
+    note = f"the kept adversarial images {'' if gap <= SAME_LOGITS else 'do not '}give the recorded answers again"
+    return _row("kept_images_rescore", gap <= SAME_LOGITS, _figure(gap), note)
 
 
 def _untouched_model(run: _Run) -> dict:
@@ -789,10 +805,11 @@ def _untouched_model(run: _Run) -> dict:
 # -- curves, matrices, distributions -----------------------------------------------------------------------------------
 
 
-def accuracy_curves(result: SuiteResult, labels: np.ndarray, view: str = "four", norm: str = "linf") -> dict[str, np.ndarray]:
-    """Attack → which images stand at each eps, bool (E, N), eps ascending; `worst_case` over all of them. Each curve is the
-    union over smaller eps, whose balls lie inside the larger ones, so it never rises. Attacks not run at every eps are
-    left out, except from `worst_case`."""
+def accuracy_curves(result: SuiteResult, labels: np.ndarray, view: str = "four",
+                    norm: str = "linf") -> dict[str, np.ndarray]:
+    """Attack → which images stand at each eps, bool (E, N), eps ascending; `worst_case` over all of them. Each curve is
+    the union over smaller eps, whose balls lie inside the larger ones, so it never rises. Attacks not run at every eps
+    are left out, except from `worst_case`."""
     keys = [key for key in result.logits if result.meta[key]["norm"] == norm]
     sweep = sorted({eps_text for eps_text, _ in keys}, key=parse_eps)
     curves = {}
@@ -806,10 +823,10 @@ def accuracy_curves(result: SuiteResult, labels: np.ndarray, view: str = "four",
     return curves
 
 
-def transfer_matrix(models: Mapping[str, nn.Module], images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *,
-                    steps: int = 20, batch: int = 64, seed: int = 0) -> np.ndarray:
-    """Which images of each target model stand against images made on each source model, bool (source, target, N), in the
-    order of `models`. The diagonal is momentum PGD on the model itself."""
+def transfer_matrix(models: Mapping[str, nn.Module], images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float,
+                    *, steps: int = 20, batch: int = 64, seed: int = 0) -> np.ndarray:
+    """Which images of each target model stand against images made on each source model, bool (source, target, N), in
+    the order of `models`. The diagonal is momentum PGD on the model itself."""
     pixels, truth, members = as_pixels(images_uint8), np.asarray(labels), list(models.values())
     standing = np.zeros((len(members), len(members), len(pixels)), bool)
     for row, source in enumerate(progress(members, "transfer")):
@@ -819,8 +836,8 @@ def transfer_matrix(models: Mapping[str, nn.Module], images_uint8: np.ndarray | 
     return standing
 
 
-def attack_images(model: nn.Module, pixels: Tensor, labels: np.ndarray, attack: str, eps: float, *, batch: int = 64, seed: int = 0,
-                  targets: np.ndarray | None = None, **budget: object) -> Tensor:
+def attack_images(model: nn.Module, pixels: Tensor, labels: np.ndarray, attack: str, eps: float, *, batch: int = 64,
+                  seed: int = 0, targets: np.ndarray | None = None, **budget: object) -> Tensor:
     """Adversarial images (N, 1, H, W) of a registered attack, on the CPU, batch by batch; pixels float32 in [0, 1]."""
     device, made = _device(model), []
     for start in range(0, len(pixels), batch):
@@ -831,8 +848,8 @@ def attack_images(model: nn.Module, pixels: Tensor, labels: np.ndarray, attack: 
     return torch.cat(made)
 
 
-def minimal_perturbations(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, *, norm: str = "linf",
-                          steps: int = 50, batch: int = 64, seed: int = 0) -> np.ndarray:
+def minimal_perturbations(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, *,
+                          norm: str = "linf", steps: int = 50, batch: int = 64, seed: int = 0) -> np.ndarray:
     """Size of the smallest adversarial perturbation that FAB-T finds for each image, float (N,), in units of the [0, 1]
     pixel range: an upper bound on the true one; 0 for clean errors, infinite where none is found."""
     pixels, device, sizes = as_pixels(images_uint8), _device(model), []
@@ -844,10 +861,10 @@ def minimal_perturbations(model: nn.Module, images_uint8: np.ndarray | Tensor, l
     return torch.cat(sizes).numpy()
 
 
-def direction_success(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *, steps: int = 20,
-                      batch: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
-    """For `healthier` and `sicker`: 1 where PGD moves the answer to a class below or above the truth, 0 where it does not,
-    NaN where there is no such class (Non cannot be made healthier), float (N,)."""
+def direction_success(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *,
+                      steps: int = 20, batch: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
+    """For `healthier` and `sicker`: 1 where PGD moves the answer to a class below or above the truth, 0 where it does
+    not, NaN where there is no such class (Non cannot be made healthier), float (N,)."""
     pixels, truth = as_pixels(images_uint8), np.asarray(labels).astype(np.int64)
     success = {}
     for direction, step in (("healthier", -1), ("sicker", 1)):
@@ -866,10 +883,10 @@ def direction_success(model: nn.Module, images_uint8: np.ndarray | Tensor, label
 
 
 def pgd_convergence(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, eps: float, *,
-                    steps: Sequence[int] = (1, 2, 5, 10, 20, 50), restarts: Sequence[int] = (1, 2, 5), restart_steps: int = 20,
-                    batch: int = 64, seed: int = 0) -> dict[tuple[str, int], np.ndarray]:
-    """Which images stand after PGD with each number of steps, and with each number of restarts of `restart_steps` steps,
-    bool (N,), under the keys `("steps", k)` and `("restarts", k)`."""
+                    steps: Sequence[int] = (1, 2, 5, 10, 20, 50), restarts: Sequence[int] = (1, 2, 5),
+                    restart_steps: int = 20, batch: int = 64, seed: int = 0) -> dict[tuple[str, int], np.ndarray]:
+    """Which images stand after PGD with each number of steps, and with each number of restarts of `restart_steps`
+    steps, bool (N,), under the keys `("steps", k)` and `("restarts", k)`."""
     pixels, truth = as_pixels(images_uint8), np.asarray(labels)
     budgets = {("steps", count): dict(steps=count) for count in steps}
     budgets |= {("restarts", count): dict(steps=restart_steps, restarts=count) for count in restarts}
@@ -890,8 +907,8 @@ def model_from_factory(spec: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module_name), function_name or "build_model")()
     except (ImportError, AttributeError, ValueError) as error:
-        raise StudyError(f"{spec!r} gave no model ({type(error).__name__}: {error}): write it as module:function, where the "
-                         "function takes nothing and returns a torch.nn.Module.") from error
+        raise StudyError(f"{spec!r} gave no model ({type(error).__name__}: {error}): write it as module:function, "
+                         "where the function takes nothing and returns a torch.nn.Module.") from error
     if not isinstance(model, nn.Module):
-        raise StudyError(f"{spec!r} returned a {type(model).__name__}: expected a torch.nn.Module from pixels to four logits.")
+        raise StudyError(f"{spec!r} returned a {type(model).__name__}: expected a torch.nn.Module.")
     return model.eval()

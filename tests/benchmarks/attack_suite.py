@@ -2,8 +2,8 @@
 
     python tests/benchmarks/attack_suite.py [--n 128] [--size 32] [--checkpoint FILE --test-set FILE]
 
-Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 is trained adversarially on the phantom cohort
-first (a few minutes on two cores; kept under runs/). Prints what `attack_suite.txt` holds.
+Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 is trained adversarially on the phantom
+cohort first (a few minutes on two cores; kept under runs/). Prints what `attack_suite.txt` holds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from utils.attacks import perturb_for_training  # noqa: E402
 from utils.backbones import PixelClassifier, build_model, load_model, save_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
 from utils.phantom import draw_cohort  # noqa: E402
-from utils.robustness import (as_pixels, evaluate_suite, fallen, predict_logits, stratified_sample, suite_plan,  # noqa: E402
-                              worst_case)
+from utils.robustness import (  # noqa: E402
+    as_pixels, evaluate_suite, fallen, predict_logits, stratified_sample, suite_plan, worst_case)
 from utils.utils_funcs import hardware  # noqa: E402
 
 
@@ -70,12 +70,15 @@ def test_images(size: int, count: int, test_set: str | None) -> tuple[np.ndarray
     return images[chosen], labels[chosen].astype(np.int64), people[chosen]
 
 
-def ours(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, people: np.ndarray, config: RunConfig) -> np.ndarray:
+def ours(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, people: np.ndarray,
+         config: RunConfig) -> np.ndarray:
     """Who stands after the four-class part of suite `standard`."""
-    plan = [stage for stage in suite_plan(config) if stage.view == "four" and stage.attack not in ("pgd_clinical", "kryptonite")]
+    plan = [stage for stage in suite_plan(config) if stage.view == "four"
+            and stage.attack not in ("pgd_clinical", "kryptonite")]
     result = evaluate_suite(model, images, labels, people, config, stages=plan)
     for (_, name), meta in result.meta.items():
-        print(f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, {meta['seconds']:7.1f} s")
+        print(f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, "
+              f"{meta['seconds']:7.1f} s")
     return worst_case(result.logits, labels, config.headline_eps) & ~fallen(result.clean_logits, labels)
 
 
@@ -87,7 +90,7 @@ def official(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 3
     pixels, truth = as_pixels(images), torch.as_tensor(labels)
     found = attack.run_standard_evaluation(pixels, truth, batch_size=64)[0]
-    return (predict_logits(model, found).argmax(1) == truth).numpy() & (predict_logits(model, pixels).argmax(1) == truth).numpy()
+    return torch.stack([predict_logits(model, x).argmax(1) == truth for x in (pixels, found)]).all(0).numpy()
 
 
 def main() -> None:
@@ -100,23 +103,28 @@ def main() -> None:
     parser.add_argument("--test-set", help="a prepared test_set.pt; the phantom without it")
     options = parser.parse_args()
     eps = parse_eps(options.eps)
-    model = load_model(options.checkpoint) if options.checkpoint else robust_model("Resnet_atk", options.size, eps, options.epochs)
+    model = load_model(options.checkpoint) if options.checkpoint else robust_model("Resnet_atk", options.size, eps,
+                                                                                   options.epochs)
     images, labels, people = test_images(options.size, options.n, options.test_set)
     config = make_config("cpu", "Resnet_atk", suite="standard", eps=(options.eps,), headline_eps=options.eps)
     clean = (predict_logits(model, as_pixels(images)).argmax(1).numpy() == labels).mean()
-    print(f"{model.name} at {images.shape[-1]} px, eps {options.eps}, n = {len(labels)}, float32, {torch.get_num_threads()} thread(s), "
+    print(f"{model.name} at {images.shape[-1]} px, eps {options.eps}, n = {len(labels)}, float32, "
+          f"{torch.get_num_threads()} thread(s), "
           f"{hardware()}\nclean accuracy {clean:.1%}")
     wall, cpu = time.perf_counter(), time.process_time()
     ours_standing = ours(model, images, labels, people, config)
     our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)", flush=True)
+    print(f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor "
+          "time)", flush=True)
     wall, cpu = time.perf_counter(), time.process_time()
     official_standing = official(model, images, labels, eps)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)")
+    print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of "
+          "processor time)")
     print(f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
           f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}")
-    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)")
+    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time "
+          "(at most 0.33 wanted)")
 
 
 if __name__ == "__main__":
