@@ -1,5 +1,5 @@
-"""cohort: any raw layout is read or refused in one sentence, and people, slices, synthetic images and duplicates come out
-of the pixels as they went in."""
+"""cohort: any raw layout is read or refused in one sentence, and people, slices, synthetic images and duplicates
+come out of the pixels as they went in."""
 
 import csv
 import hashlib
@@ -44,7 +44,9 @@ def assert_people_are_the_true_ones(folder: Path) -> c.Recovery:
 
 
 def small(folder: Path, **options) -> Path:
-    return write_phantom(folder, **{"people": (3, 2, 2, 1), "size": 64, "slices": 12, "synthetic": 6, "duplicates": 3, **options})
+    return write_phantom(
+        folder, **{"people": (3, 2, 2, 1), "size": 64, "slices": 12, "synthetic": 6, "duplicates": 3, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +122,21 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("seed, variant", [(0, "few slices"), (1, "mixed sizes"), (2, "a person in two classes"), (3, "8-bit noise"),
-                                           (4, "strong compression"), (5, "copies across splits")])
+@pytest.mark.parametrize(
+    "seed, variant",
+    [
+        (0, "few slices"),
+        (1, "mixed sizes"),
+        (2, "a person in two classes"),
+        (3, "8-bit noise"),
+        (4, "strong compression"),
+        (5, "copies across splits"),
+    ],
+)
 def test_recovered_people_are_the_true_ones(tmp_path, seed, variant):
-    assert_people_are_the_true_ones(write_phantom(tmp_path, **{"people": (4, 3, 2, 2), "size": 96, **VARIANTS[variant]}, seed=seed))
+    assert_people_are_the_true_ones(
+        write_phantom(tmp_path, **{"people": (4, 3, 2, 2), "size": 96, **VARIANTS[variant]}, seed=seed)
+    )
 
 
 @pytest.mark.slow
@@ -182,7 +195,9 @@ def test_a_black_background_alone_makes_no_image_real(phantom):
     loner = np.kron(rng.integers(40, 200, (6, 6)), np.ones((8, 8))).astype(np.uint8)
     images = [*raw.images, np.pad(loner, 8)]
     label = np.append(raw.label, 2)
-    cohort, _ = c.build_cohort(c.RawImages([*raw.paths, "z"], images, [*raw.file_sha256, "f"], [*raw.source_split, ""], label))
+    cohort, _ = c.build_cohort(
+        c.RawImages([*raw.paths, "z"], images, [*raw.file_sha256, "f"], [*raw.source_split, ""], label)
+    )
     assert cohort.kind[-1] == "synthetic" and cohort.patient_id[-1] == -1
 
 
@@ -204,7 +219,9 @@ def test_the_tree_is_the_strongest_spanning_tree(monkeypatch):
     from scipy.sparse.csgraph import minimum_spanning_tree
 
     rng = np.random.default_rng(1)
-    vectors = (rng.standard_normal((8, 1, 30)) * 3 + rng.standard_normal((8, 10, 30))).reshape(80, 30).astype(np.float32)
+    vectors = (
+        (rng.standard_normal((8, 1, 30)) * 3 + rng.standard_normal((8, 10, 30))).reshape(80, 30).astype(np.float32)
+    )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     monkeypatch.setattr(c, "BLOCK", 32)
     links = c.strongest_tree(vectors, rounds=10)[:, 2]
@@ -221,10 +238,23 @@ def test_a_missed_link_is_found_by_the_check():
     assert len(set(group)) == 1
 
 
+def test_a_wider_step_between_whole_scanners_is_not_taken_for_people(monkeypatch):
+    """Two sets of people, in features that have nothing in common: the widest step lies between the sets."""
+    monkeypatch.setattr(c, "LONGEST_STACK", 60)
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((2, 1, 1, 400)) * 4.5
+    people = shared + rng.standard_normal((2, 8, 1, 400))
+    vectors = (people + 0.45 * rng.standard_normal((2, 8, 8, 400))).reshape(128, 400).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert c.find_people(vectors, np.zeros(128)).person.tolist() == np.repeat(np.arange(16), 8).tolist()
+
+
 def test_features_ignore_brightness_and_tell_correlation():
     rng = np.random.default_rng(0)
     image = np.kron(rng.integers(20, 100, (16, 16)), np.ones((8, 8))).astype(np.uint8)
-    vectors = c.features([image, image * 2 + 10, np.zeros((128, 128), np.uint8), rng.integers(0, 255, (90, 70), dtype=np.uint8)])
+    vectors = c.features(
+        [image, image * 2 + 10, np.zeros((128, 128), np.uint8), rng.integers(0, 255, (90, 70), dtype=np.uint8)]
+    )
     assert vectors.shape == (4, c.SEARCH_SIDE ** 2)
     scores = vectors @ vectors.T
     assert scores[0, 1] == pytest.approx(1, abs=1e-3) and abs(scores[0, 2]) < 1e-6 and abs(scores[0, 3]) < 0.2
@@ -245,7 +275,10 @@ def test_duplicates_name_the_first_row_and_carry_its_place(built):
         if cohort.kind[row] == "duplicate":
             kept = first[cohort.duplicate_of[row]]
             assert cohort.duplicate_of[row] == cohort.pixel_sha256[row] == cohort.pixel_sha256[kept]
-            assert cohort.patient_id[row] == cohort.patient_id[kept] and cohort.slice_index[row] == cohort.slice_index[kept]
+            assert (
+                cohort.patient_id[row] == cohort.patient_id[kept]
+                and cohort.slice_index[row] == cohort.slice_index[kept]
+            )
         else:
             assert cohort.duplicate_of[row] == "" and cohort.pixel_sha256[row] not in first
             first[cohort.pixel_sha256[row]] = row
@@ -255,7 +288,16 @@ def test_the_table_has_the_contract_columns_and_round_trips(built, phantom, tmp_
     raw, cohort = built
     c.write_cohort(cohort, tmp_path / "a.csv")
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
-    assert tuple(rows[0]) == ("file_sha256", "pixel_sha256", "source_split", "label", "kind", "duplicate_of", "patient_id", "slice_index")
+    assert tuple(rows[0]) == (
+        "file_sha256",
+        "pixel_sha256",
+        "source_split",
+        "label",
+        "kind",
+        "duplicate_of",
+        "patient_id",
+        "slice_index",
+    )
     file = phantom / raw.paths[0]
     assert rows[0]["file_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert rows[0]["pixel_sha256"] == hashlib.sha256(np.asarray(Image.open(file).convert("L")).tobytes()).hexdigest()
@@ -272,10 +314,17 @@ def test_a_known_cohort_is_taken_by_hash_without_recovery(built, phantom, tmp_pa
     c.write_cohort(cohort, tmp_path / "cohort.csv")
     monkeypatch.setattr(c, "find_people", lambda *_: pytest.fail("recovered again"))
     order = np.random.default_rng(0).permutation(len(raw))
-    moved = c.RawImages([raw.paths[i] for i in order], [raw.images[i] for i in order], [raw.file_sha256[i] for i in order],
-                        [""] * len(raw), raw.label[order])
+    moved = c.RawImages(
+        [raw.paths[i] for i in order],
+        [raw.images[i] for i in order],
+        [raw.file_sha256[i] for i in order],
+        [""] * len(raw),
+        raw.label[order],
+    )
     found = c.cohort_for(moved, committed=tmp_path / "cohort.csv")
-    assert (found.patient_id == cohort.patient_id[order]).all() and (found.slice_index == cohort.slice_index[order]).all()
+    assert (found.patient_id == cohort.patient_id[order]).all() and (
+        found.slice_index == cohort.slice_index[order]
+    ).all()
     assert Counter(found.kind.tolist()) == Counter(cohort.kind.tolist())
 
 
@@ -310,7 +359,9 @@ def test_class_folders_of_the_copies_in_circulation_are_known(phantom, tmp_path,
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(phantom / path, target)
     renamed = c.read_raw(tmp_path)
-    assert sorted(zip(renamed.file_sha256, renamed.label.tolist())) == sorted(zip(original.file_sha256, original.label.tolist()))
+    assert sorted(zip(renamed.file_sha256, renamed.label.tolist())) == sorted(
+        zip(original.file_sha256, original.label.tolist())
+    )
 
 
 def test_splits_may_be_missing(phantom, tmp_path):
@@ -413,8 +464,14 @@ def test_the_raw_data_are_found_in_the_documented_order(tmp_path, monkeypatch):
 
 def test_the_command_writes_the_table_and_answers_errors_in_one_sentence(phantom, tmp_path):
     command = [sys.executable, "-m", "utils.cohort"]
-    done = subprocess.run([*command, str(phantom), "--out", str(tmp_path / "cohort.csv")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(phantom), "--out", str(tmp_path / "cohort.csv")], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert "8 people" in done.stdout and "threshold" in done.stdout and len(c.read_cohort(tmp_path / "cohort.csv")) == 105
-    done = subprocess.run([*command, str(tmp_path / "no"), "--out", str(tmp_path / "x.csv")], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        "8 people" in done.stdout and "threshold" in done.stdout and len(c.read_cohort(tmp_path / "cohort.csv")) == 105
+    )
+    done = subprocess.run(
+        [*command, str(tmp_path / "no"), "--out", str(tmp_path / "x.csv")], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "x.csv").exists()

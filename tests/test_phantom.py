@@ -1,4 +1,4 @@
-"""phantom: the cohort drawn is the cohort asked for, is the same for the same seed, and carries what a class and a person are."""
+"""phantom: the cohort drawn is the cohort asked for, is the same for the same seed, and shows class and person."""
 
 import csv
 from collections import Counter
@@ -89,5 +89,10 @@ def test_the_written_folder_holds_the_raw_layout_and_the_truth(tmp_path: Path):
     truth = list(csv.DictReader((folder / "people.csv").open()))
     assert {row["path"] for row in truth} == files and len(files) == 5 * 6 + 4 + 2
     assert {Path(name).parts[0] for name in files} == {"train", "test"}
-    assert {Path(name).parts[1] for name in files} == {"Non_Demented", "Very_Mild_Demented", "Mild_Demented", "Moderate_Demented"}
+    assert {Path(name).parts[1] for name in files} == {
+        "Non_Demented",
+        "Very_Mild_Demented",
+        "Mild_Demented",
+        "Moderate_Demented",
+    }
     assert Image.open(folder / truth[0]["path"]).mode == "L"

@@ -18,15 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import audit_figures, cohort as recovery
 from utils import metrics, records
 from utils.cohort import Cohort, NoPeopleError, RawImages, Recovery, features, members_of, nearest
 from utils.data import Folds, split_people, split_slices
-from utils.utils_funcs import CLASSES, StudyError, atomic_path, environment, git_state, hardware, progress
+from utils.report import save_figure
+from utils.utils_funcs import CLASSES, PROTOCOLS, StudyError, atomic_path, environment, git_state, hardware, progress
 
 NO_PEOPLE = 3
+ARRAYS = audit_figures.ARRAYS
 #: Controls that know no medicine, in the order of tables.
 CONTROLS = {"constant": "always the most frequent training class",
             "nearest_neighbour": "nearest training image, raw pixels",
@@ -53,16 +56,33 @@ def link_evidence(vectors: np.ndarray, person: np.ndarray) -> dict[str, np.ndarr
         `own`, `other` (200,) counts; `groups` (T,) connected components; `gap` (2,) best link between two people and
         weakest link that joins a slice to its own, on these vectors.
     """
-    own = np.empty(len(vectors))
-    weakest, links = 1.0, [recovery.strongest_tree(vectors, rounds=20)[:, 2]]
+    own, within = np.empty(len(vectors)), []
     for members in members_of(person):
         matrix = vectors[members] @ vectors[members].T
-        weakest = min(weakest, recovery.weakest_join(matrix))
+        within.append(recovery.tree_of(matrix))
         own[members] = np.where(np.eye(len(members), dtype=bool), -1, matrix).max(1)
-    other = nearest(vectors, group=person, description="comparing people")[0][:, 0]
-    groups = len(vectors) - np.array([(links[0] >= threshold).sum() for threshold in THRESHOLDS])
-    count = lambda values: np.histogram(np.clip(values, 0, 1), EDGES)[0].astype(np.int32)  # noqa: E731
-    return {"own": count(own), "other": count(other), "groups": groups.astype(np.int32), "gap": np.array([other.max(), weakest])}
+    between, other = people_tree(vectors, person)
+    weights = np.concatenate([*within, between])
+    groups = len(vectors) - np.array([(weights >= threshold).sum() for threshold in THRESHOLDS])
+    return {"own": _histogram(own), "other": _histogram(other), "groups": groups.astype(np.int32),
+            "gap": np.array([other.max(), min(links.min() for links in within)])}
+
+
+def people_tree(vectors: np.ndarray, person: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations (P - 1,) of the strongest tree that joins the people to one whole, and each image's best correlation
+    (N,) with anybody else; in as many passes over all pairs as the number of parts takes to shrink to one."""
+    part, links, other = np.asarray(person), np.empty((0, 3)), None
+    while part.max() > 0:
+        found, best = recovery.join_parts(vectors, part)
+        other = best if other is None else other
+        found[:, :2] = person[found[:, :2].astype(np.int64)]
+        links = recovery.kruskal(np.vstack([links, found]), person.max() + 1)
+        part = recovery.groups_above(links, person.max() + 1, -2)[person]
+    return links[:, 2], other
+
+
+def _histogram(correlations: np.ndarray) -> np.ndarray:
+    return np.histogram(np.clip(correlations, 0, 1), EDGES)[0].astype(np.int32)
 
 
 def sizes_by_class(person: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -89,7 +109,9 @@ def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -
         and `high`, the edges of the gap (NaN: none), all at the recovery's search size.
     """
     rng = np.random.default_rng(seed)
-    noisy = lambda sigma: lambda image: np.clip(image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)  # noqa: E731
+    noisy = lambda sigma: (
+        lambda image: np.clip(image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)
+    )  # noqa: E731
     variants: list[tuple[str, Callable, dict]] = [("as published", lambda image: image, {})]
     variants += [(f"blur widths {a:g} and {b:g}", lambda image: image, {"narrow": a, "wide": b})
                  for a, b in ((0.7, 4), (1, 3), (1.5, 6), (2, 8))]
@@ -106,13 +128,18 @@ def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -
 
 
 def _regroup(vectors: np.ndarray, person: np.ndarray) -> dict:
-    tree = recovery.strongest_tree(vectors, rounds=3)
+    tree = recovery.strongest_tree(vectors, rounds=1)
     gap = recovery.find_gap(tree, len(vectors))
     if gap is None:
         return {"people": 0, "same": False, "low": float("nan"), "high": float("nan")}
     group = recovery.groups_above(tree, len(vectors), recovery.middle(gap))
     pairs = len(set(zip(group.tolist(), person.tolist(), strict=True)))
-    return {"people": int(group.max()) + 1, "same": pairs == group.max() + 1 == len(np.unique(person)), "low": gap[0], "high": gap[1]}
+    return {
+        "people": int(group.max()) + 1,
+        "same": pairs == group.max() + 1 == len(np.unique(person)),
+        "low": gap[0],
+        "high": gap[1],
+    }
 
 
 # ---------------------------------------------------------------------------------------------- what the split measures
@@ -121,7 +148,9 @@ def _regroup(vectors: np.ndarray, person: np.ndarray) -> dict:
 def shared_people(cohort: Cohort) -> dict[str, int]:
     """How many people stand in the published train, in the published test folder, and in both."""
     known = cohort.patient_id >= 0
-    train, test = (set(cohort.patient_id[known & (cohort.source_split == split)].tolist()) for split in ("train", "test"))
+    train, test = (
+        set(cohort.patient_id[known & (cohort.source_split == split)].tolist()) for split in ("train", "test")
+    )
     images = known & (cohort.source_split == "test")
     leaked = images & np.isin(cohort.patient_id, list(train))
     return {"train": len(train), "test": len(test), "both": len(train & test), "test_images": int(images.sum()),
@@ -142,7 +171,7 @@ def distance_to_training(cohort: Cohort) -> np.ndarray:
 
 
 def nearest_rows(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Row of the gallery that is nearest to each query in Euclidean distance, block by block; both `float32` (·, D)."""
+    """Row of the gallery that is nearest to each query in Euclidean distance, block by block; both (·, D)."""
     length = (gallery ** 2).sum(1) / 2
     found = np.empty(len(queries), np.int64)
     for start in progress(range(0, len(queries), 512), "nearest neighbours"):
@@ -161,7 +190,10 @@ def as_rows(images: Sequence[np.ndarray], side: int | None = None) -> np.ndarray
 
 def _certain(answers: np.ndarray, classes: int) -> np.ndarray:
     """Probabilities of a rule that gives only an answer: 0.97 on it, so that none is ever zero."""
-    return np.full((len(answers), classes), 0.03 / (classes - 1)) + (0.97 - 0.03 / (classes - 1)) * np.eye(classes)[answers]
+    return (
+        np.full((len(answers), classes), 0.03 / (classes - 1))
+        + (0.97 - 0.03 / (classes - 1)) * np.eye(classes)[answers]
+    )
 
 
 def permuted_people(people: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[int, int]:
@@ -198,7 +230,9 @@ def control_predictions(images: Sequence[np.ndarray], labels: np.ndarray, people
     return answers
 
 
-def _permuted_answers(labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int) -> np.ndarray:
+def _permuted_answers(
+    labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int
+) -> np.ndarray:
     donor = permuted_people(people, tests, seed)
     own = {int(who): int(np.bincount(labels[people == who]).argmax()) for who in donor}
     guess = np.array([own[donor[int(who)]] for who in people[neighbour]])
@@ -214,19 +248,27 @@ def _linear(rows: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.nd
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = rows[train].mean(0), rows[train].std() + 1e-6
-    model = LogisticRegression(C=0.01, max_iter=150, class_weight="balanced")
+    model = LogisticRegression(C=0.01, max_iter=80, class_weight="balanced")
     model.fit((rows[train] - mean) / scale, labels[train])
     result = np.full((len(test), classes), 1e-6)
     result[:, model.classes_] = model.predict_proba((rows[test] - mean) / scale)
     return result / result.sum(1, keepdims=True)
 
 
-def control_rows(raw: RawImages, cohort: Cohort, folds: Folds, protocol: str, *, test_folds: Sequence[int] = (0, 1, 2, 3, 4),
-                 seed: int = 0) -> dict[str, np.ndarray]:
+def control_rows(
+    raw: RawImages,
+    cohort: Cohort,
+    folds: Folds,
+    protocol: str,
+    *,
+    test_folds: Sequence[int] = (0, 1, 2, 3, 4),
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
     """The predictions file of `Baselines` under one protocol: one row per test image, `"<control>/clean"` logits.
 
     Under `slice` the whole published train folder trains (nothing is chosen on validation), and its test folder tests;
-    under `patient` each test fold is answered from the people of the others.
+    under `patient` each test fold is answered from the people of the others. The constant answer is left out: every
+    record holds it (`constant_answer`).
     """
     parts = []
     for fold in (0,) if protocol == "slice" else test_folds:
@@ -234,10 +276,21 @@ def control_rows(raw: RawImages, cohort: Cohort, folds: Folds, protocol: str, *,
         train, test = np.concatenate([sets["train"], sets["validation"]]), sets["test"]
         answers = control_predictions(raw.images, cohort.label, cohort.patient_id, train, test, seed=seed)
         digests = np.frombuffer(bytes.fromhex("".join(cohort.file_sha256[test])), np.uint8).reshape(-1, 32)
-        parts.append({"labels": cohort.label[test].astype(np.int8), "fold": np.full(len(test), fold, np.int8),
-                      "seed": np.full(len(test), 0, np.int8), "patient_id": cohort.patient_id[test].astype(np.int32),
-                      "slice_index": cohort.slice_index[test].astype(np.int16), "file_sha256": digests,
-                      **{f"{name}/clean": metrics.to_half(np.log(value)) for name, value in answers.items()}})
+        parts.append(
+            {
+                "labels": cohort.label[test].astype(np.int8),
+                "fold": np.full(len(test), fold, np.int8),
+                "seed": np.full(len(test), 0, np.int8),
+                "patient_id": cohort.patient_id[test].astype(np.int32),
+                "slice_index": cohort.slice_index[test].astype(np.int16),
+                "file_sha256": digests,
+                **{
+                    f"{name}/clean": metrics.to_half(np.log(value))
+                    for name, value in answers.items()
+                    if name != "constant"
+                },
+            }
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -247,11 +300,32 @@ def baseline_record(raw: RawImages, cohort: Cohort, folds: Folds, protocol: str,
     start = time.monotonic()
     predictions = control_rows(raw, cohort, folds, protocol, **options)
     seconds = round(time.monotonic() - start, 1)
-    common = {"model": "Baselines", "regime": "clean", "protocol": protocol, "data": data, "profile": profile, "init": "none",
-              "search": "none", "search_people": [], "seed": 0, "cohort_sha256": cohort_sha256, "config": {"controls": CONTROLS},
-              "environment": environment(), "hardware": hardware(), **git_state(), "attacks": {}, "sanity": []}
-    units = [{**common, "fold": int(fold), "wall_seconds": {"train": seconds if fold == predictions["fold"][0] else 0, "attack": 0}}
-             for fold in np.unique(predictions["fold"])]
+    common = {
+        "model": "Baselines",
+        "regime": "clean",
+        "protocol": protocol,
+        "data": data,
+        "profile": profile,
+        "init": "none",
+        "search": "none",
+        "search_people": [],
+        "seed": 0,
+        "cohort_sha256": cohort_sha256,
+        "config": {"controls": CONTROLS},
+        "environment": environment(),
+        "hardware": hardware(),
+        **git_state(),
+        "attacks": {},
+        "sanity": [],
+    }
+    units = [
+        {
+            **common,
+            "fold": int(fold),
+            "wall_seconds": {"train": seconds if fold == predictions["fold"][0] else 0, "attack": 0},
+        }
+        for fold in np.unique(predictions["fold"])
+    ]
     return records.summarise(predictions, units), predictions
 
 
@@ -271,8 +345,12 @@ def synthetic_evidence(raw: RawImages, cohort: Cohort) -> dict[str, np.ndarray]:
         image's kind (real or synthetic), and of the most frequent class overall.
     """
     train = cohort.source_split != "test"
-    kinds = np.array([[((cohort.label == k) & (cohort.kind == kind) & train).sum() for kind in ("real", "synthetic", "duplicate")]
-                      for k in range(len(CLASSES))])
+    kinds = np.array(
+        [
+            [((cohort.label == k) & (cohort.kind == kind) & train).sum() for kind in ("real", "synthetic", "duplicate")]
+            for k in range(len(CLASSES))
+        ]
+    )
     real, made = np.flatnonzero(cohort.kind == "real"), np.flatnonzero(cohort.kind == "synthetic")
     side = 64 if len(cohort) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
     vectors = {name: features([raw.images[i] for i in rows], side) for name, rows in (("real", real), ("made", made))}
@@ -286,33 +364,65 @@ def synthetic_evidence(raw: RawImages, cohort: Cohort) -> dict[str, np.ndarray]:
             own = cohort.label[made] == k
             from_test[k] = own.sum(), (own & tested).sum()
     tested = cohort.source_split[real] == "test"
-    test_share = np.array([tested[cohort.label[real] == k].mean() if (cohort.label[real] == k).any() else 0 for k in range(len(CLASSES))])
+    test_share = np.array(
+        [tested[cohort.label[real] == k].mean() if (cohort.label[real] == k).any() else 0 for k in range(len(CLASSES))]
+    )
     levels = recovery.background(raw.images)
-    background = np.array([[levels[rows].min(), levels[rows].max()] if len(rows) else [np.nan] * 2 for rows in (real, made)])
+    background = np.array(
+        [[levels[rows].min(), levels[rows].max()] if len(rows) else [np.nan] * 2 for rows in (real, made)]
+    )
     by_kind = np.column_stack([kinds[:, 0] + kinds[:, 2], kinds[:, 1]])
     shortcut = np.array([by_kind.max(0).sum(), by_kind.sum(1).max()]) / max(1, by_kind.sum())
-    count = lambda values: np.histogram(np.clip(values, 0, 1), EDGES)[0].astype(np.int32)  # noqa: E731
-    return {"kinds": kinds, "likeness": count(likeness), "likeness_real": count(among_real), "from_test": from_test,
-            "test_share": test_share, "background": background, "shortcut": shortcut}
+    return {
+        "kinds": kinds,
+        "likeness": _histogram(likeness),
+        "likeness_real": _histogram(among_real),
+        "from_test": from_test,
+        "test_share": test_share,
+        "background": background,
+        "shortcut": shortcut,
+    }
 
 
-# ---------------------------------------------------------------------------------------------- everything, as small arrays
+# ---------------------------------------------------------------------------------------- everything, as small arrays
 
 
-def leak_arrays(raw: RawImages, cohort: Cohort, *, data: str, with_stability: bool = True) -> dict[str, np.ndarray]:
-    """All that the audit's figures are drawn from, without the images: histograms and counts, well under 1 MB."""
+def leak_arrays(raw: RawImages, cohort: Cohort, *, data: str, thorough: bool = True) -> dict[str, np.ndarray]:
+    """All that the audit's figures are drawn from, without the images: histograms and counts, well under 1 MB.
+
+    Args:
+        thorough: measure at full size and the stability too; else at the search size alone, in a fraction of the time.
+    """
     real = np.flatnonzero(cohort.kind == "real")
     images, person = [raw.images[i] for i in real], cohort.patient_id[real]
-    side = min(recovery.FULL_SIDE, min(image.shape[0] for image in images[:100])) if len(raw) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
+    side = recovery.full_side(images) if thorough and len(raw) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
     arrays = {f"links_{name}": value for name, value in link_evidence(features(images, side), person).items()}
     arrays |= {f"synthetic_{name}": value for name, value in synthetic_evidence(raw, cohort).items()}
-    if with_stability:
+    if thorough:
         rows = stability(images, person)
         arrays |= {f"stability_{name}": np.array([row[name] for row in rows]) for name in rows[0]}
     shared = shared_people(cohort)
-    return arrays | {"sizes": sizes_by_class(person, cohort.label[real]), "distance": distance_to_training(cohort).astype(np.int16),
-                     "shared": np.array([shared[name] for name in audit_figures.SHARED]), "data": np.array(data),
-                     "side": np.array(side)}
+    return arrays | {
+        "sizes": sizes_by_class(person, cohort.label[real]),
+        "distance": distance_to_training(cohort).astype(np.int16),
+        "shared": np.array([shared[name] for name in audit_figures.SHARED]),
+        "data": np.array(data),
+        "side": np.array(side),
+    }
+
+
+def draw_figures(root: Path) -> dict[str, Figure]:
+    """Draws the audit's figures from the arrays and records under `root` into `assets/Baselines`: name → figure."""
+    folder = root / "assets" / "Baselines"
+    found = {
+        protocol: records.read_record(folder / f"{protocol}.json")
+        for protocol in PROTOCOLS
+        if (folder / f"{protocol}.json").is_file()
+    }
+    drawn = audit_figures.audit_figures(audit_figures.read_arrays(folder), found)
+    for name, figure in drawn.items():
+        save_figure(figure, folder / f"{name}.png")
+    return drawn
 
 
 def write_arrays(arrays: dict[str, np.ndarray], path: Path | str) -> None:
@@ -321,11 +431,37 @@ def write_arrays(arrays: dict[str, np.ndarray], path: Path | str) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
-    if not Path(path).is_file():
-        raise StudyError(f"There is no leak audit at {path}: run dataset/leak_audit.ipynb, which writes it.")
-    with np.load(path) as file:
-        return dict(file)
+def run_audit(
+    folder: Path,
+    raw: RawImages,
+    cohort: Cohort,
+    folds: Folds,
+    *,
+    data: str,
+    profile: str,
+    cohort_sha256: str,
+    again: bool = False,
+) -> dict[str, dict]:
+    """Leaves in `folder` (`assets/Baselines`) the records of the controls under both protocols and the arrays of the
+    audit's figures, where they are missing, of another cohort, or `again`. At profile `demo` one fold of `patient`
+    stands for all, and stability is not measured.
+
+    Returns:
+        Protocol → record.
+    """
+    found, thorough = {}, profile != "demo"
+    for protocol in PROTOCOLS:
+        path = folder / f"{protocol}.json"
+        record = records.read_record(path) if path.is_file() and not again else {}
+        if (record.get("cohort_sha256"), record.get("profile")) != (cohort_sha256, profile):
+            record, predictions = baseline_record(raw, cohort, folds, protocol, data=data, profile=profile,
+                                                  cohort_sha256=cohort_sha256, test_folds=range(5 if thorough else 1))
+            records.write_record(path, record, predictions)
+            (folder / ARRAYS).unlink(missing_ok=True)
+        found[protocol] = record
+    if again or not (folder / ARRAYS).is_file():
+        write_arrays(leak_arrays(raw, cohort, data=data, thorough=thorough), folder / ARRAYS)
+    return found
 
 
 def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
@@ -344,29 +480,40 @@ def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
         lines.append(row(f"all, {kind}", np.flatnonzero(cohort.kind == kind)))
     lines += [row(f"`slice`, {name}", rows) for name, rows in split_slices(cohort).items()]
     if folds is not None:
-        lines += [row(f"`patient`, test fold {fold}", split_people(cohort, folds, fold)["test"]) for fold in sorted(set(folds.fold.tolist()))]
+        lines += [
+            row(f"`patient`, test fold {fold}", split_people(cohort, folds, fold)["test"])
+            for fold in sorted(set(folds.fold.tolist()))
+        ]
     moderate = len(set(cohort.patient_id[(cohort.label == 3) & (cohort.patient_id >= 0)].tolist()))
-    return "\n".join([*lines, "",
-        f"- **Moderate is {moderate} people.** No four-class number by person says anything about Moderate; beside it stand "
-        "three classes (Mild and Moderate merged) and Non against the rest.",
-        "- **Age is a confound.** In the source cohort part of the Non group is younger than any demented person; a "
-        "classifier may see age.",
-        "- **No names.** Patient ids are arbitrary integers recovered from pixels, linked to no other data set.",
-        "- **Licence.** The images are distributed on Kaggle without a clear licence of their source; this repository holds "
-        "none of them, only hashes, ids, scores and the few slices that figures show.",
-        "- **Not to be concluded:** anything about other scanners, slice selections or populations, and nothing clinical."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"- **Moderate is {moderate} people.** No four-class number by person says anything about Moderate; "
+            "beside it stand three classes (Mild and Moderate merged) and Non against the rest.",
+            "- **Age is a confound.** In the source cohort part of the Non group is younger than any demented person; "
+            "a classifier may see age.",
+            "- **No names.** Patient ids are arbitrary integers recovered from pixels, linked to no other data set.",
+            "- **Licence.** The images are distributed on Kaggle without a clear licence of their source; "
+            "this repository holds none of them, only hashes, ids, scores and the few slices that figures show.",
+            "- **Not to be concluded:** anything about other scanners, slice selections or populations, "
+            "and nothing clinical.",
+        ]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the tool
 
 
 def split_control(raw: RawImages, cohort: Cohort) -> dict[str, tuple[float, float]]:
-    """Accuracy and balanced accuracy of the nearest neighbour on 32×32 pixels: under the published split (where there is
-    one), and with people kept apart (five groups of people, real images only)."""
+    """Accuracy and balanced accuracy of the nearest neighbour on 32×32 pixels: under the published split (where there
+    is one), and with people kept apart (five groups of people, real images only)."""
     rows, result = as_rows(raw.images, 32), {}
     train, test = (np.flatnonzero(cohort.source_split == split) for split in ("train", "test"))
     if len(train) and len(test):
-        result["published split"] = _rates(cohort.label[test], cohort.label[train[nearest_rows(rows[test], rows[train])]])
+        result["published split"] = _rates(
+            cohort.label[test], cohort.label[train[nearest_rows(rows[test], rows[train])]]
+        )
     real = np.flatnonzero(cohort.kind == "real")
     fold = cohort.patient_id[real] % 5
     answers = np.empty(len(real), np.int64)
@@ -382,10 +529,11 @@ def _rates(labels: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
     return float(right.mean()), float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
 
 
-def copies_across_splits(cohort: Cohort) -> int:
-    """Images of the test folder whose pixels also stand in the train folder."""
-    train = set(cohort.pixel_sha256[cohort.source_split == "train"].tolist())
-    return sum(pixel in train for pixel in cohort.pixel_sha256[cohort.source_split == "test"].tolist())
+def copies(raw: RawImages) -> tuple[int, int]:
+    """Images whose pixels stand in an earlier one, and images of the test folder whose pixels stand in train."""
+    pixel = [image.tobytes() for image in raw.images]
+    train = {pixel[i] for i in range(len(raw)) if raw.source_split[i] == "train"}
+    return len(raw) - len(set(pixel)), sum(pixel[i] in train for i in range(len(raw)) if raw.source_split[i] == "test")
 
 
 def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
@@ -393,8 +541,12 @@ def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
     try:
         cohort, found = recovery.build_cohort(raw)
     except NoPeopleError as error:
-        body = [f"<p class='verdict'>{html.escape(str(error))}</p>", "<p>So nothing can be said from the pixels about who stands on both "
-                "sides of a split. That is no proof that nobody does.</p>"]
+        body = [
+            f"<p class='verdict'>{html.escape(str(error))}</p>",
+            "<p>So nothing can be said from the pixels about who stands on both "
+            "sides of a split. That is no proof that nobody does.</p>",
+            "<p>Exact copies: {:,}, of which {:,} test images repeat a training image.</p>".format(*copies(raw)),
+        ]
         if error.recovery is not None and len(error.recovery.links):
             body.append(_inline(audit_figures.links_figure(error.recovery.links, None, label=source)))
         return _page(source, raw, body), False
@@ -405,12 +557,20 @@ def _findings(raw: RawImages, cohort: Cohort, found: Recovery, source: str) -> l
     shared, control = shared_people(cohort), split_control(raw, cohort)
     sizes = [len(members) for members in members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))]
     kinds = Counter(cohort.kind.tolist())
-    facts = [("groups of slices (people)", f"{len(sizes):,}, of {min(sizes)} to {max(sizes)} images (median {int(np.median(sizes))})"),
-             ("gap", f"two groups reach a correlation of {found.gap[0]:.3f}, a slice joins its own at {found.gap[1]:.3f}"),
-             ("images in a group", f"{kinds['real']:,}"), ("images in none (synthetic, or alone)", f"{kinds['synthetic']:,}"),
-             ("exact copies", f"{kinds['duplicate']:,}, of which {copies_across_splits(cohort):,} test images repeat a training image"),
-             ("groups in more than one class", f"{len(found.conflicts):,}")]
-    verdict = "The folder has no train and test parts, so no split is judged; split it by the groups found, never by image."
+    facts = [
+        (
+            "groups of slices (people)",
+            f"{len(sizes):,}, of {min(sizes)} to {max(sizes)} images (median {int(np.median(sizes))})",
+        ),
+        ("gap", f"two groups reach a correlation of {found.gap[0]:.3f}, a slice joins its own at {found.gap[1]:.3f}"),
+        ("images in a group", f"{kinds['real']:,}"),
+        ("images in none (synthetic, or alone)", f"{kinds['synthetic']:,}"),
+        ("exact copies", "{:,}, of which {:,} test images repeat a training image".format(*copies(raw))),
+        ("groups in more than one class", f"{len(found.conflicts):,}"),
+    ]
+    verdict = (
+        "The folder has no train and test parts, so no split is judged; split it by the groups found, never by image."
+    )
     if shared["test_images"]:
         share = shared["test_images_of_training_people"] / shared["test_images"]
         verdict = (f"{share:.1%} of the test images that belong to a group have that group in train "
@@ -423,18 +583,28 @@ def _findings(raw: RawImages, cohort: Cohort, found: Recovery, source: str) -> l
             _inline(audit_figures.links_figure(found.links, found.search_gap, label=source)),
             _inline(audit_figures.stack_figure(*example_stacks(raw, cohort), label=source))]
     if found.conflicts:
-        rows = "".join(f"<tr><td>group {who}</td><td>" + html.escape(", ".join(f"{raw.classes[k]}: {count}" for k, count in counts.items()))
-                       + "</td></tr>" for who, counts in list(found.conflicts.items())[:50])
+        rows = "".join(
+            f"<tr><td>group {who}</td><td>"
+            + html.escape(", ".join(f"{raw.classes[k]}: {count}" for k, count in counts.items()))
+            + "</td></tr>"
+            for who, counts in list(found.conflicts.items())[:50]
+        )
         body.append(f"<h2>Groups in more than one class</h2><table>{rows}</table>")
     return body
 
 
 def _distances(distance: np.ndarray) -> str:
     known = distance[distance >= 0]
-    return f"next to it for {np.mean(known <= 1):.1%}, at most 3 slices away for {np.mean(known <= 3):.1%}" if len(known) else "none"
+    return (
+        f"next to it for {np.mean(known <= 1):.1%}, at most 3 slices away for {np.mean(known <= 3):.1%}"
+        if len(known)
+        else "none"
+    )
 
 
-def example_stacks(raw: RawImages, cohort: Cohort, columns: int = 16, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def example_stacks(
+    raw: RawImages, cohort: Cohort, columns: int = 16, seed: int = 0
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """One person's slices in order, and as many real images drawn at random."""
     groups = members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))
     rng = np.random.default_rng(seed)
@@ -453,14 +623,20 @@ def _inline(figure) -> str:
 def _page(source: str, raw: RawImages, body: list[str]) -> str:
     splits = Counter(raw.source_split)
     counts = ", ".join(f"{count:,} {split or 'without a split'}" for split, count in sorted(splits.items()))
-    return ("<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Leak audit</title><style>"
-            "body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}"
-            "img{max-width:100%;display:block;margin:1.5rem 0}table{border-collapse:collapse}"
-            "th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e6e6e6;font-weight:normal;vertical-align:top}"
-            "th{color:#6b6b6b}.verdict{font-size:1.25rem;font-weight:bold}</style></head><body>"
-            f"<h1>Leak audit of {html.escape(source)}</h1><p>{len(raw):,} images ({counts}) in {len(raw.classes)} classes.</p>"
-            + "\n".join(body) + "<p>Groups are recovered from pixels alone: images are linked by the correlation of a difference of two "
-            "Gaussian blurs, and a group is what a gap in these links sets apart. A group is taken for one person.</p></body></html>\n")
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Leak audit</title><style>"
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}"
+        "img{max-width:100%;display:block;margin:1.5rem 0}table{border-collapse:collapse}"
+        "th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e6e6e6;"
+        "font-weight:normal;vertical-align:top}"
+        "th{color:#6b6b6b}.verdict{font-size:1.25rem;font-weight:bold}</style></head><body>"
+        f"<h1>Leak audit of {html.escape(source)}</h1><p>{len(raw):,} images ({counts}) in "
+        f"{len(raw.classes)} classes.</p>"
+        + "\n".join(body)
+        + "<p>Groups are recovered from pixels alone: images are linked by the correlation of a difference of two "
+        "Gaussian blurs, and a group is what a gap in these links sets apart. A group is taken for one "
+        "person.</p></body></html>\n"
+    )
 
 
 def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
@@ -477,7 +653,9 @@ def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
         temporary.write_text(page, encoding="utf-8")
     print(f"written to {out}")
     if not found:
-        print(f"No people can be told apart in {raw}: its images show no gap between groups of slices.", file=sys.stderr)
+        print(
+            f"No people can be told apart in {raw}: its images show no gap between groups of slices.", file=sys.stderr
+        )
         sys.exit(NO_PEOPLE)
 
 

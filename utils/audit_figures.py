@@ -1,21 +1,29 @@
-"""The leak audit's small arrays in, matplotlib figures out: no images needed (the montage excepted, which shows some)."""
+"""The leak audit's small arrays in, matplotlib figures out: no images needed (but for the montage)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from utils.figures import BASE, COLOURS, GREY, PROTOCOL_TITLES, _canvas, _styled
-from utils.utils_funcs import CLASSES, PROTOCOLS
+from utils.utils_funcs import CLASSES, PROTOCOLS, StudyError
+
+#: The small arrays' file in assets/Baselines/.
+ARRAYS = "leak_audit.npz"
 
 #: Order of the counts in the arrays' `shared`.
 SHARED = ("train", "test", "both", "test_images", "test_images_of_training_people")
 OWN, OTHER, MADE = "#0072B2", "#D55E00", "#CC79A7"
 CLASS_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#882255")
-CONTROL_NAMES = {"constant": "constant answer", "nearest_neighbour": "nearest neighbour", "linear_32": "linear, 32×32 pixels",
-                 "nearest_neighbour_permuted": "nearest neighbour,\npeople's labels permuted"}
+CONTROL_NAMES = {
+    "constant": "constant answer",
+    "nearest_neighbour": "nearest neighbour",
+    "linear_32": "linear, 32×32 pixels",
+    "nearest_neighbour_permuted": "nearest neighbour,\npeople's labels permuted",
+}
 
 
 def _label(arrays: dict[str, np.ndarray]) -> str:
@@ -37,8 +45,19 @@ def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
         values = arrays[f"links_{name}"]
         links.bar(_centres(len(values)), values, width=1 / len(values), color=colour, label=text)
     links.axvspan(low, high, color="#f0f0f0", zorder=0)
-    links.annotate(f"gap {low:.3f}–{high:.3f}", ((low + high) / 2, links.get_ylim()[1] * 0.93), ha="center", fontsize=7.5, color=GREY)
-    links.set(xlim=(0.4, 1), xlabel=f"best correlation of an image ({int(arrays['side'])} px)", ylabel="images", title="Nearest image, by whose it is")
+    links.annotate(
+        f"gap {low:.3f}–{high:.3f}",
+        ((low + high) / 2, links.get_ylim()[1] * 0.93),
+        ha="center",
+        fontsize=7.5,
+        color=GREY,
+    )
+    links.set(
+        xlim=(0.4, 1),
+        xlabel=f"best correlation of an image ({int(arrays['side'])} px)",
+        ylabel="images",
+        title="Nearest image, by whose it is",
+    )
     links.legend(loc="upper left")
     thresholds = 0.5 + 0.005 * np.arange(len(arrays["links_groups"]))
     count.axvspan(low, high, color="#f0f0f0", zorder=0)
@@ -50,9 +69,20 @@ def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
     position = 0
     for k, name in enumerate(CLASSES):
         own = np.sort(arrays["sizes"][arrays["sizes"][:, 0] == k, 1])
-        sizes.bar(np.arange(position, position + len(own)), own, width=1, color=CLASS_COLOURS[k], label=f"{name}: {len(own)} people")
+        sizes.bar(
+            np.arange(position, position + len(own)),
+            own,
+            width=1,
+            color=CLASS_COLOURS[k],
+            label=f"{name}: {len(own)} people",
+        )
         position += len(own)
-    sizes.set(xlabel="people, by class", ylabel="slices", ylim=(0, arrays["sizes"][:, 1].max() * 1.6), title="Slices of each person")
+    sizes.set(
+        xlabel="people, by class",
+        ylabel="slices",
+        ylim=(0, arrays["sizes"][:, 1].max() * 1.6),
+        title="Slices of each person",
+    )
     sizes.legend(loc="upper left", ncols=2)
     return figure
 
@@ -69,11 +99,18 @@ def stability_figure(arrays: dict[str, np.ndarray]) -> Figure:
         same = bool(arrays["stability_same"][row])
         if np.isfinite(low):
             panel.barh(row, high - low, left=low, height=0.6, color=OWN if same else OTHER)
-        text = f"{int(arrays['stability_people'][row])} people" + (", the same" if same else ", others") if np.isfinite(low) else "no gap"
+        text = (
+            f"{int(arrays['stability_people'][row])} people" + (", the same" if same else ", others")
+            if np.isfinite(low)
+            else "no gap"
+        )
         panel.text(1.005, row, text, va="center", fontsize=7.5, color=BASE)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
-    panel.set(xlim=(0.65, 1), xlabel="correlation: from the best link of two people to the weakest that joins a slice to its own")
+    panel.set(
+        xlim=(0.65, 1),
+        xlabel="correlation: from the best link of two people to the weakest that joins a slice to its own",
+    )
     return figure
 
 
@@ -87,7 +124,11 @@ def split_figure(arrays: dict[str, np.ndarray]) -> Figure:
     bars.bar(["train", "test", "both"], heights, color=[GREY, GREY, OTHER])
     for place, height in enumerate(heights):
         bars.text(place, height, f"{height}", ha="center", va="bottom")
-    bars.set(ylabel="people", title=f"{shared['both']} of {shared['test']} test people are in train", ylim=(0, max(heights) * 1.15))
+    bars.set(
+        ylabel="people",
+        title=f"{shared['both']} of {shared['test']} test people are in train",
+        ylim=(0, max(heights) * 1.15),
+    )
     known = arrays["distance"][arrays["distance"] > 0]
     values, counts = np.unique(known, return_counts=True)
     distance.bar(values, counts, color=OTHER)
@@ -112,10 +153,20 @@ def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
     counts.set(ylabel="images of the train folder", ylim=(0, bottom.max() * 1.35),
                title=f"“real or synthetic?” alone: {knows:.0%} right\n(most frequent class: {constant:.0%})")
     counts.legend(ncols=3, loc="upper center")
-    for name, colour, text in (("likeness_real", OWN, "real image, nearest other"), ("likeness", MADE, "synthetic image, nearest real")):
+    for name, colour, text in (
+        ("likeness_real", OWN, "real image, nearest other"),
+        ("likeness", MADE, "synthetic image, nearest real"),
+    ):
         values = arrays[f"synthetic_{name}"]
-        likeness.step(_centres(len(values)), values / max(1, values.sum()) * len(values), where="mid", color=colour, label=text)
-    likeness.set(xlim=(0.5, 1), xlabel="correlation with the nearest real image", ylabel="density", title="Some are nearly copies")
+        likeness.step(
+            _centres(len(values)), values / max(1, values.sum()) * len(values), where="mid", color=colour, label=text
+        )
+    likeness.set(
+        xlim=(0.5, 1),
+        xlabel="correlation with the nearest real image",
+        ylabel="density",
+        title="Some are nearly copies",
+    )
     likeness.legend(loc="upper left")
     share = 100 * from_test[:, 1] / np.maximum(1, from_test[:, 0])
     origin.bar(CLASSES, share, color=MADE)
@@ -124,8 +175,14 @@ def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
                   label="share of test slices among real ones")
     origin.legend(loc="upper left")
     for place, (value, (total, _)) in enumerate(zip(share, from_test)):
-        origin.text(place, value, f"{value:.0f}%\nn = {total:,}" if total else "none", ha="center", va="bottom", fontsize=7.5)
-    origin.set(ylabel="nearest real image is a test slice (%)", ylim=(0, max(5, share.max() * 1.6, chance.max() * 1.6)), title="Training images made after test people?")
+        origin.text(
+            place, value / 2, f"{value:.0f}%\nn = {total:,}" if total else "none", ha="center", va="center", fontsize=7.5
+        )
+    origin.set(
+        ylabel="nearest real image is a test slice (%)",
+        ylim=(0, max(5, share.max() * 1.6, chance.max() * 1.6)),
+        title="Training images made after test people?",
+    )
     return figure
 
 
@@ -137,14 +194,15 @@ def controls_figure(found: dict[str, dict]) -> Figure:
     figure, axes = _canvas(1, len(protocols), (5.2 * len(protocols), 3.2), "What a rule without medicine scores",
                            f"data: {first['data']} · bars: 95% intervals over people", sharey=True)
     for panel, protocol in zip(axes[0], protocols):
-        variants = found[protocol]["variants"]
+        blocks = {"constant": found[protocol]["constant_answer"],
+                  **{name: block["clean"] for name, block in found[protocol]["variants"].items()}}
         for row, name in enumerate(CONTROL_NAMES):
-            block = variants[name]["clean"]["slice"]["balanced_accuracy_3"]
+            block = blocks[name]["slice"]["balanced_accuracy_3"]
             value, low, high = (100 * x for x in (block["value"], *block["ci"]))
             panel.barh(row, value, color=OTHER if "permuted" in name else COLOURS["Baselines"], height=0.6)
             panel.plot((low, high), (row, row), color=BASE, linewidth=1.4)
             panel.text(max(value, high) + 1.5, row, f"{value:.1f}%", va="center", fontsize=8)
-        clean = next(iter(variants.values()))["clean"]
+        clean = blocks["constant"]
         panel.axvline(100 / 3, color=BASE, linestyle=":", linewidth=1.1)
         panel.set_yticks(range(len(CONTROL_NAMES)), CONTROL_NAMES.values())
         panel.set(xlim=(0, 112), xlabel="balanced accuracy, three classes (%)",
@@ -159,11 +217,20 @@ def links_figure(links: np.ndarray, gap: tuple[float, float] | None, *, label: s
     figure, axes = _canvas(1, 2, (9.5, 3.2), "Links between images", label)
     histogram, count = axes[0]
     histogram.hist(links, bins=np.linspace(max(-0.2, links.min() - 0.02), 1, 100), color=OWN)
-    histogram.set(xlabel="correlation of a link of the tree", ylabel="links", yscale="log", title="Strongest links that join all images")
+    histogram.set(
+        xlabel="correlation of a link of the tree",
+        ylabel="links",
+        yscale="log",
+        title="Strongest links that join all images",
+    )
     ordered = np.sort(links)[::-1]
     count.step(ordered, len(links) + 1 - np.arange(1, len(links) + 1), where="post", color=BASE)
-    count.set(xlabel="threshold on the correlation", ylabel="groups (connected components)", yscale="log", title="No gap" if gap is None else
-              f"Gap from {gap[0]:.3f} to {gap[1]:.3f}")
+    count.set(
+        xlabel="threshold on the correlation",
+        ylabel="groups (connected components)",
+        yscale="log",
+        title="No gap" if gap is None else f"Gap from {gap[0]:.3f} to {gap[1]:.3f}",
+    )
     for panel in axes[0]:
         if gap is not None:
             panel.axvspan(*gap, color="#f0f0f0", zorder=0)
@@ -171,10 +238,14 @@ def links_figure(links: np.ndarray, gap: tuple[float, float] | None, *, label: s
 
 
 @_styled
-def stack_figure(ordered: Sequence[np.ndarray], drawn: Sequence[np.ndarray], *, label: str, columns: int = 16) -> Figure:
+def stack_figure(
+    ordered: Sequence[np.ndarray], drawn: Sequence[np.ndarray], *, label: str, columns: int = 16
+) -> Figure:
     """One recovered person's slices in order above as many images drawn at random."""
     rows = -(-len(ordered) // columns)
-    figure, axes = _canvas(2 * rows, columns, (0.72 * columns, 1.6 * rows + 1.0), "One recovered person in order, and a random draw", label)
+    figure, axes = _canvas(
+        2 * rows, columns, (0.72 * columns, 1.6 * rows + 1.0), "One recovered person in order, and a random draw", label
+    )
     for panel in axes.flat:
         panel.axis("off")
     for first, images, name in ((0, ordered, "one person"), (rows, drawn, "random draw")):
@@ -185,4 +256,26 @@ def stack_figure(ordered: Sequence[np.ndarray], drawn: Sequence[np.ndarray], *, 
 
 
 #: File name in assets/Baselines/ → figure, drawn from the committed arrays alone.
-AUDIT_FIGURES = {"people": people_figure, "stability": stability_figure, "split": split_figure, "synthetic": synthetic_figure}
+AUDIT_FIGURES = {
+    "people": people_figure,
+    "stability": stability_figure,
+    "split": split_figure,
+    "synthetic": synthetic_figure,
+}
+
+
+def read_arrays(folder: Path | str) -> dict[str, np.ndarray]:
+    """The audit's arrays in `assets/Baselines`."""
+    path = Path(folder) / ARRAYS
+    if not path.is_file():
+        raise StudyError(f"There is no leak audit at {path}: run dataset/leak_audit.ipynb, which writes it.")
+    with np.load(path) as file:
+        return dict(file)
+
+
+def audit_figures(arrays: dict[str, np.ndarray], found: dict[str, dict]) -> dict[str, Figure]:
+    """Every figure of the audit, by file name, from its arrays and the records of `Baselines` (protocol → record).
+    What was not measured (stability, at profile `demo`) has none."""
+    drawn = {name: draw(arrays) for name, draw in AUDIT_FIGURES.items()
+             if name != "stability" or "stability_variant" in arrays}
+    return drawn | ({"controls": controls_figure(found)} if found else {})

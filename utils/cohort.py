@@ -263,8 +263,8 @@ def _report_unreadable(unreadable: list[tuple[str, Exception]], skip: bool) -> N
 
 
 def _without_outer_folders(names: Sequence[str]) -> list[str]:
-    """Drops the folders that every path shares above its class and split folder, so that a wrapped archive, its unpacked
-    folder and the folder inside give the same paths."""
+    """Drops the folders that every path shares above its class and split folder, so that a wrapped archive, its
+    unpacked folder and the folder inside give the same paths."""
     parents = []
     for name in names:
         folders = name.split("/")[:-1]
@@ -348,44 +348,60 @@ def background(images: Sequence[np.ndarray]) -> np.ndarray:
     levels = np.empty(len(images))
     for i, image in enumerate(images):
         h, w = max(1, image.shape[0] // 16), max(1, image.shape[1] // 16)
-        levels[i] = np.mean([image[:h, :w].mean(), image[:h, -w:].mean(), image[-h:, :w].mean(), image[-h:, -w:].mean()])
+        levels[i] = np.mean(
+            [image[:h, :w].mean(), image[:h, -w:].mean(), image[-h:, :w].mean(), image[-h:, -w:].mean()]
+        )
     return levels
 
 
 def usual_background(levels: np.ndarray) -> np.ndarray:
-    """Which images have the set's most usual background or a darker one. The width of the peak (noise that was
-    added to every image) is read from its dark side, because what generators leave behind is brighter."""
+    """Which images have the set's most usual background, or a darker one.
+
+    Noise that was added to every image widens the peak: its width is read from the dark side, because what generators
+    leave behind is brighter, and the peak reaches up to the first level that stands farther off than that.
+    """
     bins = np.floor(levels * 50).astype(np.int64)
     peak = np.bincount(bins).argmax() / 50
-    return levels <= peak + 0.02 + 2 * (peak - levels.min()) * (peak > 0)
+    width = max(0.02, peak - levels.min())
+    above = np.sort(levels[levels >= peak])
+    apart = np.flatnonzero(np.diff(above) > width)
+    return levels <= (above[apart[0]] if len(apart) else above[-1])
 
 
 # ---------------------------------------------------------------------------------------------------- links
 
 
-def nearest(vectors: np.ndarray, *, k: int = 1, group: np.ndarray | None = None,
-            description: str = "comparing images") -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    vectors: np.ndarray,
+    *,
+    k: int = 1,
+    group: np.ndarray | None = None,
+    of: np.ndarray | None = None,
+    description: str = "comparing images",
+) -> tuple[np.ndarray, np.ndarray]:
     """The k most correlated others of every row, block by block: memory grows with the rows, not with their square.
 
     Args:
         vectors: `float32` (N, D), unit rows.
         group: (N,) integers; pairs of one group are left out. None leaves out only an image with itself.
+        of: ask for these rows alone; the answers then stand in their order.
 
     Returns:
         Correlations (N, k), strongest first, -2 where there are fewer others; and indices (N, k), -1 there.
     """
     n = len(vectors)
-    value, index = np.full((n, k), -2, np.float32), np.full((n, k), -1, np.int64)
     group = np.arange(n) if group is None else np.asarray(group)
-    starts = range(0, n, BLOCK)
-    pairs = [(a, b) for a in starts for b in starts if b >= a]
+    asked = np.arange(n) if of is None else of
+    value, index = np.full((len(asked), k), -2, np.float32), np.full((len(asked), k), -1, np.int64)
+    # Without `of`, a block answers for its rows and its columns: half of the pairs are enough.
+    pairs = [(a, b) for a in range(0, len(asked), BLOCK) for b in range(0 if of is not None else a, n, BLOCK)]
     for a, b in progress(pairs, description):
-        rows, columns = slice(a, min(a + BLOCK, n)), slice(b, min(b + BLOCK, n))
-        scores = vectors[rows] @ vectors[columns].T
-        scores[group[rows][:, None] == group[columns]] = -2
+        rows, columns = slice(a, a + BLOCK), slice(b, b + BLOCK)
+        scores = vectors[asked[rows]] @ vectors[columns].T
+        np.copyto(scores, -2, where=group[asked[rows]][:, None] == group[columns])
         _keep_best(value[rows], index[rows], scores, b)
-        if a != b:
-            _keep_best(value[columns], index[columns], np.ascontiguousarray(scores.T), a)
+        if of is None and a != b:
+            _keep_best(value[columns], index[columns], scores.T, a)
     return value, index
 
 
@@ -395,12 +411,12 @@ def _keep_best(value: np.ndarray, index: np.ndarray, scores: np.ndarray, offset:
     rows = np.flatnonzero(scores.max(1) > value[:, -1])  # far blocks improve few rows
     if not len(rows):
         return
-    block = scores[rows]
+    block, span = np.ascontiguousarray(scores[rows]), np.arange(len(rows))
     new_value, new_index = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     for j in range(k):
         best = block.argmax(1)
-        new_value[:, j], new_index[:, j] = block[np.arange(len(rows)), best], best + offset
-        block[np.arange(len(rows)), best] = -2
+        new_value[:, j], new_index[:, j] = block[span, best], best + offset
+        block[span, best] = -2
     new_index[new_value <= -2] = -1
     both, both_index = np.hstack([value[rows], new_value]), np.hstack([index[rows], new_index])
     order = np.argsort(-both, 1, kind="stable")[:, :k]
@@ -446,7 +462,7 @@ def groups_above(links: np.ndarray, n: int, threshold: float) -> np.ndarray:
     return forest.groups()
 
 
-def strongest_tree(vectors: np.ndarray, *, rounds: int = 4) -> np.ndarray:
+def strongest_tree(vectors: np.ndarray, *, rounds: int = 2) -> np.ndarray:
     """The tree of strongest links: (M, 3) rows of (i, j, correlation), strongest first.
 
     Nearest neighbours give the links inside a person; then every part's strongest link to another part is added
@@ -467,8 +483,8 @@ def strongest_tree(vectors: np.ndarray, *, rounds: int = 4) -> np.ndarray:
 
 
 def join_parts(vectors: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every part's strongest link to another part, (P, 3) rows of (i, j, correlation); and each image's best correlation
-    (N,) with another part."""
+    """Every part's strongest link to another part, (P, 3) rows of (i, j, correlation); and each image's best
+    correlation (N,) with another part."""
     value, index = nearest(vectors, group=part, description=f"joining {part.max() + 1} parts")
     best = _strongest_of_each(part, value[:, 0])
     return np.column_stack([best, index[best, 0], value[best, 0]]), value[:, 0]
@@ -488,9 +504,9 @@ def kruskal(links: np.ndarray, n: int) -> np.ndarray:
 
 
 def find_gap(links: np.ndarray, n: int, doubtful: np.ndarray | None = None) -> tuple[float, float] | None:
-    """The widest empty step, in Fisher's z, between neighbouring links of a tree that leaves people: at least two groups
-    of `LEAST_SLICES`, half of the images in such groups, no group that holds nearly all, and links that join
-    only what shares half of its variance.
+    """The widest empty step, in Fisher's z, between neighbouring links of a tree that leaves people: at least two
+    groups of `LEAST_SLICES`, half of the images in such groups, no group that holds nearly all or more than
+    `LONGEST_STACK` (then scanners or kinds of image lie apart, not people), and links that join only what shares half of its variance.
 
     Args:
         links: the tree's links (M, 3), strongest first.
@@ -537,7 +553,7 @@ class _Tally:
         self.largest = max(self.largest, whole)
 
     def shows_people(self, n: int) -> bool:
-        return self.people >= 2 and self.covered >= n / 2 and self.largest < 0.9 * n
+        return self.people >= 2 and self.covered >= n / 2 and self.largest < min(0.9 * n, LONGEST_STACK)
 
 
 def middle(gap: tuple[float, float]) -> float:
@@ -587,9 +603,10 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
             break
     if gap is None:
         raise NoPeopleError(
-            f"No gap separates people in these {len(vectors)} images: their links thin out evenly, so nobody can be told "
-            "apart from the pixels; expected several neighbouring slices of each of several people.",
-            Recovery(float("nan"), (float("nan"),) * 2, (float("nan"),) * 2, links[:, 2], int(usual.sum()), 0))
+            f"No gap separates people in these {len(vectors)} images: their links thin out evenly, so nobody can be "
+            "told apart from the pixels; expected several neighbouring slices of each of several people.",
+            Recovery(float("nan"), (float("nan"),) * 2, (float("nan"),) * 2, links[:, 2], int(usual.sum()), 0),
+        )
     group = np.full(len(vectors), -1)
     group[rows], rivals = _exact_groups(vectors[rows], tree, middle(gap))
     group = _drop_small(_without_side_branches(vectors, group, ~usual))
@@ -626,34 +643,34 @@ def _by_first_appearance(group: np.ndarray) -> np.ndarray:
 def _admit(vectors: np.ndarray, group: np.ndarray, gap: tuple[float, float]) -> np.ndarray:
     """Adds the ungrouped images that join people, or form some, without putting any image into the gap.
 
-    All images are linked at the threshold. The ungrouped members of a part stay out where most of them have a look-alike
-    elsewhere *inside* the gap (below the threshold, above the strongest link between two people), where there are more
-    of them than slices in any stack, and where they would join two people to one. Of the others those stay that are
+    They must join as firmly as the weakest slice that is known to be real. The ungrouped members of a part stay out
+    where there are more of them than slices in any stack, where they would join two people to one, and where they are
+    among themselves and most have a look-alike elsewhere *inside* the gap. Of the others those are taken that are
     slices of the stack.
     """
     outside = np.flatnonzero(group < 0)
     if not len(outside):
         return group
-    low, high = gap
-    threshold, n = middle(gap), len(vectors)
+    low, threshold = gap
+    n = len(vectors)
     chain = np.flatnonzero(group >= 0)
     chain = chain[np.argsort(group[chain], kind="stable")]
     same = group[chain[1:]] == group[chain[:-1]]
     links = [np.column_stack([chain[:-1][same], chain[1:][same], np.ones(same.sum())])]
     while True:
         part = groups_above(np.vstack(links), n, threshold)
-        value, index = nearest(vectors, k=NEIGHBOURS, group=part, description="asking the other images")
-        rows, places = np.nonzero(value[outside] >= threshold)
+        size = np.bincount(part[outside], minlength=n)
+        asked = outside[size[part[outside]] <= LONGEST_STACK]  # whoever is among more is out already
+        value, index = nearest(vectors, k=NEIGHBOURS, group=part, of=asked, description="asking the other images")
+        rows, places = np.nonzero(value >= threshold)
         if not len(rows):
             break
-        rows = outside[rows]
-        links.append(np.column_stack([rows, index[rows, places], value[rows, places]]))
-    value = value[outside, 0]
-    size = np.bincount(part[outside], minlength=n)
-    suspects = np.bincount(part[outside[(value > low) & (value < threshold)]], minlength=n)
+        links.append(np.column_stack([asked[rows], index[rows, places], value[rows, places]]))
+    suspects = np.bincount(part[asked[(value[:, 0] > low) & (value[:, 0] < threshold)]], minlength=n)
     # A part that would make two people one is a blend of both.
     known = np.unique(np.column_stack([part, group])[group >= 0], axis=0)[:, 0]
-    tainted = np.flatnonzero((2 * suspects > size) | (size > LONGEST_STACK) | (np.bincount(known, minlength=n) > 1))
+    people = np.bincount(known, minlength=n)
+    tainted = np.flatnonzero((2 * suspects > size) & (people == 0) | (size > LONGEST_STACK) | (people > 1))
     joined = np.where(np.isin(part, tainted), np.where(group >= 0, n + group, -1), part)
     return _drop_small(_without_side_branches(vectors, joined, group < 0))
 
@@ -670,9 +687,11 @@ def _without_side_branches(vectors: np.ndarray, group: np.ndarray, doubtful: np.
         while len(members) >= LEAST_SLICES:
             stack = members[order_stack(vectors[members] @ vectors[members].T)]
             before, middle_, after = vectors[stack[:-2]], vectors[stack[1:-1]], vectors[stack[2:]]
-            # The length of the detour, in 1 - correlation; an end of the stack is judged by the slice next to it.
+            # The length of the detour, in 1 - correlation. Beyond the last trusted slice nothing tells the next one from
+            # a blend, so there a doubtful image stays out; in a stack of doubtful ones the neighbour judges the end.
             detour = 1 + ((before * after) - (before * middle_) - (middle_ * after)).sum(1)
-            detour = np.where(doubtful[stack], np.concatenate([detour[:1], detour, detour[-1:]]), -1)
+            ends = detour if doubtful[members].all() else np.ones(2)
+            detour = np.where(doubtful[stack], np.concatenate([ends[:1], detour, ends[-1:]]), -1)
             if detour.max() <= 0:
                 break
             worst = stack[detour.argmax()]
@@ -699,8 +718,10 @@ def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence
         first, second = vectors[place.reshape(chunk.shape)[:, 0]], vectors[place.reshape(chunk.shape)[:, 1]]
         strongest = max(strongest, float((first * second).sum(1).max()))
     if strongest >= weakest:
-        raise NoPeopleError(f"No gap separates people at full size: two groups reach a correlation of {strongest:.3f}, a slice "
-                            f"joins its own at {weakest:.3f}; expected several neighbouring slices of each person.")
+        raise NoPeopleError(
+            f"No gap separates people at full size: two groups reach a correlation of {strongest:.3f}, a slice "
+            f"joins its own at {weakest:.3f}; expected several neighbouring slices of each person."
+        )
     return strongest, weakest
 
 
@@ -844,7 +865,7 @@ def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
 
 
 def first_of_each(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (K,) in which a key first appears, ascending, and for each row (N,) the row of its key's first appearance."""
+    """Rows (K,) in which a key first appears, ascending, and for each row (N,) the row of its key's first."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return np.sort(first), first[inverse]
 
@@ -880,7 +901,9 @@ def read_cohort(path: Path | str) -> Cohort:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
-        raise StudyError(f"{path} has not the columns {', '.join(COLUMNS)}: build it again with `python -m utils.cohort`.")
+        raise StudyError(
+            f"{path} has not the columns {', '.join(COLUMNS)}: build it again with `python -m utils.cohort`."
+        )
     columns = list(zip(*rows[1:])) or [()] * len(COLUMNS)
     number = lambda values: np.array([int(value) if value else -1 for value in values], np.int64)  # noqa: E731
     return Cohort(*(np.array(values, str) for values in columns[:3]), number(columns[3]),
@@ -896,7 +919,9 @@ def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
         return None
     row = {name: i for i, name in enumerate(known.file_sha256.tolist())}
     rows = np.array([row[name] for name in raw.file_sha256])
-    return _assemble(raw, known.file_sha256[rows], known.pixel_sha256[rows], known.patient_id[rows], known.slice_index[rows])
+    return _assemble(
+        raw, known.file_sha256[rows], known.pixel_sha256[rows], known.patient_id[rows], known.slice_index[rows]
+    )
 
 
 def cohort_for(raw: RawImages, committed: Path | str = ROOT / "dataset" / "cohort.csv", cache: Path | str | None = None,
@@ -918,11 +943,15 @@ def describe(cohort: Cohort, recovery: Recovery) -> str:
     groups = members_of(cohort.patient_id * (cohort.kind == "real") - (cohort.kind != "real"))
     sizes = Counter(len(members) for members in groups)
     by_class = Counter(int(cohort.label[members[0]]) for members in groups)
-    lines = [f"{len(cohort)} files: {kinds['real']} real, {kinds['synthetic']} synthetic, {kinds['duplicate']} duplicates",
-             f"{len(groups)} people (" + ", ".join(f"{name} {by_class[k]}" for k, name in enumerate(CLASSES)) + ") of "
-             + ", ".join(f"{size} slices × {count}" for size, count in sorted(sizes.items())),
-             f"threshold {recovery.threshold:.3f} in the middle of a gap: two people reach {recovery.gap[0]:.3f}, a slice "
-             f"joins its own at {recovery.gap[1]:.3f}"]
+    lines = [
+        f"{len(cohort)} files: {kinds['real']} real, {kinds['synthetic']} synthetic, {kinds['duplicate']} duplicates",
+        f"{len(groups)} people ("
+        + ", ".join(f"{name} {by_class[k]}" for k, name in enumerate(CLASSES))
+        + ") of "
+        + ", ".join(f"{size} slices × {count}" for size, count in sorted(sizes.items())),
+        f"threshold {recovery.threshold:.3f} in the middle of a gap: two people reach {recovery.gap[0]:.3f}, a slice "
+        f"joins its own at {recovery.gap[1]:.3f}",
+    ]
     if recovery.admitted:
         lines.append(f"{recovery.admitted} images joined a person in spite of an unusual background")
     lines.append(f"people in more than one class: {len(recovery.conflicts)}")

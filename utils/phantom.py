@@ -27,8 +27,8 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class PhantomCohort:
-    """One entry per image. `person` and `slice_index` are -1 for synthetic images; `slice_index` 0 is the most superior;
-    `duplicate_of` is the entry that a copy repeats, else -1; `split` is `train` or `test`."""
+    """One entry per image. `person` and `slice_index` are -1 for synthetic images; `slice_index` 0 is the most
+    superior; `duplicate_of` is the entry that a copy repeats, else -1; `split` is `train` or `test`."""
 
     images: list[np.ndarray]
     label: np.ndarray

@@ -1,0 +1,130 @@
+"""How time and memory of the people's recovery grow with the number of images.
+
+    python tests/benchmarks/audit_scale.py [--raw RAW] [--multiples 1 3 10] [--extrapolate 30] [--out audit_scale.txt]
+
+The cohort's feature arrays (`cohort.features` at the search size, synthetic images included) stand for a larger set
+again and again: every copy shuffles the features in its own way, which keeps all correlations inside a copy and makes
+other people of it. Each size runs in a process of its own; its peak memory counts everything, the interpreter too.
+Without RAW the phantom cohort takes the real one's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from utils import cohort as c  # noqa: E402
+
+
+def make_features(raw: str | None, path: Path) -> None:
+    if raw is None:
+        from utils.phantom import write_phantom
+
+        raw = str(
+            write_phantom(path.parent / "phantom", people=(100, 70, 28, 2), size=64, synthetic=4937, duplicates=182)
+        )
+    images = c.read_raw(raw).images
+    kept = c.first_of_each(np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images]))[0]
+    images = [images[i] for i in kept]
+    np.savez(path, vectors=c.features(images), levels=c.background(images))
+
+
+def measure(path: Path, multiple: int) -> dict:
+    with np.load(path) as file:
+        vectors, levels = file["vectors"], file["levels"]
+    rng = np.random.default_rng(0)
+    many = np.empty((multiple * len(vectors), vectors.shape[1]), np.float32)
+    for k in range(multiple):
+        many[k * len(vectors):(k + 1) * len(vectors)] = vectors[:, rng.permutation(vectors.shape[1])]
+    del vectors
+    start = time.monotonic()
+    people = c.find_people(many, np.tile(levels, multiple))
+    seconds = time.monotonic() - start
+    scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return {
+        "images": len(many),
+        "people": int(people.person.max()) + 1,
+        "seconds": seconds,
+        "cpu_seconds": time.process_time(),
+        "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30,
+    }
+
+
+def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
+    size, seconds, memory = (np.array([row[name] for row in rows]) for name in ("images", "seconds", "gib"))
+    lines = [
+        "times |  images | people |  seconds | peak GiB | ",
+        "-----:|--------:|-------:|---------:|---------:|---------",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['images'] // base:5d} | {row['images']:7,d} | {row['people']:6,d} | {row['seconds']:8.1f} | {row['gib']:8.2f} | measured"
+        )
+    if len(rows) > 1:
+        exponent, scale = np.polyfit(np.log(size), np.log(seconds), 1)
+        slope, start = np.polyfit(size, memory, 1)
+        for multiple in extrapolated:
+            n = multiple * base
+            # Beyond the measured sizes the quadratic part rules: the last row is carried on with exponent 2.
+            lines.append(
+                f"{multiple:5d} | {n:7,d} |      – | {seconds[-1] * (n / size[-1]) ** 2:8.0f} | {start + slope * n:8.2f} | extrapolated "
+                "(time with exponent 2 from the last row, memory on the fitted line)"
+            )
+        lines += [
+            "",
+            f"time grows with the {exponent:.2f}th power of the number of images (all pairs are compared: 2 in the limit); "
+            f"memory grows by {slope * 2**20:.1f} KiB an image, linearly",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--raw", default=os.environ.get("ALZHEIMER_RAW"))
+    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 3, 10])
+    parser.add_argument("--extrapolate", type=int, nargs="*", default=[30])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["ALZHEIMER_QUIET"] = "1"
+    if options.features:
+        make_features(options.raw, options.features)
+        return
+    if options.one:
+        print(json.dumps(measure(options.one, options.multiples[0])))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "features.npz"
+        # In a process of its own: a child inherits its parent's peak memory.
+        subprocess.run(
+            [sys.executable, __file__, "--features", str(path), *(["--raw", options.raw] if options.raw else [])],
+            check=True,
+        )
+        rows = []
+        for multiple in options.multiples:
+            command = [sys.executable, __file__, "--one", str(path), "--multiples", str(multiple)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows.append(json.loads(done.stdout))
+            print(rows[-1], file=sys.stderr, flush=True)
+    text = f"{os.cpu_count()} cores, one process, other work running beside it\n\n" + table(
+        rows, options.extrapolate, rows[0]["images"] // options.multiples[0]
+    )
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

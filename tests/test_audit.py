@@ -1,0 +1,283 @@
+"""audit: the evidence says what the cohort was made to hold, the controls are blind to disease, the tool judges all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils import audit, audit_figures, cohort as c, metrics, records
+from utils.data import assign_folds, people_of
+from utils.phantom import write_phantom
+from utils.utils_funcs import ROOT
+
+REAL = os.environ.get("ALZHEIMER_RAW")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_phantom(
+        tmp_path_factory.mktemp("audit") / "raw",
+        people=(10, 8, 6, 5),
+        slices=12,
+        size=64,
+        synthetic=20,
+        duplicates=5,
+        cross_duplicates=3,
+        seed=9,
+    )
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    raw = c.read_raw(folder)
+    cohort = c.build_cohort(raw)[0]
+    return raw, cohort, assign_folds(*people_of(cohort))
+
+
+@pytest.fixture(scope="module")
+def audited(study, tmp_path_factory):
+    out = tmp_path_factory.mktemp("assets") / "assets" / "Baselines"
+    found = audit.run_audit(out, *study, data="phantom", profile="cpu", cohort_sha256="x")
+    return out, found
+
+
+def score(record: dict, name: str, metric: str = "accuracy") -> float:
+    return record["variants"][name]["clean"]["slice"][metric]["value"]
+
+
+# ----------------------------------------------------------------------------------------------- people from pixels
+
+def test_the_gap_stands_empty_between_own_and_other_people(study):
+    raw, cohort, _ = study
+    real = np.flatnonzero(cohort.kind == "real")
+    person = cohort.patient_id[real]
+    vectors = c.features([raw.images[i] for i in real])
+    found = audit.link_evidence(vectors, person)
+    low, high = found["gap"]
+    assert low < high
+    assert found["own"].sum() == found["other"].sum() == len(real)
+    inside = (audit.EDGES[:-1] > low) & (audit.EDGES[1:] < high)
+    assert inside.any() and found["own"][inside].sum() == found["other"][inside].sum() == 0
+    flat = (audit.THRESHOLDS > low) & (audit.THRESHOLDS < high)
+    assert (found["groups"][flat] == person.max() + 1).all()
+    for threshold, groups in zip(audit.THRESHOLDS[::8], found["groups"][::8]):
+        from scipy.sparse.csgraph import connected_components
+
+        assert connected_components(vectors @ vectors.T >= threshold)[0] == groups
+
+
+def test_the_people_stay_the_same_under_other_choices(study):
+    raw, cohort, _ = study
+    real = np.flatnonzero(cohort.kind == "real")
+    rows = audit.stability([raw.images[i] for i in real], cohort.patient_id[real])
+    assert all(
+        row["same"] for row in rows if row["variant"].startswith(("as published", "JPEG", "features", "noise of 2"))
+    )
+    unrelated = audit._regroup(
+        np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0].astype(np.float32), np.arange(64) // 8
+    )
+    assert unrelated["people"] == 0 and not unrelated["same"]
+
+
+# ----------------------------------------------------------------------------------------------- the split
+
+def tiny_cohort(split: list[str], person: list[int], index: list[int]) -> c.Cohort:
+    n = len(split)
+    return c.Cohort(
+        np.array([f"{i:064x}" for i in range(n)]),
+        np.array([f"{i:064x}" for i in range(n)]),
+        np.array(split),
+        np.zeros(n, int),
+        np.array(["real" if who >= 0 else "synthetic" for who in person]),
+        np.array([""] * n),
+        np.array(person),
+        np.array(index),
+    )
+
+
+def test_shared_people_and_distances_are_counted_by_hand():
+    cohort = tiny_cohort(["train", "test", "train", "test", "test", "train"], [0, 0, 0, 1, 2, -1], [0, 1, 5, 0, 0, -1])
+    assert audit.shared_people(cohort) == {
+        "train": 1,
+        "test": 3,
+        "both": 1,
+        "test_images": 3,
+        "test_images_of_training_people": 1,
+    }
+    assert audit.distance_to_training(cohort).tolist() == [1, -1, -1]
+
+
+# ----------------------------------------------------------------------------------------------- controls
+
+def test_nearest_rows_are_the_nearest():
+    rng = np.random.default_rng(0)
+    queries, gallery = rng.standard_normal((700, 5)).astype(np.float32), rng.standard_normal((40, 5)).astype(np.float32)
+    expected = ((queries[:, None] - gallery) ** 2).sum(2).argmin(1)
+    assert (audit.nearest_rows(queries, gallery) == expected).all()
+
+
+def test_labels_are_permuted_among_people_and_never_across_the_split():
+    people = np.repeat([0, 1, 2, 3, -1], 2)
+    donor = audit.permuted_people(people, np.array([0, 1, 2]), seed=1)
+    assert set(donor) == {0, 1, 2, 3} == set(donor.values())
+    assert {donor[0], donor[1]} == {0, 1} and {donor[2], donor[3]} == {2, 3}
+
+
+def test_recognising_people_wins_the_published_split_even_with_permuted_labels(audited):
+    _, found = audited
+    assert score(found["slice"], "nearest_neighbour") > 0.97
+    assert score(found["slice"], "nearest_neighbour_permuted") > 0.97
+
+
+def test_with_people_apart_the_permuted_neighbour_is_at_chance(audited):
+    _, found = audited
+    low, high = found["patient"]["variants"]["nearest_neighbour_permuted"]["clean"]["slice"]["balanced_accuracy"]["ci"]
+    assert low - 0.1 < 0.25 < high + 0.1
+    assert (
+        score(found["patient"], "nearest_neighbour", "balanced_accuracy")
+        < score(found["slice"], "nearest_neighbour", "balanced_accuracy") - 0.3
+    )
+
+
+def test_the_controls_give_probabilities_for_every_test_image(study):
+    raw, cohort, _ = study
+    real = np.flatnonzero(cohort.kind == "real")
+    train, test = real[cohort.source_split[real] == "train"], real[cohort.source_split[real] == "test"]
+    answers = audit.control_predictions(raw.images, cohort.label, cohort.patient_id, train, test)
+    assert list(answers) == list(audit.CONTROLS)
+    for value in answers.values():
+        assert value.shape == (len(test), 4) and (value > 0).all()
+        np.testing.assert_allclose(value.sum(1), 1, atol=1e-6)
+    assert len(set(answers["constant"].argmax(1))) == 1
+
+
+def test_a_person_never_answers_for_its_own_fold(study):
+    raw, cohort, folds = study
+    rows = audit.control_rows(raw, cohort, folds, "patient")
+    fold_of = dict(zip(folds.patient_id.tolist(), folds.fold.tolist()))
+    assert (rows["fold"] == [fold_of[who] for who in rows["patient_id"].tolist()]).all()
+    assert len(rows["labels"]) == (cohort.kind == "real").sum()
+    assert set(rows) == {
+        "labels",
+        "fold",
+        "seed",
+        "patient_id",
+        "slice_index",
+        "file_sha256",
+        "nearest_neighbour/clean",
+        "linear_32/clean",
+        "nearest_neighbour_permuted/clean",
+    }
+    assert rows["file_sha256"].shape == (len(rows["labels"]), 32)
+
+
+# ----------------------------------------------------------------------------------------------- records and figures
+
+def test_the_audit_leaves_valid_records_and_small_arrays(audited):
+    out, found = audited
+    for protocol in ("slice", "patient"):
+        record = records.read_record(out / f"{protocol}.json")
+        assert record == found[protocol] and record["model"] == "Baselines" and record["data"] == "phantom"
+        rescored = metrics.score(
+            *(
+                records.read_predictions(out / f"{protocol}.json")[name].astype(kind)
+                for name, kind in (("linear_32/clean", np.float32), ("labels", np.int64), ("patient_id", np.int64))
+            )
+        )
+        assert rescored["auroc"]["value"] == pytest.approx(score(record, "linear_32", "auroc"), abs=1e-6)
+    assert (out / audit_figures.ARRAYS).stat().st_size < 1_000_000
+
+
+def test_a_finished_audit_is_shown_and_not_measured_again(study, audited, monkeypatch):
+    out, found = audited
+    monkeypatch.setattr(audit, "control_rows", lambda *_, **__: pytest.fail("measured again"))
+    assert audit.run_audit(out, *study, data="phantom", profile="cpu", cohort_sha256="x") == found
+
+
+def test_every_figure_is_redrawn_from_the_files_alone(audited):
+    out, _ = audited
+    drawn = audit.draw_figures(out.parents[1])
+    assert set(drawn) == {"people", "stability", "split", "synthetic", "controls"}
+    for name in drawn:
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        texts = [
+            text.get_text()
+            for axes in drawn[name].axes
+            for text in (axes.title, axes.xaxis.label, axes.yaxis.label, axes._left_title)
+        ]
+        assert any(texts), f"{name} has unlabelled axes"
+
+
+def test_synthetic_images_are_counted_and_told_apart(study):
+    raw, cohort, _ = study
+    found = audit.synthetic_evidence(raw, cohort)
+    assert (
+        found["kinds"][:, 1].sum()
+        == (cohort.kind == "synthetic").sum()
+        == found["from_test"][:, 0].sum()
+        == found["likeness"].sum()
+    )
+    real, made = found["background"]
+    assert real[1] == 0 < made[0]
+    assert found["shortcut"][0] >= found["shortcut"][1]
+
+
+def test_the_data_card_counts_people_and_images(study):
+    _, cohort, folds = study
+    card = audit.data_card(cohort, folds)
+    assert "| all, real | 10 / 120 | 8 / 96 | 6 / 72 | 5 / 60 | 29 / 348 |" in card
+    assert "Moderate is 5 people" in card and "`patient`, test fold 4" in card
+
+
+@pytest.mark.skipif(not REAL, reason="ALZHEIMER_RAW is not set")
+def test_the_published_split_of_the_real_set_shares_everybody_and_a_neighbour_wins_it():
+    raw = c.read_raw(REAL)
+    cohort = c.cohort_for(raw)
+    shared = audit.shared_people(cohort)
+    assert (
+        shared["both"] == shared["test"] == 200
+        and shared["test_images_of_training_people"] == shared["test_images"] == 1279
+    )
+    distance = audit.distance_to_training(cohort)
+    assert (distance == 1).mean() > 0.9 and distance.max() <= 4
+    rates = audit.split_control(raw, cohort)
+    assert rates["published split"][0] > 0.99 and rates["people kept apart"][0] < 0.55
+
+
+# ----------------------------------------------------------------------------------------------- the tool
+
+def run_tool(raw: Path, out: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "utils.audit", str(raw), "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_tool_writes_one_self_contained_page(folder, tmp_path):
+    renamed = tmp_path / "any"
+    for part in ("train", "test"):
+        for place, kind in enumerate(sorted((folder / part).iterdir())):
+            for file in kind.iterdir():
+                target = renamed / part / f"kind{place}" / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+    done = run_tool(renamed, tmp_path / "report.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "100.0% of the test images" in page and "29, of 12 to 12 images" in page
+    assert "8, of which 3 test images repeat a training image" in page
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+
+
+def test_the_tool_says_so_where_there_are_no_people(tmp_path):
+    folder = write_phantom(tmp_path / "raw", people=(30, 20, 15, 10), slices=1, size=48, synthetic=0, duplicates=0)
+    done = run_tool(folder, tmp_path / "report.html")
+    assert done.returncode == audit.NO_PEOPLE == 3 and len(done.stderr.strip().splitlines()) == 1
+    assert "No gap separates people" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_tool_names_what_it_cannot_read(tmp_path):
+    done = run_tool(tmp_path / "nothing", tmp_path / "report.html")
+    assert done.returncode == 2 and "nothing at" in done.stderr and not (tmp_path / "report.html").exists()
