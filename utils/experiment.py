@@ -228,7 +228,8 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     few = few.pick(few.labels.argsort(stable=True))
     images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
     figure = grad_cam.overlay_figure(images, grad_cam.explain(model, images), probabilities, few.labels, title=label_of(study, config))
-    measures = grad_cam.explanation_measures(model, data.pixels(more.images, choose_device()), methods=("gradcam",), sample=range(count))
+    dear = range(min(len(more), max(2, config.sample // 4)))  # slices for the measures that need many passes each
+    measures = grad_cam.explanation_measures(model, data.pixels(more.images, choose_device()), methods=("gradcam",), sample=dear)
     numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
     report.save_figure(figure, figure_path, dpi=100, colours=192)
     write_json(numbers_path, numbers)
