@@ -64,7 +64,7 @@ def measure(path: Path, multiple: int) -> dict:
 def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
     size, seconds, memory = (np.array([row[name] for row in rows]) for name in ("images", "seconds", "gib"))
     lines = [
-        "times |  images | people |  seconds | peak GiB | ",
+        "times |  images | people |  seconds | peak GiB |",
         "-----:|--------:|-------:|---------:|---------:|---------",
     ]
     for row in rows:
@@ -118,7 +118,7 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append(json.loads(done.stdout))
             print(rows[-1], file=sys.stderr, flush=True)
-    text = f"{os.cpu_count()} cores, one process, other work running beside it\n\n" + table(
+    text = f"{os.cpu_count()} cores; the search for people alone, features given\n\n" + table(
         rows, options.extrapolate, rows[0]["images"] // options.multiples[0]
     )
     print(text)
