@@ -19,7 +19,9 @@ if sys.version_info < (3, 11):
              "`python3.12 reproduce.py`.".format(*sys.version_info[:2]))
 
 import argparse
+import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -32,7 +34,7 @@ import textwrap
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -49,6 +51,7 @@ LISTED = 24
 NOTEBOOKS = (PREPARE, "dataset/leak_audit.ipynb", "models/Resnet.ipynb", "models/Resnet_atk.ipynb",
              "models/Efficientnet.ipynb", "models/Efficientnet_atk.ipynb", "models/Dinov2.ipynb",
              "models/Dinov2_atk.ipynb", "models/ensemble.ipynb", "models/results.ipynb")
+MODEL_NOTEBOOKS = NOTEBOOKS[2:8]
 #: Pass over these where a clone does not have them.
 OPTIONAL = {"dataset/leak_audit.ipynb", "models/ensemble.ipynb"}
 PROFILES = ("demo", "cpu", "paper")
@@ -200,12 +203,18 @@ def write_atomically(path: Path, text: str) -> None:
 # --- Processes -----------------------------------------------------------------------------------------------------
 
 
-class ProgressLine:
-    """A line that counts the seconds while its work runs: in place on a terminal, once at the end elsewhere."""
+#: Set when what runs side by side is to end, because one failed or the user stopped it.
+STOP = threading.Event()
 
-    def __init__(self, text: str):
-        self.text, self.start, self.live = text, time.monotonic(), sys.stdout.isatty()
-        print(f"{text} … ", end="", flush=True)
+
+class ProgressLine:
+    """A line that counts the seconds while its work runs: in place on a terminal, once at the end elsewhere, or where
+    other work runs beside it and it is not `alone`."""
+
+    def __init__(self, text: str, alone: bool = True):
+        self.text, self.start, self.alone, self.live = text, time.monotonic(), alone, alone and sys.stdout.isatty()
+        if alone:
+            print(f"{text} … ", end="", flush=True)
 
     def seconds(self) -> str:
         passed = time.monotonic() - self.start
@@ -216,7 +225,7 @@ class ProgressLine:
             print(f"\r{self.text} … {self.seconds()} ", end="", flush=True)
 
     def done(self, word: str = "") -> None:
-        start = f"\r{self.text} … " if self.live else ""
+        start = f"\r{self.text} … " if self.live else "" if self.alone else f"{self.text} … "
         print(f"{start}{word}{' after ' if word else ''}{self.seconds()}", flush=True)
 
 
@@ -237,6 +246,8 @@ def run_quietly(command: Sequence[str], *, line: ProgressLine | None = None,
                 out, err = process.communicate(timeout=1)
                 return subprocess.CompletedProcess(command, process.returncode, out, err)
             except subprocess.TimeoutExpired:
+                if STOP.is_set():
+                    raise KeyboardInterrupt from None
                 if line:
                     line.tick()
     except BaseException:
@@ -481,14 +492,14 @@ def find_data(python: Path, environment: dict[str, str]) -> str:
 
 
 def run_notebook(python: Path, notebook: str, root: Path, own: Path, values: dict[str, object],
-                 environment: dict[str, str], line: ProgressLine) -> None:
+                 environment: dict[str, str], start: Callable[[], ProgressLine]) -> None:
     """Executes `notebook` in its own folder and puts the result under `root`; where a cell fails, what was done so far
     under `own`/failed.
 
     Raises:
         ReproduceError: when a cell fails, with its error.
     """
-    source = set_parameters(read_notebook(ROOT / notebook), values)
+    line, source = start(), set_parameters(read_notebook(ROOT / notebook), values)
     before, after = own / SCRATCH / f"in-{Path(notebook).name}", own / SCRATCH / Path(notebook).name
     write_atomically(before, json.dumps(source))
     after.unlink(missing_ok=True)
@@ -518,6 +529,40 @@ def read_notebook(path: Path) -> dict:
         raise ReproduceError(sentence) from error
 
 
+def demo_workers() -> int:
+    """Notebooks that a demo runs at a time: its arrays are too small for several cores, and each takes some 2 GB."""
+    return max(1, min(4, os.cpu_count() or 1))
+
+
+def side_by_side(numbered: list[tuple[str, str]], profile: str) -> list[list[tuple[str, str]]]:
+    """The notebooks in groups that may run at the same time: in a demo those of the six models, else each alone."""
+    groups: list[list[tuple[str, str]]] = []
+    for item in numbered:
+        together = profile == "demo" and item[1] in MODEL_NOTEBOOKS
+        if together and groups and groups[-1][-1][1] in MODEL_NOTEBOOKS:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def run_all(tasks: Sequence[Callable[[], None]]) -> None:
+    """Runs the tasks, `demo_workers()` at a time where there are several; the first error ends the others."""
+    if len(tasks) == 1:
+        return tasks[0]()
+    with concurrent.futures.ThreadPoolExecutor(demo_workers()) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            STOP.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            STOP.clear()
+
+
 def run_study(python: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
     start = time.time()
     # The environment's own kernel, before any other that happens to be called python3 on this machine.
@@ -531,10 +576,14 @@ def run_study(python: Path, options: argparse.Namespace, environment: dict[str, 
     root, own = result_root(options.profile, data), runs_folder() / f"{options.profile}-{data}"
     with one_at_a_time(own / ".lock"):
         notebooks = choose_notebooks(options.only, present_notebooks(), is_prepared(root))
-        for number, notebook in enumerate(notebooks, 1):
-            line = ProgressLine(f"[{number}/{len(notebooks)}] {notebook}")
-            values = {"profile": options.profile, "retrain": options.retrain}
-            run_notebook(python, notebook, root, own, values, environment, line)
+        values = {"profile": options.profile, "retrain": options.retrain}
+        numbered = [(f"[{number}/{len(notebooks)}] {notebook}", notebook) for number, notebook in enumerate(notebooks, 1)]
+        for group in side_by_side(numbered, options.profile):
+            shared = environment
+            if len(group) > 1:
+                shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // demo_workers())), **environment}
+            run_all([functools.partial(run_notebook, python, notebook, root, own, values, shared,
+                                       functools.partial(ProgressLine, text, len(group) == 1)) for text, notebook in group])
         shutil.rmtree(own / SCRATCH, ignore_errors=True)
         print()
         report(python, environment, "table", "--root", str(root))

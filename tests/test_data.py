@@ -155,20 +155,28 @@ def test_an_epoch_without_stride_draws_every_image_once():
     assert sorted(drawn.tolist()) == list(range(40))
 
 
-def test_batches_cover_the_rows_in_order_and_never_end_with_one_image():
-    part = make_set(np.arange(33))
-    seen = [(images, labels) for images, labels in data.batches(part, torch.arange(33), 16, "cpu")]
-    assert [len(labels) for _, labels in seen] == [16, 17]
-    assert torch.allclose(torch.cat([images for images, _ in seen])[:, 0, 0, 0] * 255, torch.arange(33.0))
+def test_a_last_batch_that_is_too_small_joins_the_one_before_it():
+    sizes = lambda rows, least: [len(chunk) for chunk in data.join_last(torch.arange(rows).split(16), least)]  # noqa: E731
+    assert sizes(33, 2) == [16, 17] and sizes(34, 2) == [16, 16, 2] and sizes(1, 2) == [1]
+    assert torch.equal(torch.cat(data.join_last(torch.arange(33).split(16), 2)), torch.arange(33))
 
 
 def test_augmentation_keeps_range_and_shape_and_follows_its_generator():
     images = torch.rand(8, 1, 32, 32)
-    once = data.augment(images, 1.0, torch.Generator().manual_seed(4))
+    drawn = data.draw_augmentation(8, 1.0, torch.Generator().manual_seed(4))
+    once = data.apply_augmentation(images, drawn)
     assert once.shape == images.shape and 0 <= once.min() and once.max() <= 1
-    assert torch.equal(once, data.augment(images, 1.0, torch.Generator().manual_seed(4)))
+    assert torch.equal(drawn, data.draw_augmentation(8, 1.0, torch.Generator().manual_seed(4)))
     assert not torch.allclose(once, images)
-    assert torch.equal(data.augment(images, 0.0, torch.Generator()), images)
+    assert torch.allclose(once[2:4], data.apply_augmentation(images[2:4], drawn[2:4]), atol=1e-6), "an image's changes are its own"
+    assert torch.equal(data.apply_augmentation(images, data.draw_augmentation(8, 0.0, torch.Generator())), images)
+
+
+def test_every_nth_slice_covers_every_person():
+    part = make_set(np.repeat([3, 5, 9], [32, 7, 1]))
+    rows = data.every_nth(part, 4)
+    assert [int((part.people[rows] == person).sum()) for person in (3, 5, 9)] == [8, 2, 1]
+    assert np.array_equal(data.every_nth(part, 1), np.arange(40))
 
 
 def test_images_of_odd_sizes_come_to_the_commonest_one():

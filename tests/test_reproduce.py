@@ -130,7 +130,7 @@ def run_one(tmp_path, monkeypatch, *sources: str) -> Path:
     shutil.copy(SCRIPT, repository)
     monkeypatch.setattr(reproduce, "ROOT", repository)
     reproduce.run_notebook(Path(sys.executable), "models/Resnet.ipynb", runs, runs, {"profile": "cpu", "retrain": True},
-                           dict(os.environ), reproduce.ProgressLine("models/Resnet.ipynb"))
+                           dict(os.environ), lambda: reproduce.ProgressLine("models/Resnet.ipynb"))
     return runs
 
 

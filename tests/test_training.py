@@ -138,9 +138,9 @@ def test_an_exploding_loss_is_a_clear_error_and_loses_nothing(tiny, monkeypatch)
     config = small("Resnet", epochs=3)
     original, seen = training.loss_of_batch, []
 
-    def poisoned(*arguments):
+    def poisoned(*arguments, **options):
         seen.append(1)
-        loss, logits = original(*arguments)
+        loss, logits = original(*arguments, **options)
         return (loss * float("nan") if len(seen) == 4 else loss), logits
 
     monkeypatch.setattr(training, "loss_of_batch", poisoned)
@@ -247,3 +247,94 @@ def test_save_model_is_what_load_model_reads(tmp_path):
     model = build_model("Efficientnet", pretrained=False, input_size=64)
     save_model(model, tmp_path / "a.safetensors")
     assert load_model(tmp_path / "a.safetensors").input_size == 64
+
+
+def test_an_exploding_gradient_costs_its_step_and_many_in_a_row_end_the_training(tiny, monkeypatch):
+    original, broken = training.loss_of_batch, {3}
+    seen = []
+
+    class Exploding(torch.autograd.Function):
+        @staticmethod
+        def forward(context, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * float("inf")
+
+    def exploding(*arguments, **options):
+        seen.append(1)
+        loss, logits = original(*arguments, **options)
+        return (Exploding.apply(loss) if len(seen) in broken else loss), logits
+
+    monkeypatch.setattr(training, "loss_of_batch", exploding)
+    fit = training.fit(TRAIN, VALIDATION, small("Resnet", epochs=3), tiny, DEVICE)
+    assert [entry["skipped_steps"] for entry in fit.history] == [0, 1, 0]
+    assert all(torch.isfinite(tensor.float()).all() for tensor in weights(tiny).values())
+    broken.update(range(1, 99))
+    with pytest.raises(StudyError, match="gradient was not finite in 5 steps"):
+        training.fit(TRAIN, VALIDATION, small("Resnet", epochs=9), tiny.with_name("other.safetensors"), DEVICE)
+
+
+def test_single_step_training_that_collapses_goes_on_with_pgd(tiny, monkeypatch):
+    """Collapse is simulated: PGD is shown to fell what one step leaves standing, in the second epoch alone."""
+    original, calls = training.attacked_logits, []
+
+    def shown(model, images, labels, eps, device, *, steps, **options):
+        if steps in (1, 10):
+            calls.append(steps)
+            right = torch.nn.functional.one_hot(labels, 4).float()
+            return -right if steps == 10 and len(calls) == 4 else right
+        return original(model, images, labels, eps, device, steps=steps, **options)
+
+    monkeypatch.setattr(training, "attacked_logits", shown)
+    used = []
+    inner = training.perturb_for_training
+    monkeypatch.setattr(training, "perturb_for_training",
+                        lambda *arguments, **options: (used.append(options["steps"]), inner(*arguments, **options))[1])
+    fit = training.fit(TRAIN, VALIDATION, small("Resnet_atk", method="fast", epochs=4, eps_ramp=0.0, train_steps=2), tiny, DEVICE)
+    assert [entry.get("collapsed") for entry in fit.history] == [False, True, None, None]
+    assert fit.best_epoch != 2
+    assert {step for step in used if step != training.VALIDATION_STEPS} == {1, 2}, "one step before the collapse, PGD after it"
+
+
+def test_a_healthy_single_step_training_is_not_called_collapsed(tiny):
+    fit = training.fit(TRAIN, VALIDATION, small("Resnet_atk", method="fast", epochs=3, lr=0.02), tiny, DEVICE)
+    assert all(entry["collapsed"] is False for entry in fit.history)
+
+
+def test_ordinal_labels_charge_more_for_a_graver_error():
+    targets = training.ordinal_targets(torch.tensor([2]))
+    assert targets.sum().item() == pytest.approx(1) and targets.argmax().item() == 2
+    assert targets[0, 3] == targets[0, 1] > targets[0, 0]
+    config, labels = small("Resnet", loss="ordinal"), torch.tensor([2])
+    near, far = (training.classification_loss(torch.tensor([row]), labels, config, None, labels).item()
+                 for row in ([0.0, 0.0, 0.0, 3.0], [3.0, 0.0, 0.0, 0.0]))
+    assert near < far
+
+
+def test_patience_ends_a_training_that_gets_no_better(tiny, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    original = training.validate
+    monkeypatch.setattr(training, "validate", lambda *arguments: {**original(*arguments), "validation_classes": 4, "score": next(scores)})
+    fit = training.fit(TRAIN, VALIDATION, small("Resnet", epochs=6, patience=2), tiny, DEVICE)
+    assert len(fit.history) == 4 and fit.best_epoch == 2
+
+
+def test_tensorboard_events_hold_every_epoch(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit = training.fit(TRAIN, VALIDATION, small("Resnet", epochs=3), tiny, DEVICE, logs=tmp_path / "logs")
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert events.Scalars("validation/loss")[-1].value == pytest.approx(fit.history[-1]["validation_loss"])
+
+
+def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
+    from utils.utils_funcs import atomic_path
+
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(StudyError, match="the disk is full"), atomic_path(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "a.json").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]

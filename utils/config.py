@@ -48,10 +48,14 @@ class RunConfig:
     """Linear warm-up of the learning rate."""
     augmentation: float = 0.5
     """Strength in [0, 1] of flips, shifts, rotations and brightness; 0 turns them off."""
+    loss: Literal["ce", "ordinal"] = "ce"
+    """Cross-entropy against the class, or against soft labels that fall off with the distance between ratings."""
     label_smoothing: float = 0.0
     class_weights: bool = True
     """Weight the loss by inverse class frequency of the training set."""
     gradient_clip: float = 1.0
+    patience: int = 0
+    """Stop after so many epochs without a better validation score (0: run all epochs; the best one is kept anyway)."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, per step (0: off)."""
     pretrained: bool = True
@@ -84,10 +88,14 @@ class RunConfig:
     """Sweep of L-infinity budgets, written as a reader writes them."""
     headline_eps: str = "4/255"
     pgd_steps: int = 20
+    sweep_steps: int = 100
+    """Auto-PGD steps at the eps of the sweep; the headline eps always gets 100."""
+    attack_stride: int = 1
+    """Attack every how many-th test slice of each person; clean scores are always of every test slice."""
     attack_batch: int = 64
     suite: Literal["quick", "standard", "full"] = "standard"
-    """`quick`: noise, FGSM, PGD; `standard`: also targeted, APGD-T and Square on what still stands; `full`: also
-    AutoAttack on a stratified sample."""
+    """`quick`: noise, FGSM, PGD; `standard`: also targeted, APGD-T and Square on what still stands, and transfer; `full`:
+    also other norms, decisions alone, and AutoAttack on a stratified sample."""
     sample: int = 128
     """Slices in the stratified sample for the dearest attacks."""
 
@@ -127,14 +135,14 @@ def parse_eps(text: str) -> float:
 
 #: What a profile changes: budgets and sizes, never code paths.
 PROFILES: dict[str, dict] = {
-    "demo": dict(max_train=96, max_test=24, precision="fp32", input_size=64, epochs=2, batch_size=16, train_steps=2,
+    "demo": dict(max_train=64, max_test=24, precision="fp32", input_size=48, epochs=2, batch_size=16, train_steps=2,
                  trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, suite="quick", sample=8),
-    "cpu": dict(slice_stride=2, epochs=12, train_steps=2, trials=0, suite="full"),
+    "cpu": dict(slice_stride=2, epochs=12, train_steps=2, trials=0, suite="full", attack_stride=4, sweep_steps=20, sample=32),
     "paper": dict(input_size=224, epochs=40, batch_size=64, train_steps=10, trials=20, search_epochs=8, suite="full",
                   attack_batch=256, sample=512, pgd_steps=50),
 }
 #: DINOv2's patch is 14 pixels and it silently ignores the remainder, so its sizes are multiples of 14.
-VIT_INPUT = {64: 70, None: 126, 128: 126}
+VIT_INPUT = {48: 56, None: 126, 128: 126}
 
 
 def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -> RunConfig:
@@ -145,6 +153,8 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
     if model.startswith("Dinov2"):
         settings["input_size"] = VIT_INPUT.get(settings.get("input_size"), settings.get("input_size"))
         settings["lr"] = 1e-4
+    if profile == "cpu" and overrides.get("protocol") == "slice":
+        settings["sample"] = 128  # one fold has to carry what five folds of 32 carry under `patient`
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
         raise StudyError(f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -276,6 +276,15 @@ def spread(part: ImageSet, count: int) -> np.ndarray:
     return np.array(sorted(picked), dtype=int)
 
 
+def every_nth(part: ImageSet, stride: int) -> np.ndarray:
+    """Sorted rows of every `stride`-th slice of each person, from the first; of images of nobody known, every `stride`-th."""
+    people, slices = part.people.numpy(), part.slices.numpy()
+    order = np.lexsort((slices, people))
+    first = np.r_[True, people[order][1:] != people[order][:-1]]
+    position = np.arange(len(order)) - np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+    return np.sort(order[position % stride == 0])
+
+
 def _van_der_corput(count: int) -> np.ndarray:
     """A permutation of 0 … count-1 of which every prefix is spread evenly (middle first)."""
     bits = max(1, math.ceil(math.log2(max(count, 2))))
@@ -313,33 +322,37 @@ def epoch_rows(part: ImageSet, stride: int, generator: torch.Generator) -> Tenso
     return order[torch.from_numpy(keep)[order]]
 
 
-def batches(part: ImageSet, rows: Tensor, size: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
-    """(`float32` images in [0, 1], labels) on the device, in the order of `rows`. A last batch of one image is joined to
-    the one before it: BatchNorm cannot train on it."""
-    chunks = list(rows.split(size))
-    if len(chunks) > 1 and len(chunks[-1]) == 1:
+def join_last(chunks: Sequence[Tensor], least: int) -> list[Tensor]:
+    """The batches, the last one joined to the one before it where it has fewer than `least` rows."""
+    chunks = list(chunks)
+    if len(chunks) > 1 and len(chunks[-1]) < least:
         chunks[-2:] = [torch.cat(chunks[-2:])]
-    for chunk in chunks:
-        yield pixels(part.images[chunk], device), part.labels[chunk].to(device, non_blocking=True)
+    return chunks
 
 
-def augment(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Random mirror, rotation, zoom, shift, brightness and contrast of a batch; stays in [0, 1].
+def draw_augmentation(count: int, strength: float, generator: torch.Generator) -> Tensor | None:
+    """Random mirror, rotation, zoom, shift, brightness and contrast of `count` images, (count, 7): a 2×3 affine matrix and a
+    factor on grey levels. None at strength 0.
 
-    At strength 1: ±15°, ±10% zoom, ±8% shift, ±20% brightness and contrast. Drawn on the CPU from `generator`, so that
-    a run is the same on every device.
+    At strength 1: ±15°, ±10% zoom, ±8% shift, ±20% brightness and contrast. Drawn on the CPU, so that a run is the same
+    on every device.
     """
     if strength <= 0:
-        return images
-    count = len(images)
+        return None
     uniform = lambda scale: (torch.rand(count, generator=generator) * 2 - 1) * scale * strength  # noqa: E731
     angle, zoom = uniform(math.radians(15)), 1 + uniform(0.10)
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-    matrix = torch.stack([torch.stack([cosine * mirror, -sine, uniform(0.16)], 1),
-                          torch.stack([sine * mirror, cosine, uniform(0.16)], 1)], 1)
+    matrix = [cosine * mirror, -sine, uniform(0.16), sine * mirror, cosine, uniform(0.16)]
     brightness, contrast = uniform(0.20), 1 + uniform(0.20)
-    grid = F.affine_grid(matrix.to(images.device), list(images.shape), align_corners=False)
+    return torch.stack([*matrix, contrast * (1 + brightness)], 1)
+
+
+def apply_augmentation(images: Tensor, drawn: Tensor | None) -> Tensor:
+    """Images (N, 1, H, W) in [0, 1] moved and brightened by rows of `draw_augmentation`; the result stays in [0, 1]."""
+    if drawn is None:
+        return images
+    drawn = drawn.to(images.device)
+    grid = F.affine_grid(drawn[:, :6].reshape(-1, 2, 3), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    shape = (count, 1, 1, 1)
-    return (moved * (contrast.to(images.device).view(shape) * (1 + brightness.to(images.device).view(shape)))).clamp_(0, 1)
+    return (moved * drawn[:, 6].view(-1, 1, 1, 1)).clamp_(0, 1)

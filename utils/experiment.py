@@ -6,6 +6,8 @@ The notebooks call these functions; the command line runs the same ones:
     python -m utils.experiment run --profile cpu --model Resnet_atk --protocol patient --fold 0
     python -m utils.experiment grid --profile cpu                                   # every unit that no record holds yet
     python -m utils.experiment grid --profile paper --shard 3/8                     # the third of eight shares (job array)
+    python -m utils.experiment search --model Resnet_atk --trials 40                # settings, on this machine (--storage: on many)
+    torchrun --nproc_per_node 4 -m utils.experiment run --profile paper --model Dinov2_atk   # one training on several GPUs
     python -m utils.experiment attack --model Resnet_atk --protocol patient --eps 4/255
     python -m utils.experiment attack --model my_module:build --raw my_images/ --eps 4/255   # your model, your images
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +35,8 @@ from utils.backbones import load_model
 from utils.cohort import Cohort, cohort_for, find_raw, read_raw, write_cohort
 from utils.config import RunConfig, folds_of, make_config
 from utils.metrics import fit_temperature, to_half
-from utils.robustness import SuiteResult, evaluate_suite, model_from_factory, verdict
+from utils.robustness import (Stage, SuiteResult, evaluate_suite, model_from_factory, other_norms_plan, suite_plan,
+                              verdict)
 from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, StudyError, choose_device, environment, git_state, hardware, read_json,
                                result_root, write_json)
 
@@ -161,7 +165,7 @@ def train(study: Study, config: RunConfig, *, retrain: bool = False) -> training
         return training.Fit(path, meta["history"], meta["best_epoch"], meta["init"], meta["precision"], meta["wall_seconds"]["train"],
                             meta["one_class"])
     sets = load_sets(study, config)
-    return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain)
+    return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain, logs=path.with_suffix("") / "logs")
 
 
 def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
@@ -174,12 +178,35 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     state = study.checkpoint(config).with_suffix("") / "attack"
     if retrain:
         _remove_tree(state)
-    result = evaluate_suite(model, test.images, test.labels, test.people, config, state_dir=state)
-    rows, attacks = suite_rows(test, config, result)
+    chosen = data.every_nth(test, config.attack_stride)
+    attacked = test.pick(chosen)
+    sources, masks, stages = attack_plan(study, config, model, attacked)
+    result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, state_dir=state, stages=stages,
+                            sources=sources, masks=masks)
+    clean = training.predict(model, test.images, choose_device()).numpy()
+    rows, attacks = suite_rows(test, config, result, chosen, clean)
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
-    return Unit(rows, {**describe(study, config), "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
-                       "sanity": result.sanity, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+    return Unit(rows, {**describe(study, config), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
+                       "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "sanity": result.sanity,
+                       "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+
+
+def attack_plan(study: Study, config: RunConfig, model: torch.nn.Module,
+                attacked: data.ImageSet) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor], list[Stage]]:
+    """(models that transfer attacks are made on, regions for Kryptonite, stages) of a unit's evaluation.
+
+    The sources are the other models of the same protocol, fold and seed whose checkpoints lie on this machine; the region
+    is the fifth of each image that Grad-CAM of the clean image lights up most.
+    """
+    if config.suite == "quick":
+        return {}, {}, suite_plan(config)
+    paths = {name: study.checkpoint(dataclasses.replace(config, model=name)) for name in MODELS if name != config.model}
+    sources = {name: load_model(path).to(choose_device()) for name, path in paths.items() if path.is_file()}
+    maps = grad_cam.explain(model, data.pixels(attacked.images, choose_device())).flatten(1)
+    region = (maps >= maps.quantile(0.8, dim=1, keepdim=True)).float().view(attacked.images.shape).cpu()
+    stages = suite_plan(config, tuple(sources), ("gradcam",))
+    return sources, {"gradcam": region}, stages + (other_norms_plan(config) if config.suite == "full" else [])
 
 
 def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
@@ -191,10 +218,23 @@ def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
             "slice_index": test.slices.numpy().astype(np.int16), "file_sha256": digests}
 
 
-def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
-    """(rows of the predictions file, eps → attack → what it cost) of an evaluated suite."""
-    rows = unit_rows(test, config) | {"clean": to_half(np.asarray(result.clean_logits))}
-    rows |= {f"{eps}:{name}": to_half(np.asarray(logits)) for (eps, name), logits in result.logits.items()}
+def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult, chosen: np.ndarray | None = None,
+               clean: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """(rows of the predictions file, eps → attack → what it cost) of an evaluated suite.
+
+    Args:
+        chosen: which rows of `test` were attacked (None: all); the others are NaN, outside the declared set.
+        clean: clean logits of all of `test`, needed where only some were attacked.
+    """
+    chosen = np.arange(len(test)) if chosen is None else chosen
+
+    def spread_out(logits: np.ndarray, rest: np.ndarray | None = None) -> np.ndarray:
+        full = np.full((len(test), 4), np.nan) if rest is None else np.array(rest, dtype=float)
+        full[chosen] = logits
+        return to_half(full)
+
+    rows = unit_rows(test, config) | {"clean": spread_out(result.clean_logits, clean)}
+    rows |= {f"{eps}:{name}": spread_out(logits) for (eps, name), logits in result.logits.items()}
     attacks: dict[str, dict] = {}
     for (eps, name), meta in result.meta.items():
         attacks.setdefault(eps, {})[name] = meta
@@ -259,10 +299,7 @@ def recorded(study: Study, config: RunConfig) -> Unit | None:
 
 def _check_recorded(found: dict, config: RunConfig, path: Path) -> None:
     """A record of other training settings is an error, not a match; settings that a search chose are its own affair."""
-    searched = set(optuna_search.SPACE) if config.trials else set()
-    expected = json.loads(json.dumps(training.training_settings(config)))
-    different = [f"{name} {found.get(name)!r} instead of {value!r}" for name, value in expected.items()
-                 if name not in searched and found.get(name) != value]
+    different = training.different_settings(found, config, optuna_search.SPACE if config.trials else ())
     if different:
         raise StudyError(f"{path} holds {config.unit} trained with {'; '.join(different[:4])}: run with these settings, or with retrain "
                          "to replace it.")
@@ -320,6 +357,8 @@ def run_unit(study: Study, config: RunConfig, *, retrain: bool = False) -> dict:
     config = search(study, config)
     fit = train(study, config, retrain=retrain)
     print(f"{config.model} {config.protocol} {config.unit}: {fit}")
+    if int(os.environ.get("RANK", 0)):
+        return {}  # several processes share a training; one of them attacks, explains and writes the record
     unit = attack(study, config, retrain=retrain)
     unit.meta["explanation"] = explain(study, config, retrain=retrain)[1]
     return save(study, unit)
@@ -438,7 +477,8 @@ def run(arguments: list[str]) -> None:
     command = tyro.cli(RunCommand, args=arguments, default=RunCommand(make_config(named.profile, named.model)),
                        prog="python -m utils.experiment run")
     study = open_study(command.config.profile, command.raw)
-    print(report.results_text([run_unit(study, command.config, retrain=command.retrain)]))
+    if record := run_unit(study, command.config, retrain=command.retrain):
+        print(report.results_text([record]))
 
 
 def grid(profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None, shard: str = "1/1",
@@ -464,6 +504,27 @@ def shard_of(units: list[RunConfig], shard: str) -> list[RunConfig]:
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise StudyError(f"--shard {shard!r} is not of the form i/n with 1 ≤ i ≤ n, as 3/8.")
     return units[int(index) - 1::int(count)]
+
+
+def search_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0,
+                   profile: Literal["demo", "cpu", "paper"] = "paper", trials: int = 40, storage: str | None = None, enqueue: int = 0,
+                   raw: str | None = None) -> None:
+    """Searches a model's settings; start it several times for several workers. A killed worker is simply started again.
+
+    Args:
+        trials: of a search on this machine, kept in SQLite under checkpoints/optuna/.
+        storage: URL of a study that several machines share, as postgresql://user:password@host/database.
+        enqueue: put so many trials into the shared study and end; do this once, before the workers start.
+    """
+    study = open_study(profile, raw)
+    config = make_config(profile, model, protocol=protocol, fold=fold, trials=trials)
+    if enqueue:
+        optuna_search.enqueue(optuna_search.open_study(study.optuna(model), config, storage), enqueue)
+        print(f"{enqueue} trials of {model}, {protocol} fold {fold}, are enqueued.")
+        return
+    sets = load_sets(study, config)
+    done = optuna_search.search(sets["train"], sets["validation"], config, study.optuna(model), choose_device(), storage=storage)
+    print(optuna_search.trials_table(done))
 
 
 def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, eps: tuple[str, ...] = ("4/255",),
@@ -509,7 +570,7 @@ def _everything_in(raw: str | None) -> data.ImageSet:
 
 def main() -> None:
     torch.set_float32_matmul_precision("high")
-    commands = {"prepare": prepare, "run": run, "grid": grid, "attack": attack_command}
+    commands = {"prepare": prepare, "search": search_command, "run": run, "grid": grid, "attack": attack_command}
     try:
         if sys.argv[1:2] == ["run"]:
             run(sys.argv[2:])

@@ -77,10 +77,11 @@ class SuiteResult:
 def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[str] = ()) -> list[Stage]:
     """The L-infinity attacks of `config.suite`, cheap ones first.
 
-    `quick`, at every eps: noise, FGSM, and PGD on all three views. `standard` adds, at the headline eps: transfer from
-    each of `sources`; PGD towards each other class and APGD-T on what still stands, in the views of four and of three
-    classes; Square on the standing part of the fixed sample; the clinically worst target; Kryptonite. `full` adds the
-    other named gradient attacks, and official AutoAttack on the standing part of the fixed sample.
+    `quick`, at every eps: noise, FGSM, and PGD on all three views. `standard` adds APGD-T on what still stands at every
+    eps and, at the headline one: transfer from each of `sources`; PGD towards each other class and APGD-T on what still
+    stands, in the views of four and of three classes; Square on the standing part of the fixed sample; the clinically
+    worst target; Kryptonite. `full` adds the other named gradient attacks, and HopSkipJump and official AutoAttack on the
+    standing part of the fixed sample.
     """
     steps = dict(steps=config.pgd_steps)
     margin_steps, name = {**steps, "loss": "margin"}, f"pgd{config.pgd_steps}"
@@ -93,6 +94,9 @@ def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[s
     if config.suite == "quick":
         return plan
     plan += [Stage("transfer", f"transfer_{source}", eps="headline", budget=steps, source=source) for source in sources]
+    headline = headline_of(config)
+    plan += [Stage("apgd_t", "apgd_t", scope="standing", eps=eps_text, budget=dict(steps=config.sweep_steps))
+             for eps_text in config.eps if eps_text != headline]
     plan += [Stage(attack, attack + VIEWS[view][1], view, scope, "headline", budget)
              for attack, scope, budget in (("pgd_targeted", "standing", steps), ("apgd_t", "standing", dict(steps=100)),
                                            ("square", "sample", dict(queries=1000))) for view in ("four", "three")]
@@ -102,8 +106,14 @@ def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[s
     plan += [Stage("kryptonite", f"kryptonite_{mask}", eps="headline", budget=steps, mask=mask) for mask in masks]
     if config.suite == "full":
         plan += [Stage(attack, attack, eps="headline") for attack in ("fgsm_targeted", "ifgsm", "mifgsm")]
-        plan += [Stage("autoattack", "autoattack", scope="sample", eps="headline")]
+        plan += [Stage("hopskipjump", "hopskipjump", scope="sample", eps="headline", budget=dict(steps=5, evaluations=200)),
+                 Stage("autoattack", "autoattack", scope="sample", eps="headline")]
     return plan
+
+
+def headline_of(config: RunConfig) -> str:
+    """The eps that the dear attacks run at: `config.headline_eps`, or the largest of a sweep that does not hold it."""
+    return config.headline_eps if config.headline_eps in config.eps else max(config.eps, key=parse_eps)
 
 
 def other_norms_plan(config: RunConfig) -> list[Stage]:
@@ -259,7 +269,7 @@ class _Run:
         self.model, self.pixels, self.labels, self.people, self.config = model, pixels, labels, people, config
         self.sources, self.masks, self.time_limit, self.device = sources, masks, time_limit, _device(model)
         self.digest, self.modes = model_digest(model), [module.training for module in model.modules()]
-        self.headline = config.headline_eps if config.headline_eps in config.eps else max(config.eps, key=parse_eps)
+        self.headline = headline_of(config)
         self.nonfinite = 0
         clean = predict_logits(model, pixels, config.attack_batch).numpy()
         if clean.shape != (len(labels), len(CLASSES)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,8 @@ BACKBONES = ("Dinov2", "Efficientnet", "Resnet")
 #: The names used in every path, record, figure and table. `_atk` is the adversarially trained twin.
 MODELS = tuple(f"{backbone}{twin}" for backbone in BACKBONES for twin in ("", "_atk"))
 PROTOCOLS = ("slice", "patient")
+#: Bytes free below which a failed write is put down to a full disk.
+FULL_DISK = 1 << 20
 
 
 class StudyError(Exception):
@@ -52,6 +56,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(path.parent).free > FULL_DISK:
+            raise
+        raise StudyError(f"{path} could not be written: the disk is full ({error}); free some space and run the same command again, it "
+                         "goes on from what was saved before.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -136,6 +145,14 @@ def git_state() -> dict[str, object]:
                 "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "utils", "models", "dataset"))}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "unknown", "git_dirty": True}
+
+
+def say(line: str) -> None:
+    """One line for whoever watches, on standard error, above any progress bar; silent where nobody does (`ALZHEIMER_QUIET`)."""
+    if not os.environ.get("ALZHEIMER_QUIET"):
+        from tqdm.auto import tqdm
+
+        tqdm.write(line, file=sys.stderr)
 
 
 def progress(items: Iterable, description: str, total: int | None = None, **options) -> "tqdm":  # noqa: F821

@@ -1,0 +1,72 @@
+"""Which adversarial training? A short study on the training and validation people of `patient` fold 0; no test image is read.
+
+    python tests/benchmarks/defaults.py --raw RAW       # goes on where it stopped; writes assets/Resnet_atk/defaults.json
+
+Each line changes one thing of the first. The network sees the images at 64 px, which makes the study four times cheaper; the
+attack acts on native pixels, as always. Scores are of the best epoch, chosen as every training chooses it; all lines have
+the same epochs, so that they can be compared, and too few of them to say what a method reaches in the end.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils import data, experiment, training  # noqa: E402
+from utils.config import make_config  # noqa: E402
+from utils.utils_funcs import StudyError, choose_device, environment, hardware, read_json, write_json  # noqa: E402
+
+EPOCHS, INPUT = 8, 64
+LINES = {
+    "PGD-AT, 2 steps, eps ramp": {},
+    "TRADES, beta 6": {"method": "trades"},
+    "fast single-step": {"method": "fast"},
+    "half clean, half adversarial": {"clean_weight": 0.5},
+    "weight average, decay 0.99": {"ema_decay": 0.99},
+    "no eps ramp": {"eps_ramp": 0.0},
+    "ordinal soft labels": {"loss": "ordinal"},
+    "label smoothing 0.1": {"label_smoothing": 0.1},
+    "learning rate 0.001": {"lr": 1e-3},
+    "weaker augmentation": {"augmentation": 0.2},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--raw")
+    parser.add_argument("--output", type=Path, default=ROOT / "assets" / "Resnet_atk" / "defaults.json")
+    options = parser.parse_args()
+    study = experiment.open_study("cpu", options.raw)
+    if study.data != "real":
+        raise SystemExit("The study of defaults needs the real cohort: give it with --raw.")
+    done = read_json(options.output) if options.output.is_file() else {"rows": {}}
+    sets = {name: data.load_set(study.sets, "patient", 0, name) for name in ("train", "validation")}
+    for name, changes in LINES.items():
+        if name in done["rows"]:
+            continue
+        config = make_config("cpu", "Resnet_atk", epochs=EPOCHS, input_size=INPUT, precision="fp32", **changes)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device())
+                best = {key: value for key, value in fit.history[fit.best_epoch - 1].items()}
+                done["rows"][name] = {"changes": changes, "best_epoch": fit.best_epoch, "one_class": fit.one_class, "best": best,
+                                      "last": fit.history[-1], "seconds": fit.seconds, "init": fit.init,
+                                      "precision": fit.precision}
+            except StudyError as error:
+                done["rows"][name] = {"changes": changes, "failed": str(error)}
+        done |= {"model": "Resnet_atk", "protocol": "patient", "fold": 0, "data": study.data, "profile": "cpu",
+                 "epochs": EPOCHS, "input_size": INPUT, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
+                 "n_validation": len(sets["validation"]), "cohort_sha256": study.cohort_sha256, "hardware": hardware(),
+                 "threads": torch.get_num_threads(), "environment": environment()}
+        write_json(options.output, done)
+        print(json.dumps({name: done["rows"][name].get("best", done["rows"][name])}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

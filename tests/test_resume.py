@@ -1,0 +1,186 @@
+"""Kill -9 at any moment, several processes, several workers: the same numbers, nothing lost, nothing doubled."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tests import killable
+from tests.test_training import VALIDATION, equal, small, weights
+from utils import optuna_search
+from utils.backbones import read_metadata
+from utils.utils_funcs import ROOT
+
+MOMENTS = 10
+#: Processes that start in milliseconds, because a server has imported PyTorch for all of them.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.killable"])
+
+
+def finish(target, *arguments) -> float:
+    """Runs a function in a process of its own; the seconds that it took."""
+    started, process = time.monotonic(), FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+def kill_after(seconds: float, target, *arguments) -> bool:
+    """Starts it and kills it after so many seconds; whether it was still running."""
+    process = FORKS.Process(target=target, args=arguments)
+    process.start()
+    process.join(seconds)
+    running = process.is_alive()
+    if running:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    return running
+
+
+def without_seconds(history):
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither forkserver nor SIGKILL")
+def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
+    whole = tmp_path / "whole" / "fold0_seed0.safetensors"
+    finish(killable.train, whole)  # the first one pays for the server
+    shutil.rmtree(whole.parent)
+    duration = finish(killable.train, whole)
+    moments, killed = random.Random(0), 0
+    for moment in range(MOMENTS):
+        broken = tmp_path / f"broken{moment}" / "fold0_seed0.safetensors"
+        killed += kill_after(duration * moments.random(), killable.train, broken)
+        finish(killable.train, broken)
+        assert without_seconds(read_metadata(broken)["history"]) == without_seconds(read_metadata(whole)["history"])
+        for name in ("fold0_seed0.safetensors", "fold0_seed0_last.safetensors"):
+            assert equal(weights(broken.with_name(name)), weights(whole.with_name(name)))
+        left = sorted(path.name for path in broken.parent.iterdir() if path.suffix in (".pt", ".safetensors"))
+        assert left == ["fold0_seed0.safetensors", "fold0_seed0_last.safetensors"]
+    assert killed >= MOMENTS // 2, "most of the kills must have met a running training"
+
+
+def trials_of(folder: Path) -> list[tuple]:
+    study = optuna_search.open_study(folder, small("Resnet", trials=5, search_epochs=4))
+    return [(trial.number, trial.state, trial.value, trial.params, trial.intermediate_values) for trial in study.trials]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither forkserver nor SIGKILL")
+def test_a_search_killed_at_any_moment_goes_on_to_the_same_trials(tmp_path):
+    duration = finish(killable.search, tmp_path / "whole")
+    moments, killed, expected = random.Random(1), 0, trials_of(tmp_path / "whole")
+    assert len(expected) == 5
+    for moment in range(MOMENTS):
+        folder = tmp_path / f"broken{moment}"
+        killed += kill_after(duration * moments.random(), killable.search, folder)
+        finish(killable.search, folder)
+        assert trials_of(folder) == expected
+        assert (folder / "patient_fold0_best.json").read_bytes() == (tmp_path / "whole" / "patient_fold0_best.json").read_bytes()
+    assert killed >= MOMENTS // 2
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    for command, output in (([], alone), (launcher, together)):
+        done = subprocess.run([sys.executable, *command, "-m" if not command else "--module", "tests.killable", str(output)], cwd=ROOT,
+                              env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads(path.read_text()) for path in (alone, together))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["seen"] == list(range(len(VALIDATION))), "two processes together see every image exactly once"
+    for first, second in zip(one["history"], two["history"], strict=True):
+        assert second["validation_images"] == len(VALIDATION)
+        for name in ("train_loss", "validation_loss", "score"):
+            assert second[name] == pytest.approx(first[name], rel=1e-3), name  # sums in another order, nothing else
+        assert second["validation_accuracy"] == first["validation_accuracy"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---------------------------------------------------------------------------------------------- a study on PostgreSQL
+
+
+def postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's server programs, None where it is not installed."""
+    found = shutil.which("pg_ctl")
+    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return folders[-1] if folders else None
+
+
+@pytest.fixture
+def postgres(tmp_path_factory):
+    """URL of an empty database on a server of our own, run by a user that is not root."""
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    # A short path: a socket's may have 107 characters. PostgreSQL refuses root, so root hands over to its user.
+    folder, port = Path(f"/tmp/alzheimer-pg-{os.getpid()}"), free_port()
+    folder.mkdir(mode=0o755)
+    become = []
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres")
+        become = ["runuser", "-u", "postgres", "--"]
+
+    def server(*command: str) -> None:
+        subprocess.run([*become, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=folder)
+
+    try:
+        server(str(programs / "initdb"), "-D", str(folder / "data"), "-A", "trust", "-U", "study", "--no-sync")
+        server(str(programs / "pg_ctl"), "-D", str(folder / "data"), "-w", "-l", str(folder / "log"), "-o",
+               f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off", "start")
+        yield f"postgresql+psycopg://study@127.0.0.1:{port}/postgres"
+        server(str(programs / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def work(folder: Path, storage: str) -> None:
+    optuna_search.HEARTBEAT, optuna_search.GRACE = 1, 3
+    killable.search(folder, 6, storage)
+
+
+def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
+    monkeypatch.setattr(optuna_search, "GRACE", 3)
+    study = optuna_search.open_study(tmp_path, small("Resnet", trials=6, search_epochs=4), postgres)
+    optuna_search.enqueue(study, 6)
+    doomed, survivor = (FORKS.Process(target=work, args=(tmp_path / name, postgres)) for name in ("doomed", "survivor"))
+    doomed.start()
+    with contextlib.suppress(StopIteration):
+        while not study.get_trials(states=(TrialState.RUNNING,)):
+            time.sleep(0.02)
+    os.kill(doomed.pid, signal.SIGKILL)
+    survivor.start()
+    second = FORKS.Process(target=work, args=(tmp_path / "second", postgres))
+    second.start()
+    for process in (survivor, second):
+        process.join(300)
+        assert process.exitcode == 0
+    states = [trial.state for trial in study.get_trials()]
+    assert len(states) == 6, "nothing lost, nothing doubled"
+    assert states.count(TrialState.FAIL) == 1 and all(state.is_finished() for state in states)
+    assert len({str(trial.params) for trial in study.get_trials() if trial.state == TrialState.COMPLETE}) == states.count(TrialState.COMPLETE)
+    best = {json.loads((tmp_path / name / "patient_fold0_best.json").read_text())["value"] for name in ("survivor", "second")}
+    assert best == {study.best_value}, "both workers leave the same best settings"
