@@ -679,7 +679,8 @@ def _without_side_branches(vectors: np.ndarray, group: np.ndarray, doubtful: np.
     """Takes the doubtful images that are no slices of their group's stack out of it (-1).
 
     A slice stands between its neighbours: they are less alike than each is to it. What was made after a slice hangs
-    off that slice, and between it and the next makes a detour.
+    off that slice, and between it and the next makes a detour. Several made after one slice stand between each other,
+    so the trusted slices before and after them are asked as well.
     """
     group = group.copy()
     for name in np.unique(group[doubtful & (group >= 0)]):
@@ -691,13 +692,27 @@ def _without_side_branches(vectors: np.ndarray, group: np.ndarray, doubtful: np.
             # a blend, so there a doubtful image stays out; in a stack of doubtful ones the neighbour judges the end.
             detour = 1 + ((before * after) - (before * middle_) - (middle_ * after)).sum(1)
             ends = detour if doubtful[members].all() else np.ones(2)
-            detour = np.where(doubtful[stack], np.concatenate([ends[:1], detour, ends[-1:]]), -1)
+            detour = np.concatenate([ends[:1], detour, ends[-1:]])
+            detour = np.where(doubtful[stack], np.maximum(detour, _beside(vectors[stack], ~doubtful[stack])), -1)
             if detour.max() <= 0:
                 break
             worst = stack[detour.argmax()]
             group[worst] = -1
             members = members[members != worst]
     return group
+
+
+def _beside(vectors: np.ndarray, trusted: np.ndarray) -> np.ndarray:
+    """By how much more alike the trusted rows before and after each row of a stack are than the less like of them is to
+    it, (N,): above 0 it does not stand between them. -1 where there are not both."""
+    places = np.arange(len(vectors))
+    before = np.maximum.accumulate(np.where(trusted, places, -1))
+    after = np.minimum.accumulate(np.where(trusted, places, len(vectors))[::-1])[::-1]
+    between = ~trusted & (before >= 0) & (after < len(vectors))
+    result = np.full(len(vectors), -1.0)
+    first, row, last = vectors[before[between]], vectors[between], vectors[after[between]]
+    result[between] = (first * last).sum(1) - np.minimum((first * row).sum(1), (row * last).sum(1))
+    return result
 
 
 def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence[np.ndarray]) -> tuple[float, float]:
