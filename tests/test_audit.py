@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import audit, audit_figures, cohort as c, metrics, records
-from utils.data import assign_folds, people_of
+from utils import audit, audit_figures, cohort as c, metrics, records, report
+from utils.data import COMMITTED_FOLDS, assign_folds, people_of, read_folds
 from utils.phantom import write_phantom
 from utils.utils_funcs import ROOT
 
@@ -199,7 +199,7 @@ def test_a_finished_audit_is_shown_and_not_measured_again(study, audited, monkey
 
 def test_every_figure_is_redrawn_from_the_files_alone(audited):
     out, _ = audited
-    drawn = audit.draw_figures(out.parents[1])
+    drawn = report.draw_audit_figures(out.parents[1])
     assert set(drawn) == {"people", "stability", "split", "synthetic", "controls"}
     for name in drawn:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -209,6 +209,12 @@ def test_every_figure_is_redrawn_from_the_files_alone(audited):
             for text in (axes.title, axes.xaxis.label, axes.yaxis.label, axes._left_title)
         ]
         assert any(texts), f"{name} has unlabelled axes"
+
+
+def test_the_committed_data_card_follows_from_the_committed_cohort():
+    cohort, folds = c.read_cohort(ROOT / "dataset" / "cohort.csv"), read_folds(COMMITTED_FOLDS)
+    card = (ROOT / "assets" / "Baselines" / "data_card.md").read_text(encoding="utf-8")
+    assert audit.data_card(cohort, folds) in card and "data: real" in card
 
 
 def test_synthetic_images_are_counted_and_told_apart(study):

@@ -18,14 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from utils import audit_figures, cohort as recovery
 from utils import metrics, records
 from utils.cohort import Cohort, NoPeopleError, RawImages, Recovery, features, members_of, nearest
 from utils.data import Folds, split_people, split_slices
-from utils.report import save_figure
 from utils.utils_funcs import CLASSES, PROTOCOLS, StudyError, atomic_path, environment, git_state, hardware, progress
 
 NO_PEOPLE = 3
@@ -411,20 +409,6 @@ def leak_arrays(raw: RawImages, cohort: Cohort, *, data: str, thorough: bool = T
     }
 
 
-def draw_figures(root: Path) -> dict[str, Figure]:
-    """Draws the audit's figures from the arrays and records under `root` into `assets/Baselines`: name → figure."""
-    folder = root / "assets" / "Baselines"
-    found = {
-        protocol: records.read_record(folder / f"{protocol}.json")
-        for protocol in PROTOCOLS
-        if (folder / f"{protocol}.json").is_file()
-    }
-    drawn = audit_figures.audit_figures(audit_figures.read_arrays(folder), found)
-    for name, figure in drawn.items():
-        save_figure(figure, folder / f"{name}.png")
-    return drawn
-
-
 def write_arrays(arrays: dict[str, np.ndarray], path: Path | str) -> None:
     """Writes the arrays atomically, compressed; equal arrays give equal bytes."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -442,8 +426,8 @@ def run_audit(
     cohort_sha256: str,
     again: bool = False,
 ) -> dict[str, dict]:
-    """Leaves in `folder` (`assets/Baselines`) the records of the controls under both protocols and the arrays of the
-    audit's figures, where they are missing, of another cohort, or `again`. At profile `demo` one fold of `patient`
+    """Leaves in `folder` (`assets/Baselines`) the records of the controls under both protocols the arrays of the
+    audit's figures and the data card, where they are missing, of another cohort, or `again`. At profile `demo` one fold of `patient`
     stands for all, and stability is not measured.
 
     Returns:
@@ -461,6 +445,8 @@ def run_audit(
         found[protocol] = record
     if again or not (folder / ARRAYS).is_file():
         write_arrays(leak_arrays(raw, cohort, data=data, thorough=thorough), folder / ARRAYS)
+    with atomic_path(folder / "data_card.md") as temporary:
+        temporary.write_text(f"# Data card\n\ndata: {data}\n\n{data_card(cohort, folds)}\n", encoding="utf-8")
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils import figures, metrics
+from utils import audit_figures, figures, metrics
 from utils.config import PROFILES
 from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, provenance, read_entries,
                            read_predictions,
@@ -306,10 +306,24 @@ def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
     return drawn
 
 
+def draw_audit_figures(root: Path | str) -> dict[str, Figure]:
+    """Writes and returns the figures of the leak audit, name → figure, from its small arrays and records under `root`."""
+    folder = Path(root) / "assets" / "Baselines"
+    found = {protocol: read_record(folder / f"{protocol}.json") for protocol in PROTOCOLS if (folder / f"{protocol}.json").is_file()}
+    drawn = audit_figures.audit_figures(audit_figures.read_arrays(folder), found)
+    for name, figure in drawn.items():
+        save_figure(figure, folder / f"{name}.png")
+    return drawn
+
+
 def draw_figures(root: Path | str) -> list[Path]:
     """Redraws every figure that follows from the records under `root`; returns the paths."""
     models = dict.fromkeys(model for model, _ in read_entries(root))
-    return [path for model in models for path in draw_model_figures(root, model)] + list(draw_study_figures(root))
+    paths = [path for model in models for path in draw_model_figures(root, model)] + list(draw_study_figures(root))
+    folder = Path(root) / "assets" / "Baselines"
+    if (folder / audit_figures.ARRAYS).is_file():
+        paths += [folder / f"{name}.png" for name in draw_audit_figures(root)]
+    return paths
 
 
 # -------------------------------------------------------------------------------------------------------- README
