@@ -33,10 +33,10 @@ import tyro
 from utils import data, grad_cam, optuna_search, phantom, report, training
 from utils.backbones import load_model
 from utils.cohort import Cohort, cohort_for, find_raw, read_raw, write_cohort
-from utils.config import RunConfig, folds_of, make_config
+from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.metrics import fit_temperature, to_half
-from utils.robustness import (Stage, SuiteResult, evaluate_suite, model_from_factory, other_norms_plan, suite_plan,
-                              verdict)
+from utils.robustness import (Stage, SuiteResult, attack_images, evaluate_suite, headline_of, model_from_factory,
+                              other_norms_plan, suite_plan, verdict)
 from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, StudyError, choose_device, environment, git_state, hardware, read_json,
                                result_root, write_json)
 
@@ -269,11 +269,30 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
     figure = grad_cam.overlay_figure(images, grad_cam.explain(model, images), probabilities, few.labels, title=label_of(study, config))
     dear = range(min(len(more), max(2, config.sample // 4)))  # slices for the measures that need many passes each
-    measures = grad_cam.explanation_measures(model, data.pixels(more.images, choose_device()), methods=("gradcam",), sample=dear)
+    pixels, shown = data.pixels(more.images), config.eps if config.suite != "quick" else (headline_of(config),)
+    attacked = {eps: attack_images(model, pixels, more.labels.numpy(), "pgd", parse_eps(eps), steps=config.pgd_steps, seed=config.seed)
+                for eps in shown}
+    measures = grad_cam.explanation_measures(model, pixels.to(choose_device()), methods=("gradcam",), sample=dear,
+                                             adversarial={eps: images.to(choose_device()) for eps, images in attacked.items()})
     numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
     report.save_figure(figure, figure_path, dpi=100, colours=192)
+    if config.suite != "quick" and config.fold == 0:
+        _through_a_person(test, model, figure_path.with_name(f"person_{config.protocol}"), label_of(study, config))
     write_json(numbers_path, numbers)
     return figure_path, numbers
+
+
+def _through_a_person(test: data.ImageSet, model: torch.nn.Module, path: Path, label: str) -> None:
+    """Grad-CAM over the slices of one test person, the first with the gravest rating of more than a few people, as a strip
+    and as a GIF at `path`.png and .gif."""
+    person = int(test.people[test.labels == min(2, int(test.labels.max()))].min())
+    own = test.pick(np.flatnonzero(test.people.numpy() == person))
+    own = own.pick(own.slices.argsort())
+    images = data.pixels(own.images, choose_device())
+    maps, probabilities = grad_cam.explain(model, images), training.predict(model, own.images, choose_device()).softmax(1)
+    report.save_figure(grad_cam.person_strip(images, maps, probabilities, int(own.labels[0]), title=label), path.with_suffix(".png"),
+                       dpi=90, colours=192)
+    grad_cam.person_gif(images, maps, path.with_suffix(".gif"), side=128)
 
 
 def label_of(study: Study, config: RunConfig) -> str:
