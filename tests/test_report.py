@@ -280,6 +280,30 @@ def test_twins_are_compared_on_the_same_images(tree: Path) -> None:
     assert difference["n_slices"] == 92 and report.twin_difference(entries, "Dinov2", "patient") is None
 
 
+def test_twins_trained_with_other_means_are_no_pair(tree: Path, tmp_path: Path) -> None:
+    write_study(tmp_path, ("Resnet",), profile="cpu")
+    write_study(tmp_path, ("Resnet_atk",))
+    assert report.twin_difference(read_entries(tmp_path), "Resnet", "patient") is None
+
+
+def test_where_there_are_results_the_findings_pass_over_rehearsals(tmp_path: Path) -> None:
+    write_study(tmp_path, ("Resnet",), profile="cpu")
+    write_study(tmp_path, ("Resnet_atk",))  # a rehearsal, and the most robust of both
+    text = report.findings_markdown(read_entries(tmp_path))
+    assert "`Resnet` (row 2)" in text and "Resnet_atk" not in text
+
+
+def test_an_attack_on_fewer_slices_prints_its_own_n(tmp_path: Path) -> None:
+    rows, units = study()
+    few = np.arange(len(rows["labels"])) % 4 == 0
+    for name in [name for name in rows if ":" in name]:
+        rows[name] = np.where(few[:, None], rows[name], np.float16(np.nan))
+    record = summarise(rows, units, n_boot=N_BOOT)
+    assert (record["clean"]["n_slices"], record["worst_case"]["4/255"]["n_slices"], record["worst_case"]["4/255"]["n_people"]) == (92, 23, 23)
+    write_record(tmp_path / "assets" / "Resnet" / "patient.json", record, rows)
+    assert "92 / 23 (23 attacked)" in report.results_markdown(read_entries(tmp_path))
+
+
 def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(tree / "assets", tmp_path / "assets")
     drawn = report.draw_model_figures(tmp_path, "Resnet_atk") | report.draw_study_figures(tmp_path)

@@ -1,9 +1,10 @@
-"""Which adversarial training? A short study on the training and validation people of `patient` fold 0; no test image is read.
+"""Which settings? Short studies on the training and validation people of `patient` fold 0; no test image is read.
 
-    python tests/benchmarks/defaults.py --raw RAW       # goes on where it stopped; writes assets/Resnet_atk/defaults.json
+    python tests/benchmarks/defaults.py --raw RAW                          # which adversarial training, for Resnet_atk
+    python tests/benchmarks/defaults.py --raw RAW --model Efficientnet     # which learning rate, from random weights
 
-Each line changes one thing of the first. The network sees the images at 64 px, which makes the study four times cheaper; the
-attack acts on native pixels, as always. Scores are of the best epoch, chosen as every training chooses it; all lines have
+Goes on where it stopped; writes assets/<Model>/defaults.json. Each line changes one thing of the first. The ResNet sees the
+images at 64 px, which makes its study four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch, chosen as every training chooses it; all lines have
 the same epochs, so that they can be compared, and too few of them to say what a method reaches in the end.
 """
 
@@ -22,8 +23,7 @@ from utils import data, experiment, training  # noqa: E402
 from utils.config import make_config  # noqa: E402
 from utils.utils_funcs import StudyError, choose_device, environment, hardware, read_json, write_json  # noqa: E402
 
-EPOCHS, INPUT = 8, 64
-LINES = {
+ADVERSARIAL = {
     "PGD-AT, 2 steps, eps ramp": {},
     "TRADES, beta 6": {"method": "trades"},
     "fast single-step": {"method": "fast"},
@@ -35,22 +35,34 @@ LINES = {
     "learning rate 0.001": {"lr": 1e-3},
     "weaker augmentation": {"augmentation": 0.2},
 }
+CLEAN = {
+    "learning rate 0.0003": {"lr": 3e-4},
+    "learning rate 0.001": {"lr": 1e-3},
+    "learning rate 0.001, no class weights": {"lr": 1e-3, "class_weights": False},
+    "learning rate 0.003": {"lr": 3e-3},
+    "learning rate 0.001, weaker augmentation": {"lr": 1e-3, "augmentation": 0.2},
+    "learning rate 0.001, weight average, decay 0.99": {"lr": 1e-3, "ema_decay": 0.99},
+}
+#: Model → (lines, epochs, side in pixels that the network sees, None: native).
+STUDIES = {"Resnet_atk": (ADVERSARIAL, 8, 64), "Efficientnet": (CLEAN, 4, None)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--raw")
-    parser.add_argument("--output", type=Path, default=ROOT / "assets" / "Resnet_atk" / "defaults.json")
+    parser.add_argument("--model", choices=tuple(STUDIES), default="Resnet_atk")
     options = parser.parse_args()
+    lines, epochs, size = STUDIES[options.model]
+    output = ROOT / "assets" / options.model / "defaults.json"
     study = experiment.open_study("cpu", options.raw)
     if study.data != "real":
         raise SystemExit("The study of defaults needs the real cohort: give it with --raw.")
-    done = read_json(options.output) if options.output.is_file() else {"rows": {}}
+    done = read_json(output) if output.is_file() else {"rows": {}}
     sets = {name: data.load_set(study.sets, "patient", 0, name) for name in ("train", "validation")}
-    for name, changes in LINES.items():
+    for name, changes in lines.items():
         if name in done["rows"]:
             continue
-        config = make_config("cpu", "Resnet_atk", epochs=EPOCHS, input_size=INPUT, precision="fp32", **changes)
+        config = make_config("cpu", options.model, epochs=epochs, input_size=size, precision="fp32", **changes)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device())
@@ -60,11 +72,11 @@ def main() -> None:
                                       "precision": fit.precision}
             except StudyError as error:
                 done["rows"][name] = {"changes": changes, "failed": str(error)}
-        done |= {"model": "Resnet_atk", "protocol": "patient", "fold": 0, "data": study.data, "profile": "cpu",
-                 "epochs": EPOCHS, "input_size": INPUT, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
+        done |= {"model": options.model, "protocol": "patient", "fold": 0, "data": study.data, "profile": "cpu",
+                 "epochs": epochs, "input_size": size, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
                  "n_validation": len(sets["validation"]), "cohort_sha256": study.cohort_sha256, "hardware": hardware(),
                  "threads": torch.get_num_threads(), "environment": environment()}
-        write_json(options.output, done)
+        write_json(output, done)
         print(json.dumps({name: done["rows"][name].get("best", done["rows"][name])}), flush=True)
 
 
