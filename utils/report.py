@@ -368,6 +368,8 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
 
     # Rehearsals say nothing about models; where there is more, they are not spoken of.
     rehearsal = not any(earnest(row, protocol) for row in trained for protocol in PROTOCOLS)
+    if rehearsal and any(earnest(row, "patient") for row in controls.values()):
+        return " ".join([*said, "The models below were rehearsed only: no number of theirs is a finding."])
     both = [row for row in trained if (rehearsal or all(earnest(row, protocol) for protocol in PROTOCOLS)) and None not in (value(row, "slice", column), value(row, "patient", column))]
     if both:
         best = max(both, key=lambda row: value(row, "slice", column))
