@@ -1,7 +1,7 @@
 """Reproduces the study with one command: makes the environment, finds the data, runs all notebooks, prints results.
 
-    python reproduce.py                        the demo: about five minutes on two cores, once the environment is there
-    python reproduce.py --profile cpu          the real cohort on a two-core machine, about ten hours
+    python reproduce.py                        the demo: about six minutes on two cores, once the environment is there
+    python reproduce.py --profile cpu          the real cohort on a two-core machine, many hours
     python reproduce.py --profile paper        224x224 and full budgets, on one GPU or several
     python reproduce.py --only Resnet_atk      one notebook (may be repeated)
     python reproduce.py figures                every figure and table again from the committed records, in seconds
@@ -530,7 +530,7 @@ def read_notebook(path: Path) -> dict:
 
 
 def demo_workers() -> int:
-    """Notebooks that a demo runs at a time: its arrays are too small for several cores, and each takes some 2 GB."""
+    """Notebooks that a demo runs at a time: its arrays are too small for several cores."""
     return max(1, min(4, os.cpu_count() or 1))
 
 

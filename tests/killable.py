@@ -8,7 +8,6 @@ import torch
 
 from tests.test_training import DEVICE, TRAIN, VALIDATION, TinyNet, small
 from utils import optuna_search, training
-from utils.data import ImageSet
 
 
 def use_tiny_network() -> None:
@@ -31,10 +30,10 @@ def train(checkpoint: Path, epochs: int = 12) -> None:
     training.fit(TRAIN, VALIDATION, config, checkpoint, DEVICE, logs=checkpoint.with_suffix("") / "logs")
 
 
-def search(folder: Path, trials: int = 5, storage: str | None = None, train_set: ImageSet = TRAIN) -> None:
+def search(folder: Path, trials: int = 5, storage: str | None = None, epochs: int = 4) -> None:
     use_tiny_network()
-    config = small("Resnet", trials=trials, search_epochs=4)
-    optuna_search.search(train_set, VALIDATION, config, folder, DEVICE, storage=storage)
+    config = small("Resnet", trials=trials, search_epochs=epochs)
+    optuna_search.search(TRAIN, VALIDATION, config, folder, DEVICE, storage=storage)
 
 
 def train_in_a_team(output: Path) -> None:

@@ -150,3 +150,11 @@ def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.returncode == 0, done.stderr
     assert "WORST CASE" in done.stdout and "checks" in done.stdout and "12" in done.stdout
+
+
+def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):
+    """Each would take a trial of its own while every training waits for all processes: they would wait for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    study = experiment.Study(tmp_path, "phantom", "demo", tmp_path, "0")
+    with pytest.raises(StudyError, match="experiment search --model Resnet_atk"):
+        experiment.search(study, experiment.make_config("demo", "Resnet_atk"))

@@ -54,7 +54,7 @@ def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_search, "objective", sometimes)
     study, _ = run(tmp_path)
     states = [trial.state for trial in study.trials]
-    assert states.count(optuna.trial.TrialState.FAIL) == 1 and states.count(optuna.trial.TrialState.COMPLETE) == 2
+    assert states.count(optuna.trial.TrialState.FAIL) == 1 and states.count(optuna.trial.TrialState.COMPLETE) == 3
     assert "out of memory" in study.trials[0].user_attrs["error"]
 
 

@@ -366,3 +366,24 @@ def test_what_was_written_is_listed_by_folder(tmp_path):
     files = reproduce.written_files(tmp_path, since=0)
     assert reproduce.describe_files(files, tmp_path) == ["  assets/Resnet/: patient.json, slice.json",
                                                          "  models/: a.ipynb"]
+
+
+def test_only_a_demo_runs_the_model_notebooks_side_by_side():
+    numbered = [(path, path) for path in reproduce.NOTEBOOKS]
+    sizes = [len(group) for group in reproduce.side_by_side(numbered, "demo")]
+    assert sorted(sizes)[-1] == 6 and sum(sizes) == len(numbered)
+    assert [item for group in reproduce.side_by_side(numbered, "demo") for item in group] == numbered
+    assert all(len(group) == 1 for group in reproduce.side_by_side(numbered, "cpu"))
+
+
+def test_the_first_error_ends_what_runs_beside_it(monkeypatch):
+    monkeypatch.setattr(reproduce, "demo_workers", lambda: 2)
+
+    def failing():
+        raise reproduce.ReproduceError("broken")
+
+    sleeping = lambda: reproduce.run_quietly([sys.executable, "-c", "import time; time.sleep(60)"])  # noqa: E731
+    start = time.monotonic()
+    with pytest.raises(reproduce.ReproduceError, match="broken"):
+        reproduce.run_all([sleeping, failing, sleeping])
+    assert time.monotonic() - start < 30 and not reproduce.STOP.is_set()

@@ -1,6 +1,5 @@
 """Kill -9 at any moment, several processes, several workers: the same numbers, nothing lost, nothing doubled."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -25,8 +24,9 @@ from utils.utils_funcs import ROOT
 
 MOMENTS = 10
 #: Processes that start in milliseconds, because a server has imported PyTorch for all of them.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.killable"])
+FORKS = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+if sys.platform != "win32":
+    FORKS.set_forkserver_preload(["tests.killable"])
 
 
 def finish(target, *arguments) -> float:
@@ -157,20 +157,20 @@ def postgres(tmp_path_factory):
 
 
 def work(folder: Path, storage: str) -> None:
-    optuna_search.HEARTBEAT, optuna_search.GRACE = 1, 3
-    killable.search(folder, 6, storage)
+    optuna_search.HEARTBEAT, optuna_search.GRACE = 1, 8
+    killable.search(folder, 6, storage, epochs=30)  # long enough to be killed in the middle
 
 
 def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
-    monkeypatch.setattr(optuna_search, "GRACE", 3)
+    monkeypatch.setattr(optuna_search, "GRACE", 8)
     study = optuna_search.open_study(tmp_path, small("Resnet", trials=6, search_epochs=4), postgres)
     optuna_search.enqueue(study, 6)
     doomed, survivor = (FORKS.Process(target=work, args=(tmp_path / name, postgres)) for name in ("doomed", "survivor"))
     doomed.start()
-    with contextlib.suppress(StopIteration):
-        while not study.get_trials(states=(TrialState.RUNNING,)):
-            time.sleep(0.02)
+    while not study.get_trials(states=(TrialState.RUNNING,)):
+        assert doomed.is_alive()
+        time.sleep(0.02)
     os.kill(doomed.pid, signal.SIGKILL)
     survivor.start()
     second = FORKS.Process(target=work, args=(tmp_path / "second", postgres))

@@ -426,8 +426,8 @@ def run_audit(
     cohort_sha256: str,
     again: bool = False,
 ) -> dict[str, dict]:
-    """Leaves in `folder` (`assets/Baselines`) the records of the controls under both protocols the arrays of the
-    audit's figures and the data card, where they are missing, of another cohort, or `again`. At profile `demo` one fold of `patient`
+    """Leaves in `folder` (`assets/Baselines`) the records of the controls under both protocols, and the arrays of
+    the audit's figures, where they are missing, of another cohort, or `again`; and the data card. At profile `demo` one fold of `patient`
     stands for all, and stability is not measured.
 
     Returns:

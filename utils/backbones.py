@@ -157,17 +157,19 @@ def _build_timm(backbone: str, folder: Path | None, load: bool) -> nn.Module:
 def _build_dinov2(folder: Path | None, load: bool) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
+    # The mask token takes part in pretraining alone: left in, several processes would wait for its gradient.
     # Attention rollout needs the attention matrices, which only the eager implementation returns; it is switched on
     # there (`grad_cam.py`), everything else runs the faster fused one.
     if not load:
-        config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=518)
+        config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=518,
+                              use_mask_token=False)
         return DinoClassifier(Dinov2Model(config))
     if folder is None:
-        return DinoClassifier(Dinov2Model.from_pretrained(DINOV2_NAME))
+        return DinoClassifier(Dinov2Model.from_pretrained(DINOV2_NAME, use_mask_token=False))
     local = folder / DINOV2_NAME.split("/")[1]
     if not (local / "config.json").is_file():
         raise StudyError(f"{local} holds no DINOv2 (config.json is missing): put the hub's files there or unset ALZHEIMER_WEIGHTS.")
-    return DinoClassifier(Dinov2Model.from_pretrained(local, local_files_only=True))
+    return DinoClassifier(Dinov2Model.from_pretrained(local, local_files_only=True, use_mask_token=False))
 
 
 def save_model(model: PixelClassifier, path: Path | str, metadata: dict[str, object] | None = None,

@@ -144,6 +144,10 @@ def search(study: Study, config: RunConfig) -> RunConfig:
     searched = config if config.profile == "paper" else dataclasses.replace(config, fold=0)
     folder = study.optuna(config.model)
     if config.trials and recorded(study, config) is None and not optuna_search.best_settings(folder, searched):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise StudyError(f"{config.model} has no searched settings yet and several processes cannot search together: run `python -m "
+                             f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} --fold "
+                             f"{searched.fold} --trials {config.trials}` first, or train with --trials 0.")
         sets = load_sets(study, searched)
         optuna_search.search(sets["train"], sets["validation"], searched, folder, choose_device())
     return dataclasses.replace(config, **optuna_search.best_settings(folder, searched)) if config.trials else config

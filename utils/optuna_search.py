@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import threading
 import time
@@ -30,7 +29,7 @@ from utils.utils_funcs import StudyError, read_json, say, write_json
 #: Startup trials before the median rule may prune one.
 PRUNER_STARTUP = 4
 #: Seconds between two signs of life of a trial on a shared storage, and after how many silent ones it counts as dead.
-HEARTBEAT, GRACE = (int(os.environ.get(name, default)) for name, default in (("ALZHEIMER_HEARTBEAT", 30), ("ALZHEIMER_GRACE", 120)))
+HEARTBEAT, GRACE = 30, 120
 
 
 #: The settings that a search chooses.
@@ -75,7 +74,8 @@ def enqueue(study: optuna.Study, trials: int) -> None:
 
 def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Path, device: torch.device, *,
            storage: str | None = None) -> optuna.Study:
-    """Works on the study until none of its `config.trials` trials waits or runs, and writes the best settings beside it.
+    """Works on the study until none of its trials waits or runs, and writes the best settings beside it. On one machine it
+    enqueues `config.trials` trials itself, and one for each that failed, as long as no more failed than were asked for.
 
     The objective is the validation score of `training.validate` (adversarial for `_atk` models): macro-averaged
     cross-entropy of the best epoch, lower is better. A trial that fails (NaN, out of memory) is recorded as failed, the
@@ -86,14 +86,11 @@ def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Pat
         StudyError: no trial waits in a shared study, or every trial failed.
     """
     study = open_study(folder, config, storage)
-    if storage is None:
-        with FileLock(folder / "study.lock"):
-            enqueue(study, config.trials)
-    elif not study.get_trials(deepcopy=False):
+    if storage is not None and not study.get_trials(deepcopy=False):
         raise StudyError(f"No trial is enqueued in {study.study_name}: enqueue them once with `python -m utils.experiment search "
                          "--enqueue N`, then start as many workers as you like.")
     workplace = folder / "trials" / study.study_name
-    take = _local_trials(study, workplace) if storage is None else _shared_trials(study)
+    take = _local_trials(study, workplace, config.trials) if storage is None else _shared_trials(study)
     for trial in take:
         _work(study, trial, train, validation, config, device, workplace / f"{trial.number}")
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -105,11 +102,17 @@ def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Pat
     return study
 
 
-def _local_trials(study: optuna.Study, workplace: Path) -> Iterator[optuna.Trial]:
+def _local_trials(study: optuna.Study, workplace: Path, trials: int) -> Iterator[optuna.Trial]:
     """Trials for this worker, one at a time. Each running trial's worker holds a lock that the system frees when the
     worker dies; so a running trial whose lock is free belongs to nobody, and is taken up again."""
     workplace.mkdir(parents=True, exist_ok=True)
-    while open_trials := study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+    while True:
+        with FileLock(workplace / "queue.lock"):
+            failed = len(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
+            enqueue(study, trials + min(failed, trials))
+        open_trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        if not open_trials:
+            return
         for waiting in open_trials:
             with contextlib.suppress(Timeout), FileLock(workplace / f"{waiting.number}.lock", timeout=0):
                 if not study.trials[waiting.number].state.is_finished():

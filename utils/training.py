@@ -88,8 +88,7 @@ def parameter_groups(model: PixelClassifier, config: RunConfig) -> list[dict]:
     lowest = {"full": 0, "last_block": top - 1, "head": top}[config.fine_tune]
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
-        # DINOv2's mask token takes part in its pretraining alone; left in, several processes would wait for its gradient.
-        parameter.requires_grad_(depths[name] >= lowest and not name.endswith("mask_token"))
+        parameter.requires_grad_(depths[name] >= lowest)
         if not parameter.requires_grad:
             continue
         decay = 0.0 if parameter.ndim < 2 else config.weight_decay
