@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -217,9 +218,35 @@ def test_nothing_is_trained_in_the_attack_and_batchnorm_does_not_move():
     assert int(model.norm.num_batches_tracked) == 1, "one forward pass in train mode: the one that is learnt from"
 
 
-def test_the_probe_leaves_the_weights_alone_and_names_a_precision():
-    model = build_model("Efficientnet", pretrained=False)
-    assert training.probe_precision(model, torch.rand(4, 1, 64, 64), DEVICE) in ("fp32", "bf16")
+class Probed(nn.Module):
+    """A linear model that takes its time in one precision and, where asked, turns its gradient round in bf16."""
+
+    def __init__(self, slow: str, wrong: bool) -> None:
+        super().__init__()
+        self.head, self.slow, self.wrong = nn.Linear(64, 4), slow, wrong
+
+    def forward(self, images):
+        precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+        if precision == self.slow:
+            time.sleep(0.05)
+        logits = self.head(images.flatten(1))
+        return -logits if self.wrong and precision == "bf16" else logits
+
+
+@pytest.mark.parametrize(("slow", "wrong", "expected"), [("fp32", False, "bf16"), ("bf16", False, "fp32"), ("fp32", True, "fp32")])
+def test_the_probe_takes_the_faster_precision_only_if_its_gradient_agrees(slow, wrong, expected):
+    torch.manual_seed(0)
+    images = torch.rand(32, 1, 8, 8)
+    assert training.probe_precision(Probed(slow, wrong), images, torch.arange(32) % 4, DEVICE) == expected
+
+
+def test_the_probe_leaves_training_as_if_it_had_not_run(tiny):
+    weights = []
+    for precision in ("auto", "fp32"):
+        trainer = training._Trainer(TRAIN, VALIDATION, small("Resnet", precision=precision), DEVICE)
+        weights.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
+        assert trainer.precision in ("fp32", "bf16")
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 def test_settings_survive_json():

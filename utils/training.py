@@ -201,17 +201,20 @@ def predict(model: nn.Module, images: Tensor, device: torch.device | str, batch_
 
 
 def attacked_logits(model: nn.Module, images: Tensor, labels: Tensor, eps: float, device: torch.device | str, *, steps: int,
-                    step_size: float | None = None, batch_size: int = 64) -> Tensor:
-    """Float32 logits (N, 4) on the CPU under lean PGD from the clean image, for `uint8` images; the model in eval mode."""
+                    step_size: float | None = None, autocast: Callable = contextlib.nullcontext, batch_size: int = 64) -> Tensor:
+    """Float32 logits (N, 4) on the CPU under lean PGD from the clean image, for `uint8` images; the model in eval mode.
+    The search runs under `autocast`, its score is always of float32 arithmetic."""
     rows = []
     for chunk, truth in zip(images.split(batch_size), labels.split(batch_size)):
-        moved = perturb_for_training(model, pixels(chunk, device), truth.to(device), eps, steps=steps, step_size=step_size, random_start=False)
+        with autocast():
+            moved = perturb_for_training(model, pixels(chunk, device), truth.to(device), eps, steps=steps, step_size=step_size, random_start=False)
         with torch.no_grad():
             rows.append(model(moved).float().cpu())
     return torch.cat(rows)
 
 
-def validate(model: nn.Module, part: ImageSet, config: RunConfig, device: torch.device, team: Team | None = None) -> dict:
+def validate(model: nn.Module, part: ImageSet, config: RunConfig, device: torch.device, team: Team | None = None,
+             autocast: Callable = contextlib.nullcontext) -> dict:
     """Validation scores of a model in eval mode; `score` (lower is better) is the macro-averaged cross-entropy, for an
     adversarially trained model under PGD at the full `train_eps`, on every `slice_stride`-th slice of each person.
     Several processes take every image exactly once."""
@@ -224,7 +227,8 @@ def validate(model: nn.Module, part: ImageSet, config: RunConfig, device: torch.
     scores["score"] = scores["validation_loss"]
     if config.adversarial:
         few = part.pick(every_nth(part, config.slice_stride))
-        attacked = attacked_logits(model, few.images[team.share], few.labels[team.share], config.train_eps, device, steps=VALIDATION_STEPS)
+        attacked = attacked_logits(model, few.images[team.share], few.labels[team.share], config.train_eps, device, steps=VALIDATION_STEPS,
+                                   autocast=autocast)
         attacked = team.everyones(attacked, len(few))
         scores["adversarial_validation_loss"] = scores["score"] = macro_cross_entropy(attacked, few.labels)
         scores["adversarial_validation_balanced_accuracy"] = balanced_accuracy(attacked, few.labels)
@@ -283,30 +287,33 @@ class Team:
 # ------------------------------------------------------------------------------------------------------------- fitting
 
 
-def probe_precision(model: PixelClassifier, images: Tensor, device: torch.device) -> str:
+def probe_precision(model: PixelClassifier, images: Tensor, labels: Tensor, device: torch.device) -> str:
     """`fp32` or `bf16`: which is faster for a training step of this backbone on this machine *and* agrees with fp32.
 
-    Agreement: the mean distance of the logits is at most 2% of their spread. Weights are left as they were.
+    Agreement: what the arithmetic moves the batch's gradient by is at most a quarter of what the choice of the batch moves
+    it by, which half the distance between the gradients of its two halves estimates. BatchNorm's statistics move.
     """
-    times, outputs = {}, {}
+    def gradient(precision: str, rows: slice = slice(None)) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images[rows])
+        loss = F.cross_entropy(logits.float(), labels[rows])
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+
     model.train()
+    seconds, gradients = {}, {}
     for precision in ("fp32", "bf16"):
-        for attempt in range(3):
+        gradients[precision] = gradient(precision)  # once untimed: the first pass also lays out memory
+        times = []
+        for _ in range(2):
             start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = model(images).float().logsumexp(1).mean()
-            torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+            gradient(precision)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-            times[precision] = elapsed if attempt == 1 else min(times.get(precision, math.inf), elapsed) if attempt else math.inf
-        model.eval()
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            outputs[precision] = model(images).float()
-        model.train()
-    spread = float(outputs["fp32"].std()) + 1e-3
-    agrees = float((outputs["fp32"] - outputs["bf16"]).abs().mean()) <= 0.02 * spread + 1e-3
-    return "bf16" if agrees and times["bf16"] < times["fp32"] else "fp32"
+            times.append(time.perf_counter() - start)
+        seconds[precision] = min(times)
+    noise = (gradient("fp32", slice(0, None, 2)) - gradient("fp32", slice(1, None, 2))).norm() / 2
+    agrees = bool((gradients["bf16"] - gradients["fp32"]).norm() <= 0.25 * noise)
+    return "bf16" if agrees and seconds["bf16"] < seconds["fp32"] else "fp32"
 
 
 class _Trainer:
@@ -320,7 +327,7 @@ class _Trainer:
         #: The config as it is trained by now: single-step training that collapsed goes on with PGD.
         self.recipe = config
         self.model = build_model(config.model, pretrained=config.pretrained, input_size=config.input_size)
-        self.model.to(device, memory_format=torch.channels_last)
+        self.model.to(device)
         groups = parameter_groups(self.model, config)
         fused = device.type in ("cpu", "cuda")
         self.optimizer = (torch.optim.AdamW(groups, config.lr, fused=fused) if config.optimizer == "adamw"
@@ -335,7 +342,8 @@ class _Trainer:
         self.precision = config.precision
         if self.precision == "auto":
             state = {key: value.clone() for key, value in self.model.state_dict().items()}
-            self.precision = probe_precision(self.model, pixels(train.images[: config.batch_size], device), device)
+            batch = train.pick(spread(train, config.batch_size))
+            self.precision = probe_precision(self.model, pixels(batch.images, device), batch.labels.to(device), device)
             self.model.load_state_dict(state)  # the probe's forward passes moved BatchNorm statistics
         self.forward = self.team.wrap(self.model)
 
@@ -361,7 +369,7 @@ class _Trainer:
                     "it goes on with PGD from the epoch before.")
                 self._load(before)
                 self.recipe = dataclasses.replace(config, method="pgd", train_steps=max(2, config.train_steps))
-        entry |= validate(self.chosen.eval(), self.validation, config, self.device, self.team)
+        entry |= validate(self.chosen.eval(), self.validation, config, self.device, self.team, self.autocast)
         if config.adversarial:
             entry["train_eps"] = curriculum(config, float(number + 1))
         entry["seconds"] = time.perf_counter() - start
@@ -426,7 +434,8 @@ class _Trainer:
         sample = self.train.pick(spread(self.train, 64))
         shares = {}
         for name, budget in (("fgsm", dict(steps=1, step_size=self.config.train_eps)), ("pgd", dict(steps=10))):
-            logits = attacked_logits(self.model, sample.images, sample.labels, self.config.train_eps, self.device, **budget)
+            logits = attacked_logits(self.model, sample.images, sample.labels, self.config.train_eps, self.device, autocast=self.autocast,
+                                     **budget)
             shares[f"train_{name}_accuracy"] = float((logits.argmax(1) == sample.labels).float().mean())
         return {**shares, "collapsed": shares["train_fgsm_accuracy"] - shares["train_pgd_accuracy"] > COLLAPSE_GAP}
 
