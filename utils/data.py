@@ -277,12 +277,15 @@ def spread(part: ImageSet, count: int) -> np.ndarray:
 
 
 def every_nth(part: ImageSet, stride: int) -> np.ndarray:
-    """Sorted rows of every `stride`-th slice of each person, from the first; of images of nobody known, every `stride`-th."""
+    """Sorted rows of about one in `stride` slices of each person, at least one, from the middle of equal stretches of the
+    person's own slices (neither end of the head leads); images of nobody known count as one person's."""
     people, slices = part.people.numpy(), part.slices.numpy()
     order = np.lexsort((slices, people))
-    first = np.r_[True, people[order][1:] != people[order][:-1]]
-    position = np.arange(len(order)) - np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
-    return np.sort(order[position % stride == 0])
+    chosen = []
+    for own in np.split(order, np.flatnonzero(np.diff(people[order])) + 1):
+        count = max(1, round(len(own) / stride))
+        chosen.append(own[((np.arange(count) + 0.5) * len(own) / count).astype(int)])
+    return np.sort(np.concatenate(chosen))
 
 
 def _van_der_corput(count: int) -> np.ndarray:
