@@ -510,7 +510,7 @@ def run_notebook(python: Path, notebook: str, root: Path, own: Path, values: dic
         executed = without_traces(read_notebook(after))
     failed = own / "failed" / notebook
     # A reader who opens the result in Colab wants to see these outputs, not to spend hours on them.
-    executed = set_parameters(executed, {"retrain": False})
+    executed = set_parameters(executed, {name: False for name in ("retrain", "run_missing") if name in values})
     text = json.dumps(executed, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     write_atomically(failed if result.returncode else root / notebook, text)
     if result.returncode:
@@ -530,7 +530,7 @@ def read_notebook(path: Path) -> dict:
 
 
 def demo_workers() -> int:
-    """Notebooks that a demo runs at a time: its arrays are too small for several cores."""
+    """Notebooks of a demo, or files of tests, that run at a time: their arrays are too small for several cores."""
     return max(1, min(4, os.cpu_count() or 1))
 
 
@@ -582,7 +582,8 @@ def run_study(python: Path, options: argparse.Namespace, environment: dict[str, 
             shared = environment
             if len(group) > 1:
                 shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // demo_workers())), **environment}
-            run_all([functools.partial(run_notebook, python, notebook, root, own, values, shared,
+            run_all([functools.partial(run_notebook, python, notebook, root, own,
+                                       values | ({"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}), shared,
                                        functools.partial(ProgressLine, text, len(group) == 1)) for text, notebook in group])
         shutil.rmtree(own / SCRATCH, ignore_errors=True)
         print()
@@ -639,6 +640,15 @@ def raw_choice(option: str | None) -> str | None:
     return str(path)
 
 
+def run_tests(python: Path, arguments: list[str], environment: dict[str, str]) -> int:
+    """All tests, a few files at a time; with arguments of the user's own, as pytest runs them by itself."""
+    if not arguments:
+        workers = demo_workers()
+        arguments = ["-n", str(workers), "--dist", "loadfile"]
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **environment}
+    return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT, env=environment)
+
+
 def run(options: argparse.Namespace) -> int:
     raw = raw_choice(options.raw) if options.command is None else None
     if not options.test and options.command is None:
@@ -647,7 +657,7 @@ def run(options: argparse.Namespace) -> int:
     environment = {**os.environ, "PYTHONUTF8": "1"} if options.no_venv else venv_environment(VENV)
     environment |= {"ALZHEIMER_RAW": raw} if raw else {}
     if options.test:
-        return subprocess.call([str(python), "-m", "pytest", *options.pytest_arguments], cwd=ROOT, env=environment)
+        return run_tests(python, options.pytest_arguments, environment)
     if options.command == "figures":
         report(python, environment, "figures")
         report(python, environment, "readme")

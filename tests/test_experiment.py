@@ -152,6 +152,68 @@ def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
     assert "WORST CASE" in done.stdout and "checks" in done.stdout and "12" in done.stdout
 
 
+def test_what_each_attack_does_is_drawn_once_and_never_without_weights(study, record, monkeypatch):
+    from PIL import Image
+
+    path = experiment.show_attacks(study, tiny())
+    with Image.open(path) as picture:
+        assert picture.width > 1000
+    monkeypatch.setattr(experiment, "attack_images", lambda *a, **k: pytest.fail("attacked again"))
+    assert experiment.show_attacks(study, tiny()) == path
+    assert not experiment.show_attacks(study, tiny(model="Dinov2")).is_file()
+
+
+def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(study, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "recorded", lambda study, unit: unit if (unit.model, unit.protocol) == ("Resnet", "patient") else None)
+    assert [unit.protocol for unit in experiment.units_of(study, "Resnet", run_missing=False)] == ["patient"]
+    assert "1 of 2 units are in no record yet" in capsys.readouterr().out
+    assert len(experiment.units_of(study, "Resnet")) == 2
+    assert len(experiment.units_of(study, "Dinov2", run_missing=False)) == 2, "where nothing is held there is nothing to show"
+
+
+def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "find_raw", lambda raw: None)
+    monkeypatch.setattr(experiment, "_holds_records", lambda profile: True)
+    study = experiment.open_study("cpu", records=True)
+    assert study.raw is None and (study.data, study.root) == ("real", ROOT) and "no images here" in capsys.readouterr().out
+    units = [make_config("cpu", "Resnet", protocol=protocol, fold=3 if protocol == "patient" else 0) for protocol in ("patient", "slice")]
+    text = experiment.balance_text(study, units)
+    lines = {" ".join(line.split()[:3]): " ".join(line.split()[3:]) for line in text.splitlines()[1:]}
+    assert lines["patient fold3_seed0 test"] == "20 people, 640 14 people, 448 5 people, 160 1 people, 32"
+    assert lines["slice fold0_seed0 test"] == "100 people, 640 70 people, 448 28 people, 179 2 people, 12"
+
+
+@pytest.mark.parametrize("model", ["Efficientnet", "Resnet_atk"])
+def test_the_study_of_defaults_is_a_table_of_its_file(model):
+    study = json.loads((ROOT / "assets" / model / "defaults.json").read_text(encoding="utf-8"))
+    text = experiment.defaults_text(model)
+    assert "validation people only" in text and "n = 20 people, 640 slices" in text and "3 classes present" in text
+    assert "patient, fold 0 · data: real · profile: cpu" in text and "init random" in text
+    lines = {name: next(line for line in text.splitlines() if line.startswith(f"{name}  ")) for name in study["rows"]}
+    for name, row in study["rows"].items():
+        assert f"{row['best_epoch']} of {study['epochs']}" in lines[name]
+        assert f"{row['best']['validation_balanced_accuracy']:.3f}" in lines[name] and f"{row['seconds']:,.0f}" in lines[name]
+        if model.endswith("_atk"):
+            assert f"{row['best']['adversarial_validation_balanced_accuracy']:.3f}" in lines[name]
+            assert f"{row['best']['adversarial_validation_loss']:.3f}" in lines[name]
+    assert ("attacked" in text) == model.endswith("_atk")
+
+
+def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
+    study = json.loads((ROOT / "assets" / "Efficientnet" / "defaults.json").read_text(encoding="utf-8"))
+    name = next(iter(study["rows"]))
+    study["rows"][name]["one_class"] = True
+    study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan"}
+    (tmp_path / "assets" / "Efficientnet").mkdir(parents=True)
+    (tmp_path / "assets" / "Efficientnet" / "defaults.json").write_text(json.dumps(study))
+    text = experiment.defaults_text("Efficientnet", tmp_path)
+    assert text.count("ANSWERED ONE CLASS") == 1 and "failed: the training loss became nan" in text
+
+
+def test_a_model_without_a_study_of_defaults_says_so(tmp_path):
+    assert experiment.defaults_text("Resnet", tmp_path) == "No study of training defaults was run for Resnet."
+
+
 def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):
     """Each would take a trial of its own while every training waits for all processes: they would wait for ever."""
     monkeypatch.setenv("WORLD_SIZE", "2")

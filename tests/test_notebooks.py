@@ -3,13 +3,17 @@
 import ast
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from safetensors import safe_open
 
 from reproduce import NOTEBOOKS
 from utils.utils_funcs import BACKBONES, MODELS, ROOT
@@ -121,6 +125,34 @@ def test_with_data_a_part_of_the_real_cohort_runs_survives_a_kill_and_says_so(tm
     attacks = record["attacks"]["4/255"]
     assert worst <= attacks["fgsm"]["accuracy"]["value"] <= clean
     assert not list((tmp_path / "demo-real").rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ALZHEIMER_RAW" not in os.environ or os.name == "nt", reason="needs the real data and process groups")
+def test_the_whole_study_survives_kills_at_random_moments(tmp_path):
+    """The whole demo on the real cohort, killed with all its children eight times, then left to finish."""
+    environment = {**os.environ, "ALZHEIMER_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    moments = random.Random(0)
+    for _ in range(8):
+        running = subprocess.Popen([sys.executable, "reproduce.py", "--no-venv"], cwd=ROOT, env=environment, start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(moments.uniform(2, 60))
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        for path in tmp_path.rglob("*"):
+            if path.suffix in (".json", ".ipynb"):
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".npz":
+                np.load(path, allow_pickle=False).files
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+    done = reproduce(tmp_path, raw=os.environ["ALZHEIMER_RAW"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for model in MODELS:
+        for protocol in ("slice", "patient"):
+            assert json.loads((tmp_path / "demo-real" / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8"))["worst_case"]
 
 
 @pytest.mark.parametrize("folder", ["dataset", "."])

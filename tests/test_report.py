@@ -22,8 +22,9 @@ N_BOOT = 50
 ATTACKS = {"noise": 0.05, "fgsm": 0.6, "pgd20": 1.0, "pgd20_merged": 1.0, "pgd20_binary": 0.9}
 
 
-def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fall: float = 0.6, **told):
-    """Predictions and units of a small study whose attacks lower the true logit by strength × eps × `fall`."""
+def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fall: float = 0.6, full: bool = False, **told):
+    """Predictions and units of a small study whose attacks lower the true logit by strength × eps × `fall`; a `full` one
+    has images of its twin and measures of a sample too."""
     generator = np.random.default_rng(seed)
     person_class = np.repeat(np.arange(4), (10, 7, 4, 2))
     people = np.repeat(np.arange(len(person_class)), 4)
@@ -45,6 +46,10 @@ def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fa
     rows["4/255:autoattack"], meta["4/255"]["autoattack"] = sampled, {"n_attacked": 3, "seconds": 9.0, "norm": "linf"}
     rows["0.5:pgd_l2"], meta["0.5"] = metrics.to_half(-9.0 * np.eye(4)[labels]), {"pgd_l2": {"norm": "l2",
                                                                                              "seconds": 1.0}}
+    if full:
+        source = "Resnet" if model.endswith("_atk") else "Resnet_atk"
+        rows[f"4/255:transfer_{source}"] = metrics.to_half(logits - np.eye(4)[labels])
+        meta["4/255"][f"transfer_{source}"] = {"n_attacked": 7, "seconds": 1.0, "norm": "linf"}
     history = [{"epoch": e, "train_loss": 1 / e, "train_accuracy": 1 - 0.5 / e, "validation_loss": 1.2 / e,
                 "validation_accuracy": 0.6, "validation_balanced_accuracy": 0.5, "adversarial_validation_loss": None}
                for e in (1, 2, 3)]
@@ -56,13 +61,24 @@ def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fa
             "wall_seconds": {"train": 10.0, "attack": 5.0}, "git_commit": "abc", "git_dirty": False, "attacks": meta,
             "sanity": [{"check": "pgd_le_fgsm", "passed": True, "figure": 0.1, "note": ""}], "history": history,
             "best_epoch": 2, "explanation": {}, **told}
-    return rows, [{**copy.deepcopy(unit), "fold": int(fold)} for fold in np.unique(folds)]
+    return rows, [{**copy.deepcopy(unit), "fold": int(fold), "measures": sample_of(labels[folds == fold]) if full else {}} for fold in np.unique(folds)]
+
+
+def sample_of(labels: np.ndarray) -> dict:
+    """Sample measures of every second row: the k-th image falls at k/255, none is made healthier, all are made sicker."""
+    rows = np.arange(0, len(labels), 2)
+    none = [None if label == 0 else 0.0 for label in labels[rows].tolist()]
+    sicker = [None if label == 3 else 1.0 for label in labels[rows].tolist()]
+    return {"eps": "4/255", "pgd_steps": 20, "rows": rows.tolist(), "minimal_linf": [k / 255 if k else None for k in range(len(rows))],
+            "healthier": none, "sicker": sicker,
+            "convergence": [{"kind": kind, "count": count, "standing": (np.arange(len(rows)) % count == 0).tolist()}
+                            for kind, count in (("steps", 1), ("steps", 10), ("restarts", 2))]}
 
 
 def write_study(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
     for number, model in enumerate(models):
         for protocol in ("slice", "patient"):
-            rows, units = study(model, protocol, seed=number, fall=0.1 if model.endswith("_atk") else 0.6, **told)
+            rows, units = study(model, protocol, seed=number, fall=0.1 if model.endswith("_atk") else 0.6, full=True, **told)
             write_record(root / "assets" / model / f"{protocol}.json", summarise(rows, units, n_boot=N_BOOT), rows)
     return root
 
@@ -304,6 +320,29 @@ def test_an_attack_on_fewer_slices_prints_its_own_n(tmp_path: Path) -> None:
     assert "92 / 23 (23 attacked)" in report.results_markdown(read_entries(tmp_path))
 
 
+def test_the_transfer_matrix_holds_each_direction_once_and_pgd_on_its_diagonal(tree: Path) -> None:
+    entries = list(read_entries(tree).values())
+    cells = figures.transfer_cells(entries, "patient")
+    assert set(cells) == {(a, b) for a in ("Resnet", "Resnet_atk") for b in ("Resnet", "Resnet_atk")}
+    records = {entry.model: entry.record for entry in entries if entry.protocol == "patient"}
+    assert cells["Resnet_atk", "Resnet"] == records["Resnet"]["attacks"]["4/255"]["transfer_Resnet_atk"]
+    assert cells["Resnet", "Resnet"] == records["Resnet"]["attacks"]["4/255"]["pgd20"]
+    assert figures.transfer_cells([entry for entry in entries if entry.protocol == "slice"], "patient") == {}
+
+
+def test_sample_measures_of_all_folds_are_pooled_with_their_own_people(tree: Path) -> None:
+    entry = read_entries(tree)["Resnet", "patient"]
+    pooled = figures._pooled_measures(entry)
+    assert len(pooled["labels"]) == sum(len(unit["measures"]["rows"]) for unit in entry.record["units"])
+    for number, fold in enumerate((0, 1)):
+        own = np.flatnonzero(entry.predictions["fold"] == fold)[entry.record["units"][number]["measures"]["rows"]]
+        part = slice(0, len(own)) if number == 0 else slice(-len(own), None)
+        assert np.array_equal(pooled["people"][part], entry.predictions["patient_id"][own])
+        assert np.array_equal(pooled["labels"][part], entry.predictions["labels"][own])
+    assert np.isnan(pooled["healthier"][pooled["labels"] == 0]).all() and np.isnan(pooled["minimal_linf"]).sum() == 2
+    assert figures._share(pooled["sicker"] == 1, pooled, ~np.isnan(pooled["sicker"])) == (100, 100, 100)
+
+
 def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path, tmp_path: Path) -> None:
     shutil.copytree(tree / "assets", tmp_path / "assets")
     drawn = report.draw_model_figures(tmp_path, "Resnet_atk") | report.draw_study_figures(tmp_path)
@@ -311,7 +350,8 @@ def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path,
     for path, figure in drawn.items():
         words = " ".join(text.get_text() for text in figure.findobj(match=lambda x: hasattr(x, "get_text")))
         assert path.is_file() and "data: real · profile demo · random init" in words and figure.get_figwidth() <= 12.5
-        assert any(size in words for size in ("n = 92 slices of 23 people", "10 people, 40 slices", "2 runs"))
+        assert any(size in words for size in ("n = 92 slices of 23 people", "10 people, 40 slices", "2 runs",
+                                                   "n = 46 slices of 23 people", "]\nn = 92"))
 
 
 def test_redrawing_changes_no_byte(tree: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from utils.attacks import ATTACKS
 from utils.config import make_config, parse_eps
 from utils.robustness import (Stage, SuiteResult, accuracy_curves, as_pixels, attack_images, direction_success,
                               evaluate_suite, fallen, minimal_perturbations, model_from_factory, other_norms_plan,
-                              pgd_convergence, predict_logits, stratified_sample, suite_plan, transfer_matrix, verdict,
+                              pgd_convergence, predict_logits, sample_measures, stratified_sample, suite_plan, transfer_matrix, verdict,
                               worst_case)
 from utils.utils_funcs import StudyError
 
@@ -517,6 +517,19 @@ def test_more_steps_and_restarts_leave_no_more_standing():
                                restart_steps=5)
     assert standing["steps", 10].sum() <= standing["steps", 1].sum()
     assert standing["restarts", 2].sum() <= standing["restarts", 1].sum()
+
+
+def test_the_measures_of_a_sample_are_json_of_its_own_rows():
+    config = make_config("cpu", "Resnet", eps=("5/255",), headline_eps="5/255", pgd_steps=4, sample=12)
+    measures = sample_measures(zoo.honest_model(), IMAGES, LABELS, PEOPLE, config)
+    rows = np.array(measures["rows"])
+    assert json.loads(json.dumps(measures, allow_nan=False)) == measures and measures["eps"] == "5/255"
+    assert np.array_equal(rows, stratified_sample(LABELS, PEOPLE, 12))
+    assert [value is None for value in measures["healthier"]] == (LABELS[rows] == 0).tolist()
+    clean_error = fallen(predict_logits(zoo.honest_model(), as_pixels(IMAGES[rows])).numpy(), LABELS[rows])
+    assert [size == 0 for size in measures["minimal_linf"]] == clean_error.tolist()
+    assert {(part["kind"], part["count"]) for part in measures["convergence"]} >= {("steps", 50), ("restarts", 5)}
+    assert all(len(part["standing"]) == 12 for part in measures["convergence"])
 
 
 def test_a_users_model_comes_from_a_factory(tmp_path, monkeypatch):

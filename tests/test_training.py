@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +16,7 @@ from utils import training
 from utils.backbones import build_model, load_model, save_model
 from utils.config import RunConfig, make_config
 from utils.data import ImageSet
-from utils.utils_funcs import StudyError
+from utils.utils_funcs import ROOT, StudyError
 
 
 def striped(count: int, seed: int) -> ImageSet:
@@ -365,3 +369,30 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
     assert (tmp_path / "a.json").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def own_mounts() -> list[str]:
+    """The command that gives a program a mount namespace of its own, in which it may mount a disk; empty where there is none."""
+    for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        if shutil.which(command[0]) and subprocess.run([*command, "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0:
+            return command
+    return []
+
+
+def test_a_disk_that_is_really_full_is_a_clear_error_and_every_old_file_stays(tmp_path):
+    """A memory disk of 2 MiB, filled to the last byte, to a part of the new file, or to the last file name; and once while a training runs."""
+    if not (namespace := own_mounts()):
+        pytest.skip("no mount namespace (Linux, as root or with user namespaces)")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run([*namespace, sys.executable, "-m", "tests.full_disk", str(disk)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "ALZHEIMER_QUIET": "1", "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout)
+    assert len(results) == 13
+    for name, result in results.items():
+        kind, message = result["error"] or ("nothing", "")
+        assert kind == "StudyError" and "could not be written: the disk is full" in message, f"{name}: {kind}: {message}"
+        assert result["whole"], f"{name}: the old file is not what it was"
+        assert result["left"] == [], f"{name}: {result['left']} is left behind"
+    assert not list(disk.iterdir()), "the disk went with its process"

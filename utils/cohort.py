@@ -32,6 +32,8 @@ from PIL import Image
 from utils.utils_funcs import CLASSES, ROOT, StudyError, atomic_path, progress
 
 KAGGLE_DATASET = "lukechugh/best-alzheimer-mri-dataset-99-accuracy"
+#: Who is on each image of the published set, as this repository holds it.
+COMMITTED_COHORT = ROOT / "dataset" / "cohort.csv"
 #: Seconds that Kaggle gets to answer before the phantom cohort takes its place.
 DOWNLOAD_TIMEOUT = 5
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"))
@@ -939,7 +941,7 @@ def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
     )
 
 
-def cohort_for(raw: RawImages, committed: Path | str = ROOT / "dataset" / "cohort.csv", cache: Path | str | None = None,
+def cohort_for(raw: RawImages, committed: Path | str = COMMITTED_COHORT, cache: Path | str | None = None,
                ) -> Cohort:
     """The cohort of these images: from the committed table where it lists exactly these files, from `cache` likewise,
     else built from the pixels (and kept in `cache`)."""

@@ -53,9 +53,13 @@ class ImageSet:
 
     def balance(self) -> dict[str, tuple[int, int]]:
         """Class → (people, slices); images of nobody known count as slices only."""
-        known = self.people >= 0
-        return {name: (len(self.people[known & (self.labels == label)].unique()), int((self.labels == label).sum()))
-                for label, name in enumerate(CLASSES)}
+        return balance(self.labels.numpy(), self.people.numpy())
+
+
+def balance(labels: np.ndarray, people: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Class → (people, slices); images of nobody known (-1) count as slices only."""
+    return {name: (len(np.unique(people[(people >= 0) & (labels == label)])), int((labels == label).sum()))
+            for label, name in enumerate(CLASSES)}
 
 
 # ---------------------------------------------------------------------------------------------------- who goes where
@@ -185,17 +189,19 @@ def check_people_apart(sets: dict[str, ImageSet]) -> None:
 # -------------------------------------------------------------------------------------------------- files of tensors
 
 
-def stack_images(raw: RawImages) -> Tensor:
-    """All images as `uint8` (N, 1, H, W) at the commonest size; the others are resized to it."""
+def stack_images(raw: RawImages, rows: np.ndarray | None = None) -> Tensor:
+    """The images (those of `rows`, None: all) as `uint8` (N, 1, H, W) at the commonest size of all; the others are resized to it."""
     sizes, counts = np.unique([image.shape for image in raw.images], axis=0, return_counts=True)
     height, width = (int(side) for side in sizes[counts.argmax()])
-    stack = np.empty((len(raw.images), 1, height, width), np.uint8)
-    for row, image in enumerate(raw.images):
+    rows = np.arange(len(raw.images)) if rows is None else rows
+    stack = np.empty((len(rows), 1, height, width), np.uint8)
+    for place, row in enumerate(rows):
+        image = raw.images[row]
         if image.shape != (height, width):
             from PIL import Image
 
             image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-        stack[row, 0] = image
+        stack[place, 0] = image
     return torch.from_numpy(stack)
 
 
@@ -205,24 +211,24 @@ def set_path(folder: Path, protocol: str, fold: int, name: str) -> Path:
 
 def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
     """Writes `slice/` and `patient/fold<k>/`, each {train,validation,test}_set.pt, under `folder`."""
-    images = stack_images(raw)
     plans = {("slice", 0): split_slices(cohort)}
     plans |= {("patient", fold): split_people(cohort, folds, fold) for fold in range(N_FOLDS)}
     for (protocol, fold), parts in plans.items():
-        sets = {name: _gather(images, cohort, rows, f"{protocol} {name}") for name, rows in parts.items()}
         for name in SETS:
-            if not len(sets[name]):
+            if not len(parts[name]):
                 raise StudyError(f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has too few "
                                  f"people or images ({len(np.unique(cohort.patient_id)) - 1} people found, at least {N_FOLDS} needed).")
+        sets = {name: _without_images(cohort, rows, f"{protocol} {name}") for name, rows in parts.items()}
         if protocol == "patient":
             check_people_apart(sets)
         for name, part in sets.items():
-            save_set(part, set_path(folder, protocol, fold, name))
+            # One set at a time: beside the raw images there is never more than one copy of a part of them.
+            save_set(replace(part, images=stack_images(raw, parts[name])), set_path(folder, protocol, fold, name))
 
 
-def _gather(images: Tensor, cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
+def _without_images(cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
     column = lambda values: torch.from_numpy(np.asarray(values)[rows].astype(np.int64))  # noqa: E731
-    return ImageSet(images[torch.from_numpy(rows)], column(cohort.label), column(cohort.patient_id), column(cohort.slice_index),
+    return ImageSet(torch.empty(0, dtype=torch.uint8), column(cohort.label), column(cohort.patient_id), column(cohort.slice_index),
                     [str(cohort.file_sha256[row]) for row in rows], name)
 
 

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,15 +30,17 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 
-from utils import data, grad_cam, optuna_search, phantom, report, training
+from utils import data, figures, grad_cam, optuna_search, phantom, report, training
+from utils.attacks import ATTACKS
 from utils.backbones import load_model
-from utils.cohort import Cohort, cohort_for, find_raw, read_raw, write_cohort
+from utils.cohort import COMMITTED_COHORT, Cohort, cohort_for, find_raw, read_cohort, read_raw, write_cohort
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.metrics import fit_temperature, to_half
 from utils.robustness import (Stage, SuiteResult, attack_images, evaluate_suite, headline_of, model_from_factory,
-                              other_norms_plan, suite_plan, verdict)
-from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, StudyError, choose_device, environment, git_state, hardware, read_json,
+                              other_norms_plan, predict_logits, sample_measures, suite_plan, verdict)
+from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, choose_device, environment, git_state, hardware, read_json,
                                result_root, write_json)
 
 #: The grid's order: what readers need most comes first.
@@ -51,7 +54,8 @@ class Study:
     root: Path
     data: Literal["real", "phantom"]
     profile: str
-    raw: Path
+    raw: Path | None
+    """None: there are no images here, and what the committed records hold is shown."""
     cohort_sha256: str
 
     @property
@@ -79,10 +83,14 @@ class Unit:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: bool = False) -> Study:
+def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: bool = False, records: bool = False) -> Study:
     """Finds the data, prepares the tensors of both protocols where they are missing or of other data (or `again`), and says
-    what it found. Without any data it draws the phantom cohort, and everything it touches says `data: phantom`."""
+    what it found. Without any data it draws the phantom cohort, and everything it touches says `data: phantom`; or, with
+    `records` and where the repository holds some of this profile, it goes without images and shows these."""
     found = find_raw(raw or None)
+    if found is None and records and _holds_records(profile):
+        print(f"data: real · profile: {profile} · no images here, so what the committed records hold is shown")
+        return Study(ROOT, "real", profile, None, data.file_sha256(COMMITTED_COHORT))
     kind: Literal["real", "phantom"] = "real" if found else "phantom"
     root = result_root(profile, kind)
     folder = found or _phantom_folder(root)
@@ -94,6 +102,10 @@ def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: b
     print(f"data: {kind} · profile: {profile} · {prepared['images']:,} images, {prepared['people']} people · results under "
           f"{'the repository' if root == result_root('cpu', 'real') else root.name}")
     return Study(root, kind, profile, folder, prepared["cohort_sha256"])
+
+
+def _holds_records(profile: str) -> bool:
+    return profile != "demo" and any(entry.record["profile"] == profile and entry.model in MODELS for entry in report.read_entries(ROOT).values())
 
 
 def _phantom_folder(root: Path) -> Path:
@@ -127,10 +139,15 @@ def load_sets(study: Study, config: RunConfig) -> dict[str, data.ImageSet]:
     return data.load_sets(study.sets, config.protocol, config.fold, max_train=config.max_train, max_test=config.max_test)
 
 
-def units_of(study: Study, model: str, seeds: tuple[int, ...] = (0,)) -> list[RunConfig]:
-    """Every unit of a model at the study's profile, `patient` first."""
-    return [make_config(study.profile, model, protocol=protocol, fold=fold, seed=seed)
-            for protocol in reversed(PROTOCOLS) for seed in seeds for fold in folds_of(study.profile, protocol)]
+def units_of(study: Study, model: str, seeds: tuple[int, ...] = (0,), *, run_missing: bool = True) -> list[RunConfig]:
+    """The units of a model at the study's profile, `patient` first: all of them, or, without `run_missing`, those that its
+    records hold already. Where no record holds any, all of them in either case."""
+    units = [make_config(study.profile, model, protocol=protocol, fold=fold, seed=seed)
+             for protocol in reversed(PROTOCOLS) for seed in seeds for fold in folds_of(study.profile, protocol)]
+    held = units if run_missing else [unit for unit in units if recorded(study, unit) is not None]
+    if held and len(held) < len(units):
+        print(f"{len(units) - len(held)} of {len(units)} units are in no record yet and are left out here (run_missing = True runs them).")
+    return held or units
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -189,11 +206,21 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
                             sources=sources, masks=masks)
     clean = training.predict(model, test.images, choose_device()).numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
+    measures = _kept_json(state / "measures.json", lambda: sample_measures(model, attacked.images, attacked.labels.numpy(),
+                                                                           attacked.people.numpy(), config)) if config.suite != "quick" else {}
+    measures |= {"rows": chosen[measures["rows"]].tolist()} if measures else {}
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
     return Unit(rows, {**describe(study, config), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
                        "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "sanity": result.sanity,
-                       "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+                       "measures": measures, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+
+
+def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:
+    """What `path` holds, or what `compute` gives, which is then kept there."""
+    if not path.is_file():
+        write_json(path, compute())
+    return read_json(path)
 
 
 def attack_plan(study: Study, config: RunConfig, model: torch.nn.Module,
@@ -252,6 +279,34 @@ def describe(study: Study, config: RunConfig) -> dict:
     return {"model": config.model, "regime": config.regime, "protocol": config.protocol, "data": study.data, "profile": config.profile,
             "search": label, "search_people": people, "fold": config.fold, "seed": config.seed, "cohort_sha256": study.cohort_sha256,
             "config": json.loads(json.dumps(dataclasses.asdict(config))), "environment": environment(), "hardware": hardware(), **git_state()}
+
+
+#: The attacks whose images are shown, with their budgets; the eps is the headline one, or the L2 and L0 one given.
+SHOWN_ATTACKS = {"noise": {}, "fgsm": {}, "pgd": dict(steps=20), "apgd_t": dict(steps=20), "kryptonite": dict(steps=20),
+                 "square": dict(queries=500), "pgd_l2": dict(steps=20, eps="0.5"), "few_pixel": dict(pixels=5, eps="1")}
+
+
+def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> Path:
+    """Draws what each attack does to one test slice, the same for every model, into `assets/<Model>/attacks_<protocol>.png`."""
+    path = study.root / "assets" / config.model / f"attacks_{config.protocol}.png"
+    if not study.checkpoint(config).is_file() or (path.is_file() and not retrain):
+        return path
+    test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
+    few = test.pick(data.spread(test, len(CLASSES)))
+    right = (training.predict(model, few.images, choose_device()).argmax(1) == few.labels).nonzero().flatten().tolist()
+    one = few.pick(np.array([right[0] if right else 0]))
+    clean, shown = data.pixels(one.images), {}
+    for name, budget in SHOWN_ATTACKS.items():
+        eps = str(budget.get("eps", headline_of(config)))
+        made = attack_images(model, clean, one.labels.numpy(), name, parse_eps(eps), seed=config.seed,
+                             **{key: value for key, value in budget.items() if key != "eps"})
+        probability = predict_logits(model, made).softmax(1)[0]
+        norm = {"l2": "L2 ", "l0": "5 pixels"}.get(ATTACKS[name].norm, "")
+        shown[f"{name}, {norm}{'' if norm == '5 pixels' else eps}"] = made[0, 0].numpy(), f"{CLASSES[int(probability.argmax())]} {probability.max():.0%}"
+    answer = training.predict(model, one.images, choose_device()).softmax(1)[0]
+    title = f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} ({answer.max():.0%}) before the attack"
+    report.save_figure(figures.attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)), path, colours=192)
+    return path
 
 
 def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = False) -> tuple[Path, dict]:
@@ -408,8 +463,17 @@ def results_root(profile: str, raw: str | Path | None = None) -> Path:
 def balance_text(study: Study, units: list[RunConfig]) -> str:
     """People and slices of each set of the first unit of each protocol."""
     first = {unit.protocol: unit for unit in reversed(units)}
-    return _balance_table({f"{protocol} {config.unit} {name}": part.balance()
-                           for protocol, config in first.items() for name, part in load_sets(study, config).items()})
+    return _balance_table({f"{protocol} {config.unit} {name}": balance
+                           for protocol, config in first.items() for name, balance in _balances(study, config).items()})
+
+
+def _balances(study: Study, config: RunConfig) -> dict[str, dict[str, tuple[int, int]]]:
+    """Set → class → (people, slices), from the prepared sets, or from the committed tables where there are no images."""
+    if study.raw is not None:
+        return {name: part.balance() for name, part in load_sets(study, config).items()}
+    table, folds = read_cohort(COMMITTED_COHORT), data.read_folds(data.COMMITTED_FOLDS)
+    rows = data.split_slices(table) if config.protocol == "slice" else data.split_people(table, folds, config.fold)
+    return {name: data.balance(table.label[own], table.patient_id[own]) for name, own in rows.items()}
 
 
 def _balance_table(balances: dict[str, dict[str, tuple[int, int]]]) -> str:
@@ -463,6 +527,48 @@ def search_text(study: Study, units: list[RunConfig]) -> str:
             texts.append(f"{config.protocol} ({search_label(config)})\n" + optuna_search.trials_table(
                 optuna_search.open_study(study.optuna(config.model), config)))
     return "\n\n".join(texts) or f"no search in profile {study.profile}, or its trials are on another machine"
+
+
+def search_figures(study: Study, units: list[RunConfig]) -> list[Figure]:
+    """History and importances of every search that these units rest on; empty where there is none on this machine."""
+    # As `search`: only `paper` searches inside every fold.
+    configs = [unit if unit.profile == "paper" else dataclasses.replace(unit, fold=0) for unit in units if unit.trials]
+    folders = {optuna_search.study_paths(study.optuna(config.model), config): config for config in configs}
+    found = [optuna_search.known_study(study.optuna(config.model), config) for config in folders.values()]
+    return [optuna_search.search_figures(known) for known in found if known is not None]
+
+
+def defaults_text(model: str, root: Path = ROOT) -> str:
+    """The committed study of a model's training defaults (tests/benchmarks/defaults.py) as a table, in the order it was run."""
+    path = Path(root) / "assets" / model / "defaults.json"
+    if not path.is_file():
+        return f"No study of training defaults was run for {model}."
+    study = read_json(path)
+    finished = [row for row in study["rows"].values() if "best" in row]
+    present = {name: size for name, size in study["validation"].items() if size[1]}
+    size = f"{study['input_size']} px" if study["input_size"] else "at native size"
+    lines = [f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
+             f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {study['hardware']}, threads: {study['threads']}",
+             f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
+             f"{study['n_validation']:,} slices; balanced accuracy over the {len(present)} classes present ({', '.join(present)}), "
+             "loss: cross-entropy averaged over them (nats)"]
+    attacked = any("adversarial_validation_loss" in row["best"] for row in finished)
+    if attacked:
+        eps = max(row["last"]["train_eps"] for row in finished)
+        lines.append(f"attacked: PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on a part of each person's slices")
+    scores = {"balanced accuracy": "validation_balanced_accuracy", "loss": "validation_loss"}
+    if attacked:
+        scores |= {"attacked: balanced accuracy": "adversarial_validation_balanced_accuracy", "attacked: loss": "adversarial_validation_loss"}
+    wide = max(map(len, study["rows"]))
+    lines += ["", f"{'':<{wide}}  best epoch  " + "  ".join(scores) + "  seconds"]
+    for name, row in study["rows"].items():
+        if "failed" in row:
+            lines.append(f"{name:<{wide}}  failed: {row['failed']}")
+            continue
+        cells = "  ".join(f"{row['best'][key]:>{len(title)}.3f}" for title, key in scores.items())
+        epoch = f"{row['best_epoch']} of {study['epochs']}"
+        lines.append(f"{name:<{wide}}  {epoch:>10}  {cells}  {row['seconds']:>7,.0f}" + ("  ANSWERED ONE CLASS" if row["one_class"] else ""))
+    return "\n".join(lines)
 
 
 def sanity_text(unit: Unit) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 from matplotlib import rc_context
@@ -260,6 +261,114 @@ def _worst_case_curve(panel: Axes, block: dict, colour: str, dashes: str, label:
                markeredgecolor="white", markeredgewidth=0.5)
 
 
+@_styled
+def measures_figure(model: str, entries: dict[str, Entry]) -> Figure:
+    """On each record's fixed sample: how small a perturbation suffices, in which direction an answer can be moved, and
+    whether PGD has converged. One row a protocol; four classes; intervals over people."""
+    shown = {protocol: entries[protocol] for protocol in PROTOCOLS if protocol in entries and _pooled_measures(entries[protocol])}
+    figure, axes = _canvas(len(shown), 3, (11, 0.6 + 3.3 * len(shown)), f"{model}: how far, which way, and has PGD converged",
+                           provenance([*shown.values()]))
+    for (protocol, entry), panels in zip(shown.items(), axes, strict=True):
+        pooled = _pooled_measures(entry)
+        _minimal_panel(panels[0], model, pooled)
+        _direction_panel(panels[1], model, pooled)
+        _convergence_panel(panels[2], model, pooled)
+        panels[0].set_title(f"{protocol}: n = {len(pooled['labels']):,} slices of {len(np.unique(pooled['people'])):,} people")
+    return figure
+
+
+def _pooled_measures(entry: Entry) -> dict:
+    """The sample measures of all units of a record in one: labels, people and each measure (N,); {} where there are none."""
+    units = [unit for unit in entry.record["units"] if unit.get("measures")]
+    if not units:
+        return {}
+    rows, pooled = entry.predictions, {}
+    for unit in units:
+        own = np.flatnonzero((rows["fold"] == unit["fold"]) & (rows["seed"] == unit["seed"]))[unit["measures"]["rows"]]
+        columns = {"labels": rows["labels"][own].astype(np.int64), "people": rows["patient_id"][own].astype(np.int64)}
+        columns |= {name: np.array(unit["measures"][name], dtype=float) for name in ("minimal_linf", "healthier", "sicker")}
+        columns |= {(part["kind"], part["count"]): np.array(part["standing"], dtype=bool) for part in unit["measures"]["convergence"]}
+        for name, values in columns.items():
+            pooled.setdefault(name, []).append(values)
+    return {"eps": units[0]["measures"]["eps"], "steps": units[0]["measures"]["pgd_steps"],
+            **{name: np.concatenate(parts) for name, parts in pooled.items()}}
+
+
+def _share(flags: np.ndarray, pooled: dict, rows: np.ndarray | None = None) -> tuple[float, float, float]:
+    """(value, low, high) in percent of the images for which a flag is true."""
+    rows = np.ones(len(flags), bool) if rows is None else rows
+    found = metrics.score_standing(flags[rows], flags[rows], pooled["labels"][rows], pooled["people"][rows], n_boot=1000)["accuracy"]
+    return tuple(100 * x for x in (found["value"], *found["ci"]))
+
+
+def _minimal_panel(panel: Axes, model: str, pooled: dict) -> None:
+    """Share of images that some perturbation of at most x fells (FAB-T; an upper bound of the true size)."""
+    sizes = 255 * np.nan_to_num(pooled["minimal_linf"], nan=np.inf)
+    grid = np.unique(np.concatenate([[0.0], np.geomspace(0.05, 64, 60)]))
+    value, low, high = np.array([_share(sizes <= x, pooled) for x in grid]).T
+    panel.fill_between(grid, low, high, color=COLOURS[model], alpha=0.15, linewidth=0, step="post")
+    panel.step(grid, value, color=COLOURS[model], where="post")
+    panel.axvline(255 * parse_eps(pooled["eps"]), color=BASE, linestyle=":", linewidth=1.1)
+    panel.set_xscale("symlog", base=2, linthresh=0.25)
+    panel.set_xticks([0, 0.25, 1, 4, 16, 64], ["0", "¼", "1", "4", "16", "64"])
+    panel.set_xticks([], minor=True)
+    panel.set(xlim=(0, 64), ylim=(0, 102), ylabel="images felled (%)", xlabel="smallest perturbation found (1/255, L∞; 0: clean error)")
+
+
+def _direction_panel(panel: Axes, model: str, pooled: dict) -> None:
+    """Share of each class whose answer targeted PGD moves below and above the truth; clean errors count with their side."""
+    for offset, (direction, face) in enumerate((("healthier", "white"), ("sicker", COLOURS[model]))):
+        for label in range(4):
+            rows = (pooled["labels"] == label) & ~np.isnan(pooled[direction])
+            if not rows.any():
+                continue
+            point = _share(pooled[direction] == 1, pooled, rows)
+            panel.bar(label + 0.38 * (offset - 0.5), point[0], 0.34, color=face, edgecolor=COLOURS[model], zorder=2,
+                      label=f"called {direction}" if label == 1 else None)
+            panel.errorbar(label + 0.38 * (offset - 0.5), point[0], yerr=_bars(point), color=BASE, elinewidth=0.9, zorder=3)
+    counts = [(pooled["labels"] == label).sum() for label in range(4)]
+    panel.set_xticks(range(4), [f"{name}\nn = {count}" for name, count in zip(CLASSES, counts, strict=True)])
+    panel.set(ylim=(0, 118), ylabel="images moved (%)", xlabel=f"true class (targeted PGD-{pooled['steps']}, eps {pooled['eps']})")
+    panel.legend(ncols=2, loc="upper center")
+
+
+def _convergence_panel(panel: Axes, model: str, pooled: dict) -> None:
+    """Share standing against the gradient steps spent, once in one long run and once in restarts."""
+    for kind, dashes, label in (("steps", "-", "one run"), ("restarts", "--", f"restarts of {pooled['steps']} steps")):
+        counts = sorted(key[1] for key in pooled if isinstance(key, tuple) and key[0] == kind)
+        spent = [count * (pooled["steps"] if kind == "restarts" else 1) for count in counts]
+        value, low, high = np.array([_share(pooled[kind, count], pooled) for count in counts]).T
+        panel.errorbar(spent, value, yerr=[value - low, high - value], color=COLOURS[model], linestyle=dashes, marker="o", markersize=4,
+                       elinewidth=0.8, markerfacecolor=COLOURS[model] if kind == "steps" else "white", label=label)
+    panel.set_xscale("log")
+    panel.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    panel.set_xticks([], minor=True)
+    panel.set(ylim=(0, 102), ylabel="images standing (%)", xlabel=f"gradient steps of PGD (eps {pooled['eps']})")
+    panel.legend()
+
+
+@_styled
+def attacked_images_figure(clean: np.ndarray, attacked: dict[str, tuple[np.ndarray, str]], *, title: str, label: str) -> Figure:
+    """What each attack does to one image: the perturbation, 20 times, above the image that the model sees.
+
+    Args:
+        clean: float (H, W) in [0, 1]. attacked: attack → (image (H, W), caption).
+    """
+    figure, axes = _canvas(2, len(attacked), (1.5 * len(attacked), 4.1), title, label)
+    for panels, (name, (image, caption)) in zip(axes.T, attacked.items(), strict=True):
+        panels[0].imshow(0.5 + 20 * (image - clean), cmap="gray", vmin=0, vmax=1)
+        panels[1].imshow(image, cmap="gray", vmin=0, vmax=1)
+        panels[0].set_title(name, fontsize=8, loc="center")
+        panels[1].set_title(caption, fontsize=7.5, loc="center")
+    for panel in axes.flat:
+        panel.set(xticks=[], yticks=[])
+        panel.grid(False)
+        panel.spines[:].set_visible(False)
+    axes[0, 0].set_ylabel("change ×20")
+    axes[1, 0].set_ylabel("image attacked")
+    return figure
+
+
 # ------------------------------------------------------------------------------------------------- all models
 
 @_styled
@@ -465,16 +574,61 @@ def _reliability_marks(panel: Axes, logits: np.ndarray, who, colour: str, face: 
                        elinewidth=0.9)
 
 
+def transfer_cells(entries: list[Entry], protocol: str) -> dict[tuple[str, str], dict]:
+    """(source, target) → score block of the images made on the source, at the headline eps; (model, model) is PGD on itself."""
+    cells = {}
+    for entry in entries:
+        if entry.protocol == protocol and "clean" in entry.record:
+            for name, block in entry.record["attacks"].get(headline_eps(entry.record), {}).items():
+                if name.startswith("transfer_"):
+                    cells[name.removeprefix("transfer_"), entry.model] = block
+                elif re.fullmatch(r"pgd\d+", name):
+                    cells[entry.model, entry.model] = block
+    return cells if any(source != target for source, target in cells) else {}
+
+
+@_styled
+def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Balanced accuracy of each model (column) on images made on each other one (row); the diagonal is PGD on itself."""
+    shown = [protocol for protocol in PROTOCOLS if transfer_cells(entries, protocol)]
+    names = {protocol: [model for model in MODELS if any(model in pair for pair in transfer_cells(entries, protocol))] for protocol in shown}
+    widest = max(map(len, names.values()))
+    figure, axes = _canvas(1, len(shown), (2.2 + len(shown) * max(1.15 * widest, 3.2), 1.5 + 0.75 * max(widest, 2)),
+                           f"Images made on one model, shown to another (eps {headline_eps(entries[-1].record)})", provenance(entries))
+    for panel, protocol in zip(axes[0], shown, strict=True):
+        cells, models = transfer_cells(entries, protocol), names[protocol]
+        shares = np.full((len(models), len(models)), np.nan)
+        for (source, target), block in cells.items():
+            point = _point(block, "balanced_accuracy_3")
+            place = models.index(source), models.index(target)
+            if point is not None:
+                shares[place] = point[0]
+                panel.text(place[1], place[0], f"{point[0]:.0f}\n[{point[1]:.0f}, {point[2]:.0f}]\nn = {block['n_slices']:,}",
+                           ha="center", va="center", fontsize=7.5, color="white" if point[0] > 60 else BASE)
+        panel.imshow(shares, cmap=LinearSegmentedColormap.from_list("standing", ["#ffffff", "#00785A"]), vmin=0, vmax=100)
+        panel.grid(False)
+        panel.set(xticks=range(len(models)), yticks=range(len(models)), xlabel="shown to", ylabel="made on")
+        panel.set_xticklabels(models, rotation=20, ha="right")
+        panel.set_yticklabels(models)
+        panel.set_title(PROTOCOL_TITLES[protocol] + "\nbalanced accuracy, 3 classes (%)")
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
+    return figure
+
+
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
 STUDY_FIGURES = {"headline": headline_figure, "robustness": robustness_figure, "trade_off": trade_off_figure,
-                 "per_class": per_class_figure, "reliability": reliability_figure}
+                 "per_class": per_class_figure, "reliability": reliability_figure,
+                 "transfer": transfer_figure}
 MODEL_FIGURES = {"confusion_matrix": confusion_figure, "loss_curve": loss_figure, "accuracy_curve": accuracy_figure,
-                 "robustness": model_robustness_figure}
+                 "robustness": model_robustness_figure, "measures": measures_figure}
 
 
 def has_content(name: str, entries: dict[str, Entry]) -> bool:
-    """Whether the model figure of that name would show anything: curves need a history, robustness needs attacks."""
+    """Whether the model figure of that name would show anything: curves need a history, the others attacks."""
     records = [entry.record for entry in entries.values()]
     if name in ("loss_curve", "accuracy_curve"):
         return any(unit.get("history") for record in records for unit in record["units"])
+    if name == "measures":
+        return any(unit.get("measures") for record in records for unit in record["units"])
     return any(record["worst_case"] for record in records) if name == "robustness" else bool(records)

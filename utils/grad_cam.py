@@ -29,6 +29,12 @@ METHODS = (*CAMS, "rollout")
 TOP = 0.2
 #: A gradient map must fall below this rank correlation once the last layer is random (Adebayo et al. 2018).
 SANITY_LIMIT = 0.5
+#: Two maps are alike from this top-20% IoU on (0.11 is chance): below it, most of what a reader would point at has moved.
+ALIKE = 0.5
+#: From fewer people than this an interval is itself uncertain, and a verdict is called a hint.
+FEW_PEOPLE = 20
+#: An interval of a share of the map that is wider than this says little about where the map lies.
+WIDE = 0.2
 
 
 # --- Maps -------------------------------------------------------------------------------------------------------------
@@ -66,15 +72,16 @@ def explain(model: nn.Module, images: Tensor, targets: Tensor | None = None, *, 
     if method == "rollout":
         _dino(model)
     layer = layer or target_layer(model)
-    maps = []
     with _untouched(model), torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
+        maps = torch.empty(len(images), *images.shape[-2:], device=images.device)
+        upsample = _upsampler(model, layer, images[:1].detach().float().clone())
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             batch = images[rows].detach().float().clone()  # a clone may leave inference mode, its original may not
             chosen = None if targets is None else targets[rows].tolist()
-            maps.append(one_batch(model, batch, chosen, method, layer))
-        upsample = _upsampler(model, layer, images[:1].detach().float().clone())
-    return _unit_range(upsample(torch.cat(maps).to(images.device)))
+            # Enlarged here and not at the end: of all images at once, the steps of it would hold several full sets of maps.
+            maps[rows] = _unit_range(upsample(one_batch(model, batch, chosen, method, layer).to(images.device)))
+    return maps
 
 
 def target_layer(model: nn.Module) -> nn.Module:
@@ -548,6 +555,9 @@ def _share(cam: Tensor, region: Tensor) -> Tensor:
 
 # --- The record's part ------------------------------------------------------------------------------------------------
 
+CONTROL = " of random maps"
+
+
 def explanation_measures(model: nn.Module, images: Tensor, *, methods: Sequence[str] = ("gradcam", "layercam"),
                          adversarial: Mapping[str, Tensor] | None = None, sample: Sequence[int] | None = None,
                          attack_eps: float = 4 / 255, batch_size: int = 64, seed: int = 0,
@@ -586,6 +596,7 @@ def explanation_measures(model: nn.Module, images: Tensor, *, methods: Sequence[
         there = explain(model, moved, targets[rows], method=method, batch_size=batch_size)
         for name, values in map_similarity(maps[rows], there).items():
             on_sample(f"{method}:explanation attack:{name}", values)
+        on_sample(f"{method}:explanation attack:eps", np.full(len(rows), attack_eps))  # no similarity means anything without it
         faithful = _faithfulness(model, images[rows], maps[rows], targets[rows], cells, batch_size, seed)
         for name, values in faithful.items():
             on_sample(f"{method}:faithfulness:{name}", values)
@@ -599,7 +610,7 @@ def _faithfulness(model: nn.Module, images: Tensor, maps: Tensor, targets: Tenso
                   seed: int) -> dict[str, np.ndarray]:
     """Means of the deletion and insertion curves and ROAD, for the maps and for `random_maps` as coarse."""
     result = {}
-    for suffix, judged in (("", maps), (" of random maps", random_maps(maps, cells, seed))):
+    for suffix, judged in (("", maps), (CONTROL, random_maps(maps, cells, seed))):
         curves = deletion_insertion(model, images, judged, targets, batch_size=batch_size, seed=seed)
         result |= {f"{name}{suffix}": curve.mean(axis=1) for name, curve in curves.items()}
         parts = zip(*(tensor.split(batch_size) for tensor in (images, judged, targets)))
@@ -624,9 +635,10 @@ def explanation_record(measures: Mapping[str, np.ndarray], labels: np.ndarray, p
     """The record's `explanation` part: `explanation_measures` (folds concatenated) as means with 95% intervals.
 
     Returns:
-        method → topic → name → {"value", "ci", "n_slices", "n_people"}; anatomy also has `by_class`, four such entries;
-        `randomisation` also has `passed`, whether the first stage takes the mean correlation under `SANITY_LIMIT`.
-        All JSON-serialisable; a mean of nothing is null.
+        method → topic → name → {"value", "ci", "n_slices", "n_people"}; anatomy also has `by_class`, four such entries, and
+        `beyond_area`, share minus area; faithfulness has `beyond_random`, how much better the map is than the random one of
+        the same slice (so above 0 is good for deletion too); `randomisation` has `passed`, whether the first stage takes the
+        mean correlation under `SANITY_LIMIT`. All JSON-serialisable; a mean of nothing is null.
     """
     record: dict[str, dict] = {}
     for key, values in measures.items():
@@ -635,6 +647,11 @@ def explanation_record(measures: Mapping[str, np.ndarray], labels: np.ndarray, p
         if topic == "anatomy" and not name.endswith("_area"):
             known = ~np.isnan(values)
             entry["by_class"] = share_by_class(values[known], labels[known], people[known])
+        # Differences are made slice by slice: two intervals side by side would hide a small but constant one.
+        if topic == "anatomy" and (area := measures.get(f"{key}_area")) is not None:
+            entry["beyond_area"] = _mean(values - area, labels, people)
+        if topic == "faithfulness" and (control := measures.get(f"{key}{CONTROL}")) is not None:
+            entry["beyond_random"] = _mean(control - values if name == "deletion" else values - control, labels, people)
         record.setdefault(method, {}).setdefault(topic, {})[name] = entry
     for topics in record.values():
         if stages := topics.get("randomisation"):
@@ -652,6 +669,239 @@ def _mean(values: np.ndarray, labels: np.ndarray, people: np.ndarray) -> dict:
         return {"value": None, "ci": None, **sizes}
     entry = score_standing(values[known], values[known], labels[known], people[known])["accuracy"]
     return {"value": entry["value"], "ci": entry["ci"], **sizes}
+
+
+# --- In words ---------------------------------------------------------------------------------------------------------
+
+REGIONS = {"brain": "brain", "csf": "ventricles (CSF)", "background": "background", "rim": "rim of the brain's outline"}
+FAITHFUL = {"insertion": "insertion (high)", "deletion": "deletion (low)", "road": "ROAD (high)"}
+SIMILARITY = {"ssim": "SSIM", "rank_correlation": "rank correlation", "iou_top20": "top-20% IoU"}
+NOTHING = ("No explanation was measured for this unit: its weights are on another machine, or its record was made without the "
+           "explanation part.")
+
+
+def explanation_text(numbers: Mapping[str, dict]) -> str:
+    """`explanation_record`'s numbers as plain tables for a notebook: where the maps lie, faithfulness, both attacks and the
+    randomisation check, with 95% intervals over people and n. What was not measured is named."""
+    methods = _methods(numbers)
+    if not methods:
+        return NOTHING
+    blocks = []
+    for method, topics in methods.items():
+        blocks += [_anatomy_text(method, topics.get("anatomy")), _faithfulness_text(method, topics.get("faithfulness")),
+                   _similarity_text(method, topics, numbers.get("prediction", {}).get("kept", {}))]
+    return "\n\n".join([*blocks, _randomisation_text(methods)])
+
+
+def _methods(numbers: Mapping[str, dict]) -> dict[str, dict]:
+    """The record without `prediction`, which is about the answers under attack and not about a map."""
+    return {method: topics for method, topics in (numbers or {}).items() if method != "prediction"}
+
+
+def _anatomy_text(method: str, anatomy: dict | None) -> str:
+    title = f"{method}: where the map lies (share of its mass; a map that looks everywhere alike has the region's area)"
+    if not anatomy:
+        return f"{title}\nnot measured"
+    rows = [["region", "all", "area", "share minus area", *CLASSES]]
+    for region, words in REGIONS.items():
+        entry = anatomy.get(region, {})
+        by_class = entry.get("by_class", [{}] * len(CLASSES))
+        rows.append([words, *(_shown(part) for part in (entry, anatomy.get(f"{region}_area"), entry.get("beyond_area"), *by_class))])
+    sized = next((anatomy[region] for region in REGIONS if region in anatomy), {})
+    rows.append(["n slices / n people", _sizes(sized), "", "", *(_sizes(part) for part in sized.get("by_class", [{}] * len(CLASSES)))])
+    return f"{title}\n{_aligned(rows)}"
+
+
+def _faithfulness_text(method: str, faithful: dict | None) -> str:
+    title = f"{method}: faithfulness, beside random maps as coarse (the last column is paired, above 0 is better than random)"
+    if not faithful:
+        return f"{title}\nnot measured"
+    rows = [["measure", "map", "random map", "better than random by", "n slices / n people"]]
+    for name, words in FAITHFUL.items():
+        entry = faithful.get(name)
+        parts = (entry, faithful.get(f"{name}{CONTROL}"), (entry or {}).get("beyond_random"))
+        rows.append([words, *(_shown(part, 3) for part in parts), _sizes(entry)])
+    return f"{title}\n{_aligned(rows)}"
+
+
+def _similarity_text(method: str, topics: dict, kept: dict) -> str:
+    title = f"{method}: likeness of the clean and the attacked map of one class (1 the same; IoU by chance 0.11)"
+    rows = [["attack", *SIMILARITY.values(), "prediction kept", "n slices / n people"]]
+    attacks = {topic.removeprefix("attack "): entries for topic, entries in topics.items() if topic.startswith("attack ")}
+    for eps, entries in attacks.items():
+        rows.append([f"on the prediction, eps {eps}", *(_shown(entries.get(name)) for name in SIMILARITY), _shown(kept.get(eps)),
+                     _sizes(entries.get("iou_top20"))])
+    if not attacks:
+        rows.append(["on the prediction", "not measured"])
+    moved = topics.get("explanation attack")
+    rows.append([f"on the map, {_eps_of(moved)}", *(_shown(moved.get(name)) for name in SIMILARITY), "by construction",
+                 _sizes(moved.get("iou_top20"))] if moved else ["on the map", "not measured"])
+    return f"{title}\n{_aligned(rows)}"
+
+
+def _randomisation_text(methods: Mapping[str, dict]) -> str:
+    title = f"Randomisation check: rank correlation with the map of a partly random network (must fall below {SANITY_LIMIT})"
+    rows = [["method", "last layer random", "everything random", "n slices / n people", ""]]
+    for method, topics in methods.items():
+        stages = topics.get("randomisation", {}).get("stages")
+        if not stages:
+            rows.append([method, "not measured", "", "", "UNKNOWN: not checked against a random layer"])
+            continue
+        first, last = stages[min(stages)], stages[max(stages)]
+        rows.append([method, _shown(first), _shown(last) if len(stages) > 1 else "not measured", _sizes(first), _mark(method, first)])
+    return f"{title}\n{_aligned(rows)}"
+
+
+def _mark(method: str, first: dict) -> str:
+    if first["value"] is None:
+        return "UNKNOWN: no map to compare"
+    if first["value"] < SANITY_LIMIT:
+        return "ok" if first["ci"][1] < SANITY_LIMIT else "ok on average, but the interval reaches the limit"
+    reason = " (rollout never reads that layer)" if method == "rollout" else ""
+    return f"FAILS: this map hardly changes when the last layer is random{reason}: do not read it as evidence"
+
+
+def explanation_conclusion(numbers: Mapping[str, dict]) -> str:
+    """What may and what may not be concluded from the maps, in plain words for the closing cell.
+
+    Every line follows from one number and its 95% interval, and cites both. A line whose interval holds both answers, or
+    whose number is missing, stands under "undecided"; one that rests on fewer than `FEW_PEOPLE` people is called a hint.
+    """
+    methods = _methods(numbers)
+    if not methods:
+        return NOTHING
+    lines: dict[str, list[str]] = {"may": [], "may not": [], "undecided": []}
+    for method, topics in methods.items():
+        trust = [_about_faithfulness(topics.get("faithfulness", {})), _about_randomisation(topics.get("randomisation", {}))]
+        places = _about_anatomy(topics.get("anatomy", {}), trusted=all(heading == "may" for heading, _ in trust))
+        verdicts = [*trust, *places, *_about_attacks(topics), _about_the_map_attack(topics), _about_people(topics)]
+        for heading, words in verdicts:
+            lines[heading].append(f"- {method}: {words}")
+    titles = {"may": "What may be concluded", "may not": "What may not be concluded", "undecided": "Undecided by these numbers"}
+    empty = {"may": "- nothing", "may not": "- no limit was found by these measures", "undecided": "- nothing"}
+    return "\n\n".join("\n".join([titles[heading], *(found or [empty[heading]])]) for heading, found in lines.items())
+
+
+Verdict = tuple[str, str]
+
+
+def _about_faithfulness(faithful: dict) -> Verdict:
+    gains = {name: faithful.get(name, {}).get("beyond_random") for name in FAITHFUL}
+    if any(gain is None or gain["value"] is None for gain in gains.values()):
+        return "undecided", "whether it shows what the model uses: faithfulness was not measured slice by slice against random maps."
+    cited = {name: f"{name.upper() if name == 'road' else name} {_signed(gain)}" for name, gain in gains.items()}
+    above = [cited[name] for name, gain in gains.items() if gain["ci"][0] > 0]
+    rest = [cited[name] for name, gain in gains.items() if gain["ci"][0] <= 0]
+    hint = _hint(gains["insertion"])
+    if not rest:
+        return "may", f"the pixels it marks matter to the answer more than those of a random map: better by {', '.join(above)}{hint}."
+    but = f" (though it is by {', '.join(above)})" if above else ""
+    return "may not", f"it does not show what the model uses: not better than a random map by {', '.join(rest)}{but}{hint}."
+
+
+def _about_randomisation(check: dict) -> Verdict:
+    stages = check.get("stages")
+    first = stages[min(stages)] if stages else {"value": None}
+    if first["value"] is None:
+        return "undecided", "whether it depends on what was learned: not checked against a random last layer."
+    cited = f"rank correlation {_shown(first)}, limit {SANITY_LIMIT}{_hint(first)}"
+    if first["value"] >= SANITY_LIMIT:
+        return "may not", f"it hardly changes when the last layer is random ({cited}): it is no evidence of what the model learned."
+    if first["ci"][1] >= SANITY_LIMIT:
+        return "undecided", f"it changes on average when the last layer is random, but the interval reaches the limit ({cited})."
+    return "may", f"it depends on what the last layer learned: with a random one it is another map ({cited})."
+
+
+def _about_anatomy(anatomy: dict, *, trusted: bool) -> list[Verdict]:
+    """Where the map lies is a fact about a picture; only a map that passed both other checks makes it one about the model."""
+    verdicts = []
+    only = "" if trusted else ": so lies the picture; what the model uses does not follow, for the map did not pass both checks above"
+    for region, words in REGIONS.items():
+        entry = anatomy.get(region, {})
+        beyond, area = entry.get("beyond_area"), anatomy.get(f"{region}_area", {})
+        if beyond is None or beyond["value"] is None:
+            verdicts.append(("undecided", f"how much of it lies in the {words}: not measured against the region's area."))
+            continue
+        cited = f"share {_shown(entry)}, area {area['value']:.2f}, difference {_signed(beyond, 2)}{_hint(beyond)}"
+        inside = region in ("brain", "csf")
+        if beyond["ci"][0] > 0:
+            verdicts.append(("may" if trusted else "may not", f"it favours the {words} ({cited}){only}.") if inside else
+                            ("may not", f"it must not be read as anatomy alone: it favours the {words} ({cited})."))
+        elif beyond["ci"][1] < 0:
+            verdicts.append(("may not", f"it does not point at the {words}: it has less there than an even map ({cited}).") if inside
+                            else ("may" if trusted else "may not", f"it avoids the {words} ({cited}){only}."))
+        else:
+            verdicts.append(("undecided", f"whether it favours or avoids the {words} ({cited})."))
+    return verdicts
+
+
+def _about_attacks(topics: dict) -> list[Verdict]:
+    verdicts = []
+    for topic, entries in topics.items():
+        if topic.startswith("attack "):
+            verdicts.append(_about_likeness(entries.get("iou_top20"), f"an attack on the prediction at eps {topic.removeprefix('attack ')}"))
+    return verdicts or [("undecided", "whether it is stable under attacks on the prediction: not measured.")]
+
+
+def _about_the_map_attack(topics: dict) -> Verdict:
+    moved = topics.get("explanation attack", {})
+    return _about_likeness(moved.get("iou_top20"), f"an attack on the map itself that keeps the answer ({_eps_of(moved)})")
+
+
+def _about_likeness(entry: dict | None, attack: str) -> Verdict:
+    if entry is None or entry["value"] is None:
+        return "undecided", f"whether it survives {attack}: not measured."
+    cited = f"top-20% IoU {_shown(entry)}, alike from {ALIKE}{_hint(entry)}"
+    if entry["ci"][1] < ALIKE:
+        return "may not", f"it is unstable: {attack} moves most of its top ({cited})."
+    if entry["ci"][0] >= ALIKE:
+        return "may", f"it stays where it was under {attack} ({cited})."
+    return "undecided", f"whether it survives {attack} ({cited})."
+
+
+def _about_people(topics: dict) -> Verdict:
+    entries = {region: entry for region in REGIONS if (entry := topics.get("anatomy", {}).get(region)) and entry["value"] is not None}
+    if not entries:
+        return "undecided", "where it lies: no share of a region was measured."
+    region = max(entries, key=lambda name: entries[name]["ci"][1] - entries[name]["ci"][0])
+    entry = entries[region]
+    width = entry["ci"][1] - entry["ci"][0]
+    cited = f"{entry['n_people']} people, widest interval {width:.2f} ({REGIONS[region]}, {_shown(entry)})"
+    if entry["n_people"] < FEW_PEOPLE or width > WIDE:
+        return "may not", f"nothing about patients in general: too few people or too wide ({cited})."
+    return "may", f"its place is known to within {width:.2f} of its mass for people like these ({cited})."
+
+
+def _hint(entry: dict) -> str:
+    return f"; a hint only, n = {entry['n_people']} people" if entry["n_people"] < FEW_PEOPLE else ""
+
+
+def _eps_of(moved: dict | None) -> str:
+    value = (moved or {}).get("eps", {}).get("value")
+    return "eps not in the record" if value is None else f"eps {round(255 * value, 2):g}/255"
+
+
+def _shown(entry: dict | None, digits: int = 2) -> str:
+    if not entry or entry.get("value") is None:
+        return "none" if entry and entry.get("n_slices") == 0 else "not measured"
+    low, high = entry["ci"]
+    return f"{entry['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _signed(entry: dict, digits: int = 3) -> str:
+    low, high = entry["ci"]
+    return f"{entry['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _sizes(entry: dict | None) -> str:
+    return f"{entry['n_slices']} / {entry['n_people']}" if entry else "not measured"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    columns = max(map(len, rows))
+    filled = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(len(row[place]) for row in filled) for place in range(columns)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in filled)
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

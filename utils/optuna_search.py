@@ -13,16 +13,20 @@ import json
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import optuna
 import torch
 from filelock import FileLock, Timeout
-from optuna.trial import TrialState
+from matplotlib.axes import Axes
+from optuna.trial import FrozenTrial, TrialState
 
 from utils.config import RunConfig
 from utils.data import ImageSet
+from utils.figures import BASE, COLOURS, GREY, StudyFigure, _absent, _canvas, _styled
 from utils.training import fit
 from utils.utils_funcs import StudyError, read_json, say, write_json
 
@@ -30,6 +34,10 @@ from utils.utils_funcs import StudyError, read_json, say, write_json
 PRUNER_STARTUP = 4
 #: Seconds between two signs of life of a trial on a shared storage, and after how many silent ones it counts as dead.
 HEARTBEAT, GRACE = 30, 120
+#: What a trial that answered one class is charged: it scores worse than any that learnt something, but stays comparable with its like.
+ONE_CLASS = 10.0
+#: Finished trials below which importances would be the noise of the draw.
+LEAST_FOR_IMPORTANCE = 4
 
 
 #: The settings that a search chooses.
@@ -54,14 +62,29 @@ def study_paths(folder: Path, config: RunConfig) -> tuple[Path, Path]:
     return folder / "study.db", folder / f"{name}_best.json"
 
 
+def study_name(config: RunConfig) -> str:
+    """Name of the study of (model, protocol, fold) at this profile."""
+    return f"{config.model}-{study_paths(Path(), config)[1].stem.removesuffix('_best')}-{config.profile}"
+
+
+def known_study(folder: Path, config: RunConfig) -> optuna.Study | None:
+    """The study on this machine, to look at; None where it holds none: unlike `open_study` it makes nothing."""
+    database = study_paths(folder, config)[0]
+    if not database.is_file():
+        return None
+    with contextlib.suppress(KeyError):  # the file may hold the studies of other folds alone
+        return optuna.load_study(study_name=study_name(config), storage=f"sqlite:///{database.as_posix()}")
+    return None
+
+
 def open_study(folder: Path, config: RunConfig, storage: str | None = None) -> optuna.Study:
     """The persistent study of (model, protocol, fold); `storage` is any Optuna URL (PostgreSQL for several machines)."""
-    database, best_path = study_paths(folder, config)
+    database = study_paths(folder, config)[0]
     database.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     beating = dict(heartbeat_interval=HEARTBEAT, grace_period=GRACE) if storage else {}
     return optuna.create_study(
-        study_name=f"{config.model}-{best_path.stem.removesuffix('_best')}-{config.profile}", direction="minimize",
+        study_name=study_name(config), direction="minimize",
         storage=optuna.storages.RDBStorage(storage or f"sqlite:///{database.as_posix()}", **beating), load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=1))
 
@@ -201,9 +224,8 @@ def objective(trial: optuna.Trial, train: ImageSet, validation: ImageSet, config
             raise optuna.TrialPruned
 
     fitted = fit(train, validation, settings, folder / "trial.safetensors", device, on_epoch=report)
-    # An epoch that answers one class is never the best. A constant answer scores worse than any model that learnt
-    # something, but stays comparable with its like.
-    return 10.0 + fitted.history[-1]["score"] if fitted.one_class else fitted.history[fitted.best_epoch - 1]["score"]
+    # An epoch that answers one class is never the best.
+    return ONE_CLASS + fitted.history[-1]["score"] if fitted.one_class else fitted.history[fitted.best_epoch - 1]["score"]
 
 
 def best_settings(folder: Path, config: RunConfig) -> dict[str, object]:
@@ -220,3 +242,80 @@ def trials_table(study: optuna.Study) -> str:
         settings = json.dumps({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in trial.params.items()})
         lines.append(f"{trial.number:>5} {trial.value:>8.4f} {trial.state.name.lower():>9}  {settings}")
     return "\n".join(lines)
+
+
+#: What a figure calls the states of trials.
+STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed", TrialState.RUNNING: "running",
+          TrialState.WAITING: "waiting"}
+
+
+@_styled
+def search_figures(study: optuna.Study) -> StudyFigure:
+    """The study as one figure: how its best score came about, and which settings decided."""
+    trials = study.get_trials(deepcopy=False)
+    figure, axes = _canvas(1, 2, (10, 3.9), f"Search {study.study_name}", _states_text(trials))
+    colour = COLOURS.get(study.study_name.split("-")[0], GREY)
+    _history_panel(axes[0, 0], trials, colour)
+    _importance_panel(axes[0, 1], study, colour)
+    return figure
+
+
+def _states_text(trials: list[FrozenTrial]) -> str:
+    counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
+    return " · ".join([f"n = {len(trials)} trials", *(f"{count} {STATES[state]}" for state, count in counts.items() if count)])
+
+
+def _history_panel(panel: Axes, trials: list[FrozenTrial], colour: str) -> None:
+    """Score by trial. Trials without a comparable score (failed, one class) stand at the upper edge, so that they do not
+    squeeze the others into a line."""
+    panel.set_title("validation score of each trial (lower is better)")
+    panel.set(xlabel="trial", ylabel="cross-entropy (nats)")
+    if not any(trial.state.is_finished() for trial in trials):
+        _absent(panel, "no trial is finished yet")
+        return
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    learnt = [trial for trial in complete if trial.value < ONE_CLASS]
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.value is not None]
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    for those, face, label in ((learnt, colour, "complete"), (pruned, "none", "pruned (last epoch's)")):
+        if those:
+            panel.scatter(*zip(*((trial.number, trial.value) for trial in those)), facecolors=face, edgecolors=colour, s=26, zorder=3,
+                          label=label)
+    if learnt:
+        best = np.minimum.accumulate([trial.value for trial in learnt])
+        panel.step([*(trial.number for trial in learnt), len(trials) - 1], [*best, best[-1]], where="post", color=BASE, linewidth=1.2,
+                   label="best so far")
+    for those, marker, label in ((failed, "x", "failed"), ([t for t in complete if t.value >= ONE_CLASS], "^", "answered one class")):
+        if those:
+            panel.scatter([trial.number for trial in those], [0.97] * len(those), marker=marker, color=GREY, s=30, zorder=3, label=label,
+                          transform=panel.get_xaxis_transform())
+    if not learnt and not pruned:
+        panel.set_yticks([])
+    panel.margins(y=0.15)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3)
+
+
+def _importance_panel(panel: Axes, study: optuna.Study, colour: str) -> None:
+    """Optuna's importances, PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255): ranks of scores, so the charge for one
+    class, however high, does not decide them."""
+    complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    panel.set_title(f"what puts a trial among the best, n = {complete}")
+    importances = importances_of(study)
+    if not importances:
+        _absent(panel, f"importances need at least {LEAST_FOR_IMPORTANCE} complete trials\nthat differ; this search has {complete} complete")
+        return
+    bars = panel.barh(list(importances)[::-1], list(importances.values())[::-1], color=colour)
+    panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    panel.set(xlabel="share of the importance of all settings", xlim=(0, 1.15 * max(importances.values())))
+    panel.grid(False, axis="y")
+
+
+def importances_of(study: optuna.Study) -> dict[str, float]:
+    """Setting → share of the importance, most important first; empty where the complete trials are too few or too alike."""
+    if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < LEAST_FOR_IMPORTANCE:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot tell equal scores apart is said in the panel
+        importances = optuna.importance.get_param_importances(study)
+    return importances if len(set(importances.values())) > 1 else {}  # all equal is what it answers where it found nothing

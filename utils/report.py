@@ -307,10 +307,18 @@ def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
     entries = read_entries(root)
     rows, drawn = study_rows(entries), {}
     for name, draw in figures.STUDY_FIGURES.items():
-        if any(row.trained for row in rows) or (rows and name == "headline"):
+        if name in _drawable(entries, rows):
             figure = draw(rows, list(entries.values()))
             drawn[save_figure(figure, Path(root) / "assets" / "results" / f"{name}.png")] = figure
     return drawn
+
+
+def _drawable(entries: Entries, rows: list[StudyRow]) -> list[str]:
+    """The study figures that these records have something for."""
+    if not any(row.trained for row in rows):
+        return ["headline"] if rows else []
+    transfer = any(figures.transfer_cells([*entries.values()], protocol) for protocol in PROTOCOLS)
+    return [name for name in figures.STUDY_FIGURES if transfer or name != "transfer"]
 
 
 def draw_audit_figures(root: Path | str) -> dict[str, Figure]:
@@ -343,6 +351,7 @@ CAPTIONS = {
     "per_class": "The same by class. Moderate is two people: no claim rests on it.",
     "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
                    "images.",
+    "transfer": "Momentum PGD on one model, shown to another; the diagonal is PGD on the model itself.",
 }
 
 
@@ -442,7 +451,8 @@ def results_markdown(entries: Entries) -> str:
         parts.append(f"<details><summary>Every score under <code>{protocol}</code></summary>\n\n"
                      f"{_markdown(_full_table(rows, protocol, eps))}\n\n</details>")
     if any(row.trained for row in rows):
-        parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()]
+        parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
+                  if name in _drawable(entries, rows)]
         parts.append(_model_links(entries))
     return "\n\n".join(part for part in parts if part)
 
@@ -550,7 +560,7 @@ def publish(run: Path | str, destination: Path | str = ROOT) -> list[Path]:
                              f"profile {entry.record['profile']} must not replace; publish a run of that profile or a "
                              "higher one.")
     files = [path for model in dict.fromkeys(model for model, _ in entries)
-             for path in sorted((run / "assets" / model).iterdir()) if path.suffix in (".json", ".npz", ".png")]
+             for path in sorted((run / "assets" / model).iterdir()) if path.suffix in (".json", ".npz", ".png", ".gif")]
     files += [*sorted(run.glob("models/*.ipynb")), *sorted(run.glob("dataset/*.ipynb"))]
     for path in files:
         with atomic_path(destination / path.relative_to(run)) as temporary:

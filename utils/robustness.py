@@ -846,7 +846,7 @@ def transfer_matrix(models: Mapping[str, nn.Module], images_uint8: np.ndarray | 
     return standing
 
 
-def attack_images(model: nn.Module, pixels: Tensor, labels: np.ndarray, attack: str, eps: float, *, batch: int = 64,
+def attack_images(model: nn.Module, pixels: Tensor, labels: np.ndarray, attack: str, eps: float, /, *, batch: int = 64,
                   seed: int = 0, targets: np.ndarray | None = None, **budget: object) -> Tensor:
     """Adversarial images (N, 1, H, W) of a registered attack, on the CPU, batch by batch; pixels float32 in [0, 1]."""
     device, made = _device(model), []
@@ -905,6 +905,28 @@ def pgd_convergence(model: nn.Module, images_uint8: np.ndarray | Tensor, labels:
         made = attack_images(model, pixels, truth, "pgd", eps, batch=batch, seed=seed, loss="margin", **budget)
         standing[key] = ~fallen(predict_logits(model, made, batch).numpy(), truth)
     return standing
+
+
+def sample_measures(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray, people: np.ndarray,
+                    config: RunConfig) -> dict:
+    """What a worst case does not tell, on the fixed stratified sample, at the headline eps, with four classes, as JSON:
+    the smallest perturbation found for each image, whether PGD can move it towards `healthier` and `sicker` answers, and
+    whether it stands after PGD of growing budgets. `None` stands for a perturbation not found and a direction that is not
+    there; `rows` are the sample's rows of the images given."""
+    rows, eps_text = stratified_sample(labels, people, config.sample), headline_of(config)
+    given = (model, torch.as_tensor(images_uint8)[torch.as_tensor(rows)], np.asarray(labels)[rows])
+    options = dict(batch=config.attack_batch, seed=config.seed)
+    sizes = minimal_perturbations(*given, steps=20, **options)
+    directions = direction_success(*given, parse_eps(eps_text), steps=config.pgd_steps, **options)
+    converged = pgd_convergence(*given, parse_eps(eps_text), restart_steps=config.pgd_steps, **options)
+    return {"eps": eps_text, "pgd_steps": config.pgd_steps, "rows": rows.tolist(), "minimal_linf": _finite_or_none(sizes),
+            **{name: _finite_or_none(success) for name, success in directions.items()},
+            "convergence": [{"kind": kind, "count": count, "standing": standing.tolist()}
+                            for (kind, count), standing in converged.items()]}
+
+
+def _finite_or_none(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def model_from_factory(spec: str) -> nn.Module:

@@ -45,24 +45,33 @@ def result_root(profile: str, data: str) -> Path:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it on success: a kill at any moment leaves the old file or the
     new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp", dir=path.parent)
-    os.close(handle)
-    os.chmod(name, 0o644)  # mkstemp makes it private to this user; a result is for everybody
-    temporary = Path(name)
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        os.chmod(name, 0o644)  # mkstemp makes it private to this user; a result is for everybody
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(path.parent).free > FULL_DISK:
+    except Exception as error:
+        if not _tells_of_a_full_disk(error, path.parent):
             raise
         raise StudyError(f"{path} could not be written: the disk is full ({error}); free some space and run the same command again, it "
                          "goes on from what was saved before.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _tells_of_a_full_disk(error: Exception, folder: Path) -> bool:
+    """Python has an error number for it, safetensors (an exception of its own) only the words, and torch.save's RuntimeError
+    says nothing of the disk: there the room that is left decides."""
+    if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
+        return True
+    return isinstance(error, (OSError, RuntimeError)) and folder.exists() and shutil.disk_usage(folder).free <= FULL_DISK
 
 
 def write_json(path: Path | str, value: object) -> None:

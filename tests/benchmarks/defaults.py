@@ -1,11 +1,12 @@
 """Which settings? Short studies on the training and validation people of `patient` fold 0; no test image is read.
 
     python tests/benchmarks/defaults.py --raw RAW                          # which adversarial training, for Resnet_atk
-    python tests/benchmarks/defaults.py --raw RAW --model Efficientnet     # which learning rate, from random weights
+    python tests/benchmarks/defaults.py --raw RAW --model Resnet           # which learning rate, from random weights
+    python tests/benchmarks/defaults.py --raw RAW --model Efficientnet     # likewise
 
-Goes on where it stopped; writes assets/<Model>/defaults.json. Each line changes one thing of the first. The ResNet sees the
-images at 64 px, which makes its study four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch, chosen as every training chooses it; all lines have
-the same epochs, so that they can be compared, and too few of them to say what a method reaches in the end.
+Goes on where it stopped; writes assets/<Model>/defaults.json. The ResNets see the images at 64 px, which makes their study
+four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch, chosen as every training chooses
+it; all lines have the same epochs, so that they can be compared, and too few of them to say what a method reaches in the end.
 """
 
 import argparse
@@ -40,11 +41,14 @@ CLEAN = {
     "learning rate 0.001": {"lr": 1e-3},
     "learning rate 0.001, no class weights": {"lr": 1e-3, "class_weights": False},
     "learning rate 0.003": {"lr": 3e-3},
+    "learning rate 0.001, batches of 16": {"lr": 1e-3, "batch_size": 16},
     "learning rate 0.001, weaker augmentation": {"lr": 1e-3, "augmentation": 0.2},
     "learning rate 0.001, weight average, decay 0.99": {"lr": 1e-3, "ema_decay": 0.99},
 }
-#: Model → (lines, epochs, side in pixels that the network sees, None: native).
-STUDIES = {"Resnet_atk": (ADVERSARIAL, 8, 64), "Efficientnet": (CLEAN, 4, None)}
+#: Model → (lines, what all of them share).
+STUDIES = {"Resnet_atk": (ADVERSARIAL, dict(epochs=8, input_size=64, slice_stride=2)),
+           "Resnet": (CLEAN, dict(epochs=12, input_size=64, slice_stride=4)),
+           "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2))}
 
 
 def main() -> None:
@@ -52,7 +56,7 @@ def main() -> None:
     parser.add_argument("--raw")
     parser.add_argument("--model", choices=tuple(STUDIES), default="Resnet_atk")
     options = parser.parse_args()
-    lines, epochs, size = STUDIES[options.model]
+    lines, shared = STUDIES[options.model]
     output = ROOT / "assets" / options.model / "defaults.json"
     study = experiment.open_study("cpu", options.raw)
     if study.data != "real":
@@ -62,7 +66,7 @@ def main() -> None:
     for name, changes in lines.items():
         if name in done["rows"]:
             continue
-        config = make_config("cpu", options.model, epochs=epochs, input_size=size, precision="fp32", **changes)
+        config = make_config("cpu", options.model, **{**shared, "lr": 3e-4, **changes})
         with tempfile.TemporaryDirectory() as folder:
             try:
                 fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device())
@@ -73,7 +77,7 @@ def main() -> None:
             except StudyError as error:
                 done["rows"][name] = {"changes": changes, "failed": str(error)}
         done |= {"model": options.model, "protocol": "patient", "fold": 0, "data": study.data, "profile": "cpu",
-                 "epochs": epochs, "input_size": size, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
+                 **shared, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
                  "n_validation": len(sets["validation"]), "cohort_sha256": study.cohort_sha256, "hardware": hardware(),
                  "threads": torch.get_num_threads(), "environment": environment()}
         write_json(output, done)
