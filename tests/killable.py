@@ -1,13 +1,17 @@
 """Small trainings and searches as functions that a test starts in processes of their own, to kill or to multiply."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.test_training import DEVICE, TRAIN, VALIDATION, TinyNet, small
-from utils import optuna_search, training
+from utils import experiment, metrics, optuna_search, training
+from utils.config import RunConfig
 
 
 def use_tiny_network() -> None:
@@ -34,6 +38,40 @@ def search(folder: Path, trials: int = 5, storage: str | None = None, epochs: in
     use_tiny_network()
     config = small("Resnet", trials=trials, search_epochs=epochs)
     optuna_search.search(TRAIN, VALIDATION, config, folder, DEVICE, storage=storage)
+
+
+#: What the shards of the tests run: two models, five folds of `patient` and one unit of `slice`, twelve units.
+SHARDED = ("Resnet", "Resnet_atk")
+
+
+def sharded_study(root: Path) -> experiment.Study:
+    return experiment.Study(root, "phantom", "cpu", root / "raw", "ab" * 32)
+
+
+def shard(root: Path, which: str, seconds: float = 0.0) -> None:
+    """One shard of the grid, whose units take `seconds` each and have twelve test images: who does what, what is skipped and
+    what is recorded are the grid's own affair. Every beginning and every end of a unit's work is a line of `log`."""
+    def tell(what: str, config: RunConfig) -> None:
+        with open(root / "log", "a", encoding="utf-8") as log:  # one write in append mode: lines of two processes do not mix
+            log.write(f"{what} {config.model} {config.protocol} {config.unit} {os.getpid()}\n")
+
+    def attack(study: experiment.Study, config: RunConfig, *, retrain: bool = False) -> experiment.Unit:
+        tell("began", config)
+        time.sleep(seconds)
+        labels, person = np.arange(12) % 4, np.arange(12) + 12 * config.fold
+        rows = {"labels": labels.astype(np.int8), "fold": np.full(12, config.fold, np.int8), "seed": np.zeros(12, np.int8),
+                "patient_id": person.astype(np.int32), "slice_index": np.zeros(12, np.int16), "file_sha256": np.zeros((12, 32), np.uint8)}
+        clean = np.random.default_rng(config.fold).normal(size=(12, 4))
+        rows |= {"clean": metrics.to_half(clean), "4/255:pgd": metrics.to_half(clean - 1)}
+        tell("ended", config)
+        return experiment.Unit(rows, {**experiment.describe(study, config), "init": "random", "precision": "fp32", "sanity": [],
+                                      "wall_seconds": {"train": seconds, "attack": 0.0}, "attacks": {"4/255": {"pgd": {"norm": "linf"}}},
+                                      "process": os.getpid()})
+
+    experiment.open_study = lambda profile, raw: sharded_study(root)
+    experiment.train = lambda study, config, retrain: "a stand-in"
+    experiment.attack, experiment.explain = attack, lambda study, config, retrain: (root, {})
+    experiment.grid("cpu", shard=which, models=SHARDED)
 
 
 def train_in_a_team(output: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from utils import grad_cam
 from utils.backbones import PixelClassifier, build_model
-from utils.utils_funcs import BACKBONES, StudyError
+from utils.utils_funcs import BACKBONES, CLASSES, StudyError
 
 #: The planted patch of the phantom: 64 px, aligned to the 32 px grid that a ResNet or EfficientNet has at 128 px.
 PATCH = slice(32, 96)
@@ -58,15 +59,18 @@ def small_model() -> PixelClassifier:
     return PixelClassifier(SmallNet(), name="SmallNet", init="random", input_size=None).eval()
 
 
-def fit(model: nn.Module, *, count: int, epochs: int, lr: float) -> nn.Module:
-    images, labels = planted(count, seed=0)
+def fit(model: nn.Module, *, count: int, epochs: int, lr: float, phantom: Callable = planted, batch: int = 32,
+        half: bool = False) -> nn.Module:
+    images, labels = phantom(count, seed=0)[:2]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (count // 32))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (count // batch))
     model.train()
     for _ in range(epochs):
-        for rows in torch.randperm(count)[: count // 32 * 32].split(32):
+        for rows in torch.randperm(count)[: count // batch * batch].split(batch):
             optimizer.zero_grad()
-            F.cross_entropy(model(images[rows]), labels[rows]).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):  # a step each: it keeps cast weights until it is left
+                loss = F.cross_entropy(model(images[rows]).float(), labels[rows])
+            loss.backward()
             optimizer.step()
             schedule.step()
     return model.eval()
@@ -116,6 +120,18 @@ def test_a_map_does_not_depend_on_its_batch(backbone, slices):
         together = grad_cam.explain(backbone, slices, method=method, batch_size=5)
         alone = torch.cat([grad_cam.explain(backbone, image[None], method=method) for image in slices])
         assert (together - alone).abs().max() < 1e-3, method
+
+
+def test_the_network_sees_whole_batches_and_no_more(trained):
+    """One forward pass a batch, one image for the geometry of the cells, and no loop over images."""
+    images, _ = planted(11, seed=5)
+    sizes: list[int] = []
+    hook = trained.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    for method in GRADIENT_METHODS:
+        sizes.clear()
+        grad_cam.explain(trained, images, method=method, batch_size=4)
+        assert sorted(sizes) == [1, 3, 4, 4], method
+    hook.remove()
 
 
 def fingerprint(model: nn.Module) -> list:
@@ -419,15 +435,219 @@ def test_the_gif_has_a_frame_a_slice_and_is_small_enough_for_a_readme(tmp_path):
     assert path.stat().st_size < 1_500_000 and list(tmp_path.iterdir()) == [path]
 
 
+# --- In words ---------------------------------------------------------------------------------------------------------
+
+def entry(value: float | None, low: float = 0.0, high: float = 0.0, people: int = 40) -> dict:
+    return {"value": value, "ci": None if value is None else [low, high], "n_slices": 2 * people if value is not None else 0,
+            "n_people": people if value is not None else 0}
+
+
+def told(**changed: object) -> dict:
+    """A record of maps about which everything good can be said; `changed` replaces single numbers, by `topic__name`."""
+    anatomy = {f"{region}_area": entry(0.3, 0.29, 0.31) for region in grad_cam.REGIONS}
+    for region in grad_cam.REGIONS:
+        beyond = 0.2 if region in ("brain", "csf") else -0.2
+        anatomy[region] = {**entry(0.3 + beyond, 0.28 + beyond, 0.32 + beyond), "beyond_area": entry(beyond, beyond - 0.02, beyond + 0.02),
+                           "by_class": [entry(0.4, 0.3, 0.5, people=class_) if class_ else entry(None) for class_ in range(4)]}
+    faithful = {}
+    for name in grad_cam.FAITHFUL:
+        faithful[name] = {**entry(0.5, 0.4, 0.6), "beyond_random": entry(0.1, 0.05, 0.15)}
+        faithful[name + grad_cam.CONTROL] = entry(0.4, 0.3, 0.5)
+    alike = {name: entry(0.8, 0.7, 0.9) for name in grad_cam.SIMILARITY}
+    record = {"gradcam": {"anatomy": anatomy, "faithfulness": faithful, "attack 1/255": dict(alike), "attack 4/255": dict(alike),
+                          "explanation attack": {**alike, "eps": entry(4 / 255, 4 / 255, 4 / 255)},
+                          "randomisation": {"stages": {"00 fc": entry(0.1, 0.0, 0.2), "01 layer4": entry(0.05, 0.0, 0.1)}, "passed": True}},
+              "prediction": {"kept": {"1/255": entry(0.75, 0.7, 0.8), "4/255": entry(0.25, 0.2, 0.3)}}}
+    for path, value in changed.items():
+        *parents, last = path.split("__")
+        place = record["gradcam"]
+        for parent in parents:
+            place = place[parent]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    return record
+
+
+def concluded(numbers: dict) -> dict[str, list[str]]:
+    parts = [part.splitlines() for part in grad_cam.explanation_conclusion(numbers).split("\n\n")]
+    assert [part[0] for part in parts] == ["What may be concluded", "What may not be concluded", "Undecided by these numbers"]
+    return dict(zip(("may", "may not", "undecided"), (part[1:] for part in parts)))
+
+
+def test_the_record_compares_slice_by_slice_with_random_maps_and_with_the_area(measures):
+    record = grad_cam.explanation_record(measures, np.arange(8) % 4, np.arange(8))["gradcam"]
+    for name, sign in (("insertion", 1), ("deletion", -1), ("road", 1)):
+        gain = sign * (measures[f"gradcam:faithfulness:{name}"] - measures[f"gradcam:faithfulness:{name} of random maps"])
+        assert np.isclose(record["faithfulness"][name]["beyond_random"]["value"], np.nanmean(gain), atol=1e-5)
+    beyond = measures["gradcam:anatomy:brain"] - measures["gradcam:anatomy:brain_area"]
+    assert np.isclose(record["anatomy"]["brain"]["beyond_area"]["value"], np.nanmean(beyond), atol=1e-5)
+    assert np.isclose(record["explanation attack"]["eps"]["value"], 4 / 255, atol=1e-6)
+
+
+def test_the_text_of_a_measured_record_names_every_part_and_both_sizes(measures):
+    numbers = grad_cam.explanation_record(measures, np.arange(8) % 4, np.arange(8))
+    text = grad_cam.explanation_text(numbers)
+    for words in (*grad_cam.REGIONS.values(), *grad_cam.FAITHFUL.values(), *grad_cam.SIMILARITY.values(), *CLASSES,
+                  "on the prediction, eps 4/255", "on the map, eps 4/255", "n slices / n people", "8 / 8", "2 / 2", "last layer random"):
+        assert words in text, words
+    assert "not measured" not in text and "nan" not in text
+    assert concluded(numbers)  # two slices decide little, but every line can be written
+    assert "hint" in grad_cam.explanation_conclusion(numbers)
+
+
+def test_the_text_shows_values_with_intervals_in_aligned_columns():
+    text = grad_cam.explanation_text(told())
+    assert "0.50 [0.48, 0.52]" in text and "0.100 [0.050, 0.150]" in text and "0.25 [0.20, 0.30]" in text
+    for block in text.split("\n\n"):
+        header, *rows = block.splitlines()[1:]
+        second = header.index(header.split("  ", 1)[1].strip().split("  ")[0])
+        assert all(row[second - 1] == " " and row[second] != " " for row in rows), block
+
+
+@pytest.mark.parametrize("value, mark", [(0.49, "ok"), (0.5, "FAILS"), (0.97, "FAILS")])
+def test_a_map_that_outlives_a_random_last_layer_is_marked(value, mark):
+    text = grad_cam.explanation_text(told(randomisation={"stages": {"00 fc": entry(value, value - 0.005, value + 0.005)}}))
+    line = text.splitlines()[-1]
+    assert line.split("  ")[0] == "gradcam" and f"  {mark}" in line
+    assert ("do not read it as evidence" in line) == (mark == "FAILS")
+
+
+def test_what_was_not_measured_is_said():
+    assert "No explanation was measured" in grad_cam.explanation_text({}) == grad_cam.explanation_conclusion({})
+    bare = {"gradcam": {}, "prediction": {"kept": {}}}
+    text = grad_cam.explanation_text(bare)
+    assert text.count("not measured") == 5 and "UNKNOWN" in text
+    found = concluded(bare)
+    assert found["may"] == ["- nothing"] and found["may not"] == ["- no limit was found by these measures"]
+    assert len(found["undecided"]) == 9
+    nothing = told(anatomy__brain=entry(None), randomisation={"stages": {"00 fc": entry(None)}})
+    assert "UNKNOWN: no map to compare" in grad_cam.explanation_text(nothing)
+    assert any("not checked against a random last layer" in line for line in concluded(nothing)["undecided"])
+
+
+def test_a_record_of_an_earlier_version_is_still_told():
+    for file in sorted((Path(grad_cam.__file__).parents[1] / "assets").glob("*/patient.json")):
+        for unit in json.loads(file.read_text()).get("units", []):
+            numbers = unit.get("explanation") or {}
+            assert grad_cam.explanation_text(numbers) and grad_cam.explanation_conclusion(numbers), file
+
+
+def test_good_maps_have_nothing_against_them():
+    found = concluded(told())
+    assert found["may not"] == ["- no limit was found by these measures"] and found["undecided"] == ["- nothing"]
+    assert len(found["may"]) == 10
+
+
+@pytest.mark.parametrize("changed, heading, words, cited", [
+    # Each clause turned from its good outcome (all of them: the test above) to its bad and its open one.
+    (dict(faithfulness__road={**entry(0.1), "beyond_random": entry(0.01, -0.02, 0.04)}), "may not",
+     "does not show what the model uses: not better than a random map by ROAD", "+0.010 [-0.020, +0.040]"),
+    (dict(faithfulness__deletion=entry(0.5, 0.4, 0.6)), "undecided", "whether it shows what the model uses", ""),
+    (dict(randomisation={"stages": {"00 fc": entry(0.8, 0.7, 0.9)}}), "may not", "no evidence of what the model learned", "0.80 [0.70, 0.90]"),
+    (dict(randomisation={"stages": {"00 fc": entry(0.4, 0.2, 0.6)}}), "undecided", "interval reaches the limit", "0.40 [0.20, 0.60]"),
+    (dict(anatomy__csf={**entry(0.1, 0.09, 0.11), "beyond_area": entry(-0.2, -0.3, -0.1)}), "may not",
+     "does not point at the ventricles", "-0.20 [-0.30, -0.10]"),
+    (dict(anatomy__csf={**entry(0.3, 0.29, 0.31), "beyond_area": entry(0.0, -0.1, 0.1)}), "undecided",
+     "favours or avoids the ventricles", "+0.00 [-0.10, +0.10]"),
+    (dict(anatomy__background={**entry(0.6, 0.59, 0.61), "beyond_area": entry(0.3, 0.2, 0.4)}), "may not",
+     "must not be read as anatomy alone: it favours the background", "+0.30 [+0.20, +0.40]"),
+    ({"attack 4/255__iou_top20": entry(0.2, 0.1, 0.3)}, "may not",
+     "unstable: an attack on the prediction at eps 4/255", "0.20 [0.10, 0.30]"),
+    ({"attack 4/255__iou_top20": entry(0.5, 0.3, 0.7)}, "undecided", "survives an attack on the prediction at eps 4/255", "0.50 [0.30, 0.70]"),
+    ({"explanation attack__iou_top20": entry(0.2, 0.1, 0.3)}, "may not", "attack on the map itself that keeps the answer (eps 4/255)",
+     "0.20 [0.10, 0.30]"),
+    ({"explanation attack__iou_top20": entry(0.5, 0.3, 0.7)}, "undecided", "attack on the map itself", "0.50 [0.30, 0.70]"),
+    (dict(anatomy__brain={**entry(0.5, 0.3, 0.7), "beyond_area": entry(0.2, 0.1, 0.3)}), "may not", "nothing about patients in general",
+     "widest interval 0.40"),
+    (dict(anatomy__brain={**entry(0.5, 0.2, 0.8, people=6), "beyond_area": entry(0.2, 0.1, 0.3, people=6)}), "may not",
+     "nothing about patients in general", "6 people"),
+])
+def test_every_clause_turns_with_its_number(changed, heading, words, cited):
+    good, found = concluded(told()), concluded(told(**changed))
+    lines = [line for line in found[heading] if words in line]
+    assert len(lines) == 1 and cited in lines[0], found
+    assert not any(words in line for line in good[heading])
+
+
+def test_the_place_of_an_untrusted_map_is_no_finding_about_the_model():
+    failed = concluded(told(randomisation={"stages": {"00 fc": entry(0.8, 0.7, 0.9)}}))
+    assert not any("favours the brain" in line or "avoids the background" in line for line in failed["may"])
+    assert sum("what the model uses does not follow" in line for line in failed["may not"]) == 4
+    assert any("favours the brain" in line for line in concluded(told())["may"])
+
+
+def test_few_people_make_a_verdict_a_hint():
+    few = told(randomisation={"stages": {"00 fc": entry(0.1, 0.0, 0.2, people=grad_cam.FEW_PEOPLE - 1)}})
+    line, = (line for line in concluded(few)["may"] if "last layer learned" in line)
+    assert "a hint only, n = 19 people" in line
+    assert not any("hint" in line for line in concluded(told())["may"])
+
+
 # --- The real backbones, trained --------------------------------------------------------------------------------------
+
+#: 256 px, so that a ResNet or EfficientNet has 8 × 8 cells, and a patch of half the width on their 32 px grid: a quarter of
+#: the area, as above. With 128 px images (4 × 4 cells) and a 64 px patch a trained ResNet-34 gave 0.59 over nine places, 0.45
+#: in the middle and 0.72–0.77 in one corner. The map is not at fault: the cells around the patch, alone, also named the
+#: class, so evidence is in them; and enlarging by straight lines leaves 0.56–0.77 of even a perfect block of 2 × 2 cells.
+LARGE, HALF = 256, 128
+
+
+def planted_in_noise(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and the patch (N, H, W): noise of the stripes' own frequency everywhere, and in one patch, anywhere on
+    the grid, stripes that fade in towards its middle and whose orientation is the class.
+
+    The patch moves, because a network that may know its place by the image's border spreads its evidence at no cost (0.51
+    for a fixed corner); it has no edge, because an edge is evidence and reaches into every cell beside it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    y, x = torch.meshgrid(torch.arange(float(LARGE)), torch.arange(float(LARGE)), indexing="ij")
+    angle = (labels * np.pi / 4)[:, None, None]
+    phase = 2 * np.pi * torch.rand(count, 1, 1, generator=generator)
+    stripes = 2**0.5 * torch.sin(2 * np.pi / 12 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase)
+    frequency = torch.fft.fftfreq(LARGE)
+    ring = torch.exp(-((12 * (frequency[:, None]**2 + frequency**2).sqrt() - 1) / 0.15)**2 / 2)
+    noise = torch.fft.ifft2(torch.fft.fft2(torch.randn(count, LARGE, LARGE, generator=generator)) * ring).real
+    noise /= noise.std(dim=(1, 2), keepdim=True)
+    fade = torch.sin(np.pi * (torch.arange(HALF) + 0.5) / HALF)
+    share, patch = torch.zeros(count, LARGE, LARGE), torch.zeros(count, LARGE, LARGE, dtype=torch.bool)
+    for i, (top, left) in enumerate((32 * torch.randint(5, (count, 2), generator=generator)).tolist()):
+        share[i, top:top + HALF, left:left + HALF] = fade[:, None] * fade
+        patch[i, top:top + HALF, left:left + HALF] = True
+    images = 0.5 + 0.2 * (share * stripes + (1 - share**2).sqrt() * noise)
+    return images.clamp(0, 1)[:, None], labels, patch
+
+
+def energy(model: nn.Module, images: Tensor, labels: Tensor, patch: Tensor, method: str) -> float:
+    maps = grad_cam.explain(model, images, labels, method=method, batch_size=16)
+    return float(np.nanmean(grad_cam.anatomy_shares(maps, {"patch": patch})["patch"]))
+
+
+#: Passes over fresh images: as many as the network takes to learn the task from random weights, learning rate, bfloat16.
+BUDGETS = {"Resnet": (960, 1e-3, True), "Efficientnet": (960, 2e-3, False), "Dinov2": (1600, 3e-4, True)}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_trained_backbone_is_explained_by_the_planted_patch(name):
+    count, lr, half = BUDGETS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = fit(build_model(name, pretrained=False), count=512, epochs=8, lr=3e-4 if name == "Dinov2" else 1e-3)
-    images, labels = planted(32, seed=1)
-    assert (grad_cam._predict(model, images, 32).argmax(1) == labels).float().mean() > 0.9
+        model = fit(build_model(name, pretrained=False), count=count, epochs=1, lr=lr, phantom=planted_in_noise, batch=8, half=half)
+    images, labels, patch = planted_in_noise(48, seed=9)
+    assert (grad_cam._predict(model, images, 16).argmax(1) == labels).float().mean() > 0.9
+    found = {method: energy(model, images, labels, patch, method) for method in GRADIENT_METHODS}
+    print(name, found)
+    assert min(found.values()) >= 0.7, found
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_random_backbone_does_not_favour_the_planted_patch(name):
+    images, labels, patch = planted_in_noise(4, seed=11)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        models = [build_model(name, pretrained=False) for _ in range(2)]
     for method in GRADIENT_METHODS:
-        assert in_patch(grad_cam.explain(model, images, method=method)) >= 0.7, method
+        assert np.mean([energy(model, images, labels, patch, method) for model in models]) <= 2 * HALF**2 / LARGE**2, method

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -18,7 +19,7 @@ from optuna.trial import TrialState
 
 from tests import killable
 from tests.test_training import VALIDATION, equal, small, weights
-from utils import optuna_search
+from utils import experiment, optuna_search, report
 from utils.backbones import read_metadata
 from utils.utils_funcs import ROOT
 
@@ -90,6 +91,88 @@ def test_a_search_killed_at_any_moment_goes_on_to_the_same_trials(tmp_path):
         assert trials_of(folder) == expected
         assert (folder / "patient_fold0_best.json").read_bytes() == (tmp_path / "whole" / "patient_fold0_best.json").read_bytes()
     assert killed >= MOMENTS // 2
+
+
+# ------------------------------------------------------------------------------------------------ shards of the grid
+
+
+def units_of_the_grid() -> set[str]:
+    units = experiment.grid_units("cpu", killable.SHARDED, ("patient", "slice"), (0,))
+    return {f"{unit.model} {unit.protocol} {unit.unit}" for unit in units}
+
+
+def logged(root: Path, what: str) -> list[tuple[str, int]]:
+    """(unit, process) of every beginning or end so far."""
+    lines = (root / "log").read_text(encoding="utf-8").splitlines() if (root / "log").exists() else []
+    return [(" ".join(words[1:4]), int(words[4])) for words in map(str.split, lines) if words[0] == what]
+
+
+def recorded_units(root: Path) -> dict[str, dict]:
+    """Unit → what its record says of it; every record must follow from its predictions."""
+    found = {}
+    for model in killable.SHARDED:
+        for protocol in ("patient", "slice"):
+            path = killable.sharded_study(root).record(model, protocol)
+            if path.is_file():
+                record, rows = report.read_record(path), report.read_predictions(path)
+                assert record == report.summarise(experiment._rows_of(rows, record["units"]), record["units"])
+                found |= {f"{model} {protocol} fold{meta['fold']}_seed{meta['seed']}": meta for meta in record["units"]}
+    return found
+
+
+def start_shard(root: Path, which: str, seconds: float = 0.0) -> multiprocessing.Process:
+    process = FORKS.Process(target=killable.shard, args=(root, which, seconds))
+    process.start()
+    return process
+
+
+def until(condition: Callable[[], bool], process: multiprocessing.Process) -> None:
+    """Waits for something that a running process is about to do."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def ended_well(*processes: multiprocessing.Process) -> bool:
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def test_two_shards_at_the_same_time_run_every_unit_once(tmp_path):
+    """Folds of one model lie in one record, and both shards write it."""
+    shards = [start_shard(tmp_path, f"{number}/2", 0.02) for number in (1, 2)]
+    assert ended_well(*shards)
+    began = logged(tmp_path, "began")
+    assert len(began) == 12 and {unit for unit, _ in began} == units_of_the_grid()
+    assert [sum(process == shard.pid for _, process in began) for shard in shards] == [6, 6]
+    assert {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()} == dict(began), "nobody's unit got lost in the other's"
+    assert ended_well(start_shard(tmp_path, "1/2"), start_shard(tmp_path, "2/2")) and logged(tmp_path, "began") == began, "nothing is left to do"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
+    """Killed in the middle of its third unit, then three times at moments that nobody chose, while the other shard runs."""
+    other, moments, killed, kept = start_shard(tmp_path, "2/2", 0.1), random.Random(2), 0, {}
+    for attempt in range(4):
+        doomed = start_shard(tmp_path, "1/2", 0.5)
+        if attempt == 0:
+            until(lambda: [process for _, process in logged(tmp_path, "began")].count(doomed.pid) == 3, doomed)
+        else:
+            doomed.join(0.8 * moments.random())
+        if doomed.is_alive():
+            os.kill(doomed.pid, signal.SIGKILL)
+            killed += 1
+        doomed.join(60)
+        finished = {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()}
+        assert attempt > 0 or list(finished.values()).count(doomed.pid) == 2, "two units were finished, the third was not"
+        assert kept.items() <= finished.items(), "a finished unit is still the work of whoever finished it"
+        kept = finished
+    assert killed == 4 and ended_well(start_shard(tmp_path, "1/2"), other)
+    finished, began = recorded_units(tmp_path), logged(tmp_path, "began")
+    assert set(finished) == units_of_the_grid() and kept.items() <= {unit: meta["process"] for unit, meta in finished.items()}.items()
+    assert len(began) <= 12 + killed, "a kill costs the unit that it met, and nothing else"
 
 
 # -------------------------------------------------------------------------------------------------- several processes

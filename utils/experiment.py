@@ -438,6 +438,7 @@ def run_unit(study: Study, config: RunConfig, *, retrain: bool = False) -> dict:
     if int(os.environ.get("RANK", 0)):
         return {}  # several processes share a training; one of them attacks, explains and writes the record
     unit = attack(study, config, retrain=retrain)
+    show_attacks(study, config, retrain=retrain)
     unit.meta["explanation"] = explain(study, config, retrain=retrain)[1]
     return save(study, unit)
 
