@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import optuna
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -520,23 +521,24 @@ def example_images(study: Study, table: Cohort, columns: int = 8) -> tuple[list[
     return images, titles, columns
 
 
+def _searches(study: Study, units: list[RunConfig]) -> list[tuple[RunConfig, optuna.Study]]:
+    """Every search that these units rest on and this machine holds; as in `search`, only `paper` searches inside every fold."""
+    configs = [unit if unit.profile == "paper" else dataclasses.replace(unit, fold=0) for unit in units if unit.trials]
+    distinct = {optuna_search.study_paths(study.optuna(config.model), config): config for config in configs}
+    found = [(config, optuna_search.known_study(study.optuna(config.model), config)) for config in distinct.values()]
+    return [(config, known) for config, known in found if known is not None]
+
+
 def search_text(study: Study, units: list[RunConfig]) -> str:
     """The trials of every search that these units rest on, best first."""
-    texts = []
-    for config in {unit.protocol: unit for unit in units if unit.trials}.values():
-        if optuna_search.study_paths(study.optuna(config.model), config)[0].is_file():
-            texts.append(f"{config.protocol} ({search_label(config)})\n" + optuna_search.trials_table(
-                optuna_search.open_study(study.optuna(config.model), config)))
+    texts = [f"{config.protocol} fold {config.fold} ({search_label(config)})\n{optuna_search.trials_table(known)}"
+             for config, known in _searches(study, units)]
     return "\n\n".join(texts) or f"no search in profile {study.profile}, or its trials are on another machine"
 
 
 def search_figures(study: Study, units: list[RunConfig]) -> list[Figure]:
     """History and importances of every search that these units rest on; empty where there is none on this machine."""
-    # As `search`: only `paper` searches inside every fold.
-    configs = [unit if unit.profile == "paper" else dataclasses.replace(unit, fold=0) for unit in units if unit.trials]
-    folders = {optuna_search.study_paths(study.optuna(config.model), config): config for config in configs}
-    found = [optuna_search.known_study(study.optuna(config.model), config) for config in folders.values()]
-    return [optuna_search.search_figures(known) for known in found if known is not None]
+    return [optuna_search.search_figures(known) for _, known in _searches(study, units)]
 
 
 def defaults_text(model: str, root: Path = ROOT) -> str:
@@ -556,7 +558,8 @@ def defaults_text(model: str, root: Path = ROOT) -> str:
     attacked = any("adversarial_validation_loss" in row["best"] for row in finished)
     if attacked:
         eps = max(row["last"]["train_eps"] for row in finished)
-        lines.append(f"attacked: PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on a part of each person's slices")
+        lines.append(f"attacked: PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
+                     + (f"one in {study['slice_stride']} slices of each person" if "slice_stride" in study else "a part of each person's slices"))
     scores = {"balanced accuracy": "validation_balanced_accuracy", "loss": "validation_loss"}
     if attacked:
         scores |= {"attacked: balanced accuracy": "adversarial_validation_balanced_accuracy", "attacked: loss": "adversarial_validation_loss"}
