@@ -306,7 +306,7 @@ def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> P
         shown[f"{name}, {norm}{'' if norm == '5 pixels' else eps}"] = made[0, 0].numpy(), f"{CLASSES[int(probability.argmax())]} {probability.max():.0%}"
     answer = training.predict(model, one.images, choose_device()).softmax(1)[0]
     title = f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} ({answer.max():.0%}) before the attack"
-    report.save_figure(figures.attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)), path, colours=192)
+    report.save_figure(figures.attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)), path, dpi=90, colours=32)
     return path
 
 
