@@ -121,8 +121,9 @@ def other_norms_plan(config: RunConfig) -> list[Stage]:
     pixels of any value, on the fixed sample."""
     plan = [Stage(attack, attack, scope="sample", eps=eps, budget=dict(steps=budget))
             for eps in ("0.5", "1") for attack, budget in (("pgd_l2", config.pgd_steps), ("deepfool", 30))]
-    return plan + [Stage("one_pixel", "one_pixel", scope="sample", eps="1"),
-                   Stage("few_pixel", "few_pixel", scope="sample", eps="1", budget=dict(pixels=5))]
+    evolution = dict(generations=config.pgd_steps // 2, population=20)
+    return plan + [Stage("one_pixel", "one_pixel", scope="sample", eps="1", budget=evolution),
+                   Stage("few_pixel", "few_pixel", scope="sample", eps="1", budget={"pixels": 5, **evolution})]
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
