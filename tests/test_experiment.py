@@ -197,6 +197,12 @@ def test_the_study_of_defaults_is_a_table_of_its_file(model):
             assert f"{row['best']['adversarial_validation_balanced_accuracy']:.3f}" in lines[name]
             assert f"{row['best']['adversarial_validation_loss']:.3f}" in lines[name]
     assert ("attacked" in text) == model.endswith("_atk")
+    assert experiment.defaults_text(model, "real") == text
+
+
+def test_a_notebook_on_phantom_data_shows_no_study_of_the_real_cohort():
+    text = experiment.defaults_text("Efficientnet", "phantom")
+    assert "data: real" not in text and "chosen on the real cohort" in text and len(text.splitlines()) == 1
 
 
 def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
@@ -206,12 +212,12 @@ def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
     study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan"}
     (tmp_path / "assets" / "Efficientnet").mkdir(parents=True)
     (tmp_path / "assets" / "Efficientnet" / "defaults.json").write_text(json.dumps(study))
-    text = experiment.defaults_text("Efficientnet", tmp_path)
+    text = experiment.defaults_text("Efficientnet", root=tmp_path)
     assert text.count("ANSWERED ONE CLASS") == 1 and "failed: the training loss became nan" in text
 
 
 def test_a_model_without_a_study_of_defaults_says_so(tmp_path):
-    assert experiment.defaults_text("Resnet", tmp_path) == "No study of training defaults was run for Resnet."
+    assert experiment.defaults_text("Resnet", root=tmp_path) == "No study of training defaults was run for Resnet."
 
 
 def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):

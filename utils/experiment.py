@@ -541,12 +541,17 @@ def search_figures(study: Study, units: list[RunConfig]) -> list[Figure]:
     return [optuna_search.search_figures(known) for _, known in _searches(study, units)]
 
 
-def defaults_text(model: str, root: Path = ROOT) -> str:
-    """The committed study of a model's training defaults (tests/benchmarks/defaults.py) as a table, in the order it was run."""
+def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str:
+    """The committed study of a model's training defaults (tests/benchmarks/defaults.py) as a table, in the order it was run.
+
+    With `data` ("real" or "phantom") a study of other data is named and not shown: no notebook mixes the two.
+    """
     path = Path(root) / "assets" / model / "defaults.json"
     if not path.is_file():
         return f"No study of training defaults was run for {model}."
     study = read_json(path)
+    if data not in (None, study["data"]):
+        return f"The training defaults were chosen on the {study['data']} cohort (assets/{model}/defaults.json); this run is on {data} data."
     finished = [row for row in study["rows"].values() if "best" in row]
     present = {name: size for name, size in study["validation"].items() if size[1]}
     size = f"{study['input_size']} px" if study["input_size"] else "at native size"
