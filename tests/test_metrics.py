@@ -241,3 +241,77 @@ def test_whole_cohort_is_scored_in_well_under_two_seconds() -> None:
     start = time.process_time()
     metrics.score(logits, labels, people, n_boot=2000)
     assert logits.shape == (6400, 4) and time.process_time() - start < 2
+
+
+# ------------------------------------------------------------------------------------- abstention and conformal sets
+
+
+def people_with_confidence(n: int = 400, seed: int = 0):
+    """(logits, labels, people): one row a person over three classes; the surer the answer, the oftener it is right."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    logits = generator.normal(size=(n, 4)) + 1.5 * np.eye(4)[labels]
+    logits[:, 3] = -9
+    return logits, labels, np.arange(n)
+
+
+def test_risk_falls_with_coverage_and_ends_at_the_whole_error():
+    logits, labels, people = people_with_confidence()
+    curve = metrics.risk_coverage(logits, labels, people, n_boot=200)
+    whole = (logits.argmax(1) != labels).mean()
+    assert [point["coverage"] for point in curve] == pytest.approx(np.linspace(0.1, 1, 10))
+    assert curve[-1]["risk"] == pytest.approx(whole, abs=1e-6) and curve[-1]["n"] == len(labels)
+    assert curve[0]["risk"] < whole / 2 and all(point["ci"][0] <= point["risk"] <= point["ci"][1] for point in curve)
+
+
+def test_the_threshold_of_clean_studies_is_kept_under_attack():
+    logits, labels, people = people_with_confidence()
+    probability = metrics.merge_classes(metrics.probabilities(logits))
+    half = np.median(probability.max(axis=1))
+    unsure = metrics.selective_risk(np.ones(len(labels), bool), np.full(len(labels), 0.34), half, labels, people)
+    assert unsure["risk"] is None and unsure["answered"] == 0
+    sure = metrics.selective_risk(np.ones(len(labels), bool), np.full(len(labels), 0.99), half, labels, people, n_boot=100)
+    assert sure["risk"] == 1 and sure["answered"] == 1
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
+def test_conformal_sets_cover_new_people_as_promised_and_no_more(alpha):
+    logits, labels, _ = people_with_confidence(4000)
+    threshold = metrics.conformal_threshold(logits[:2000], labels[:2000], alpha)
+    sets = metrics.conformal_sets(logits[2000:], threshold)
+    coverage = sets[np.arange(2000), labels[2000:]].mean()
+    assert coverage == pytest.approx(1 - alpha, abs=0.03)
+    assert coverage <= sets.sum(axis=1).mean() < 2  # below 1 where models err more rarely than alpha: some sets are empty
+
+
+def test_too_few_people_to_calibrate_on_give_every_class():
+    logits, labels, _ = people_with_confidence(5)
+    assert metrics.conformal_threshold(logits, labels, 0.1) == 1.0
+    assert metrics.conformal_sets(logits, 1.0).all()
+
+
+def test_nobody_is_judged_by_a_threshold_that_they_took_part_in():
+    logits, labels, _ = people_with_confidence(200)
+    fold = np.arange(200) // 40
+    thresholds = metrics.cross_conformal(logits, labels, fold, 0.1)
+    for row in range(0, 200, 17):
+        moved = logits.copy()
+        moved[row] = [-30, -30, -30, -30]
+        moved[row, (labels[row] + 1) % 3] = 30  # as wrong as can be
+        again = metrics.cross_conformal(moved, labels, fold, 0.1)
+        assert again[row] == thresholds[row]
+        assert np.array_equal(again[fold != fold[row]], thresholds[fold != fold[row]])
+    covered = metrics.conformal_sets(logits, thresholds)[np.arange(200), labels].mean()
+    assert 0.84 <= covered <= 0.99
+
+
+def test_pair_scores_and_shares_are_those_of_their_formulas():
+    generator = np.random.default_rng(3)
+    labels, people = np.repeat(np.arange(60) % 4, 5), np.repeat(np.arange(60), 5)
+    a, b = generator.random(300) < 0.4, generator.random(300) < 0.3
+    found = metrics.pair_scores(a ^ b, a, b, labels, people, n_boot=300)
+    assert found["disagreement"]["value"] == pytest.approx((a ^ b).mean(), abs=1e-6)
+    assert found["error_correlation"]["value"] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-6)
+    never = metrics.pair_scores(a, a, np.zeros(300, bool), labels, people, n_boot=50)
+    assert never["error_correlation"]["value"] is None, "a model without errors has no correlation"
+    assert metrics.share(a, labels, people, n_boot=50)["value"] == pytest.approx(a.mean(), abs=1e-6)

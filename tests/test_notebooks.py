@@ -109,6 +109,11 @@ def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
             record = json.loads((root / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8"))
             assert (record["data"], record["profile"]) == ("phantom", "demo")
             assert record["wall_seconds"]["train"] > 0 and record["worst_case"]
+    for model in ("Ensemble", "Sequence"):
+        record = json.loads((root / "assets" / model / "patient.json").read_text(encoding="utf-8"))
+        assert (record["data"], record["profile"]) == ("phantom", "demo") and record["folds"] == [0]
+        assert all(blocks["variant"] == name and blocks["worst_case"] for name, blocks in record["variants"].items())
+    assert all(check["passed"] for check in record["sanity"]), "what whole persons must satisfy holds by construction"
     assert "phantom" in done.stdout and "Dinov2_atk" in done.stdout
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.figures import BASE, COLOURS, GREY, PROTOCOL_TITLES, _canvas, _styled
+from utils.figures import BASE, COLOURS, GREY, PROTOCOL_TITLES, canvas, styled
 from utils.utils_funcs import CLASSES, PROTOCOLS, StudyError
 
 #: The small arrays' file in assets/Baselines/.
@@ -35,10 +35,10 @@ def _centres(count: int) -> np.ndarray:
     return (np.arange(count) + 0.5) / count
 
 
-@_styled
+@styled
 def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """People from pixels: best correlations with their gap, number of groups against the threshold, sizes by class."""
-    figure, axes = _canvas(1, 3, (11.5, 3.6), "People come out of the pixels", _label(arrays))
+    figure, axes = canvas(1, 3, (11.5, 3.6), "People come out of the pixels", _label(arrays))
     links, count, sizes = axes[0]
     low, high = arrays["links_gap"]
     for name, colour, text in (("own", OWN, "own person"), ("other", OTHER, "anybody else")):
@@ -87,11 +87,11 @@ def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def stability_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """The gap and the people found when the images or the method change."""
     names = arrays["stability_variant"]
-    figure, axes = _canvas(1, 1, (8, 0.27 * len(names) + 1.3), "The same people, however one looks", _label(arrays))
+    figure, axes = canvas(1, 1, (8, 0.27 * len(names) + 1.3), "The same people, however one looks", _label(arrays))
     panel = axes[0, 0]
     panel.grid(axis="y", visible=False)
     for row, name in enumerate(names):
@@ -114,11 +114,11 @@ def stability_figure(arrays: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def split_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """What the published split shares: people, and how near a test slice's own training slices are."""
     shared = dict(zip(SHARED, arrays["shared"].tolist(), strict=True))
-    figure, axes = _canvas(1, 2, (9, 3.2), "What the published split shares", _label(arrays), width_ratios=(1, 1.7))
+    figure, axes = canvas(1, 2, (9, 3.2), "What the published split shares", _label(arrays), width_ratios=(1, 1.7))
     bars, distance = axes[0]
     heights = [shared["train"], shared["test"], shared["both"]]
     bars.bar(["train", "test", "both"], heights, color=[GREY, GREY, OTHER])
@@ -139,11 +139,11 @@ def split_figure(arrays: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """Synthetic images: how many by class, how like real ones, and what their mere presence gives away."""
     kinds, from_test = arrays["synthetic_kinds"], arrays["synthetic_from_test"]
-    figure, axes = _canvas(1, 3, (11.5, 3.4), "What the synthetic images are", f"data: {arrays['data']}")
+    figure, axes = canvas(1, 3, (11.5, 3.4), "What the synthetic images are", f"data: {arrays['data']}")
     counts, likeness, origin = axes[0]
     bottom = np.zeros(len(CLASSES))
     for column, (name, colour) in enumerate((("real", OWN), ("synthetic", MADE), ("duplicate", GREY))):
@@ -186,12 +186,12 @@ def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def controls_figure(found: dict[str, dict]) -> Figure:
     """The controls under both protocols; `found` maps protocol → record of `Baselines`."""
     protocols = [protocol for protocol in PROTOCOLS if protocol in found]
     first = found[protocols[0]]
-    figure, axes = _canvas(1, len(protocols), (5.2 * len(protocols), 3.2), "What a rule without medicine scores",
+    figure, axes = canvas(1, len(protocols), (5.2 * len(protocols), 3.2), "What a rule without medicine scores",
                            f"data: {first['data']} · bars: 95% intervals over people", sharey=True)
     for panel, protocol in zip(axes[0], protocols):
         blocks = {"constant": found[protocol]["constant_answer"],
@@ -211,10 +211,10 @@ def controls_figure(found: dict[str, dict]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def links_figure(links: np.ndarray, gap: tuple[float, float] | None, *, label: str) -> Figure:
     """The tree of strongest links of any set: where they thin out, there are people."""
-    figure, axes = _canvas(1, 2, (9.5, 3.2), "Links between images", label)
+    figure, axes = canvas(1, 2, (9.5, 3.2), "Links between images", label)
     histogram, count = axes[0]
     histogram.hist(links, bins=np.linspace(max(-0.2, links.min() - 0.02), 1, 100), color=OWN)
     histogram.set(
@@ -237,13 +237,13 @@ def links_figure(links: np.ndarray, gap: tuple[float, float] | None, *, label: s
     return figure
 
 
-@_styled
+@styled
 def stack_figure(
     ordered: Sequence[np.ndarray], drawn: Sequence[np.ndarray], *, label: str, columns: int = 16
 ) -> Figure:
     """One recovered person's slices in order above as many images drawn at random."""
     rows = -(-len(ordered) // columns)
-    figure, axes = _canvas(
+    figure, axes = canvas(
         2 * rows, columns, (0.72 * columns, 1.6 * rows + 1.0), "One recovered person in order, and a random draw", label
     )
     for panel in axes.flat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,7 +17,7 @@ from utils import metrics
 from utils.config import parse_eps
 from utils.records import (Entry, StudyRow, attacks_of, clean_of, headline_eps, provenance, standing, study_rows,
                            temperatures)
-from utils.utils_funcs import CLASSES, MODELS, PROTOCOLS
+from utils.utils_funcs import CLASSES, MODELS, PROTOCOLS, atomic_path
 
 #: Pairs from the Okabe-Ito colour-blind-safe set: one hue a backbone, the darker one adversarially trained.
 COLOURS = {"Dinov2": "#56B4E9", "Dinov2_atk": "#0072B2", "Efficientnet": "#E69F00", "Efficientnet_atk": "#D55E00",
@@ -26,6 +27,7 @@ MARKERS = {name: "D" if name.endswith("_atk") else "o" for name in COLOURS} | {"
 PROTOCOL_TITLES = {"slice": "slice: published split, people on both sides",
                    "patient": "patient: no person on both sides"}
 GREY, BASE = "#6b6b6b", "#222222"
+MISSING = "–"
 STYLE = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 9.5,
     "axes.titlelocation": "left", "axes.labelsize": 9, "axes.edgecolor": GREY, "axes.labelcolor": BASE,
@@ -45,7 +47,30 @@ class StudyFigure(Figure):
         return buffer.getvalue()
 
 
-def _canvas(rows: int, columns: int, size: tuple[float, float], title: str, label: str,
+def save_figure(figure: Figure, path: Path | str, *, dpi: int = 150, colours: int | None = None) -> Path:
+    """Writes a PNG atomically and without the software's version, so that redrawing changes nothing. A figure full of
+    images weighs a third with a palette of `colours`."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+        if colours:
+            from PIL import Image
+
+            with Image.open(temporary) as image:
+                reduced = image.convert("RGB").quantize(colours, dither=Image.Dither.FLOYDSTEINBERG)
+            reduced.save(temporary, format="png", optimize=True)
+    return Path(path)
+
+
+def show(score: dict | None, style: str = "percent", *, brief: bool = False, signed: bool = False) -> str:
+    """`61.0 [55.2, 66.8]`; an en dash where the score is missing or undefined."""
+    if not score or score["value"] is None:
+        return MISSING
+    scale, pattern = (100, ".1f") if style == "percent" else (1, ".3f")
+    value, low, high = (f"{scale * x:{'+' if signed else ''}{pattern}}" for x in (score["value"], *score["ci"]))
+    return f"**{value}**<br><sub>{low} to {high}</sub>" if brief else f"{value} [{low}, {high}]"
+
+
+def canvas(rows: int, columns: int, size: tuple[float, float], title: str, label: str,
             **options) -> tuple[StudyFigure, np.ndarray]:
     figure = StudyFigure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.32 / size[1], 1, 1 - 0.32 / size[1]), wspace=0.04)
@@ -54,7 +79,7 @@ def _canvas(rows: int, columns: int, size: tuple[float, float], title: str, labe
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _styled(draw):
+def styled(draw):
     """Applies the one style while `draw` builds its figure."""
     def wrapped(*arguments, **options):
         with rc_context(STYLE):
@@ -92,11 +117,11 @@ def _protocols(rows: list[StudyRow]) -> list[str]:
     return [protocol for protocol in PROTOCOLS if protocol in rows[0].blocks]
 
 
-@_styled
+@styled
 def image_grid(images: list[np.ndarray], titles: list[str], columns: int, *, label: str, title: str = "") -> Figure:
     """Grey images (H, W) in rows of `columns`, all on one grey scale from 0 to 255."""
     rows = -(-len(images) // columns)
-    figure, axes = _canvas(rows, columns, (1.25 * columns, 1.45 * rows + 0.35 + 0.3 * bool(title)), title, label)
+    figure, axes = canvas(rows, columns, (1.25 * columns, 1.45 * rows + 0.35 + 0.3 * bool(title)), title, label)
     for panel in axes.flat:
         panel.axis("off")
     for panel, image, name in zip(axes.flat, images, titles, strict=False):
@@ -107,10 +132,10 @@ def image_grid(images: list[np.ndarray], titles: list[str], columns: int, *, lab
 
 # --------------------------------------------------------------------------------------------- one model's figures
 
-@_styled
+@styled
 def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
     """True class against decision, in percent of the true class and in slices. `entries`: protocol → entry."""
-    figure, axes = _canvas(1, 2, (9, 4.5), f"{model}: confusion matrix, clean images", provenance([*entries.values()]))
+    figure, axes = canvas(1, 2, (9, 4.5), f"{model}: confusion matrix, clean images", provenance([*entries.values()]))
     shades = LinearSegmentedColormap.from_list(model, ["#ffffff", COLOURS[model]])
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         panel.grid(False)
@@ -137,7 +162,7 @@ def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
 def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str, curves: dict[str, tuple[str, str]],
                     scale: float) -> Figure:
     """`curves`: history key → (label, line style). Thin lines are folds and seeds, the thick one their mean."""
-    figure, axes = _canvas(1, 2, (9, 3.6), title, provenance([*entries.values()]), sharey=True)
+    figure, axes = canvas(1, 2, (9, 3.6), title, provenance([*entries.values()]), sharey=True)
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         units = [u for u in entries[protocol].record["units"] if u.get("history")] if protocol in entries else []
         panel.set_title(PROTOCOL_TITLES[protocol] + (f"\n{len(units)} run{'s' * (len(units) != 1)}" if units else ""))
@@ -168,7 +193,7 @@ def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str
     return figure
 
 
-@_styled
+@styled
 def loss_figure(model: str, entries: dict[str, Entry]) -> Figure:
     """Cross-entropy by epoch: training, validation, and validation under attack for adversarially trained models."""
     return _history_figure(model, entries, f"{model}: loss", "cross-entropy (nats)", {
@@ -176,7 +201,7 @@ def loss_figure(model: str, entries: dict[str, Entry]) -> Figure:
         "adversarial_validation_loss": ("validation, attacked", "--")}, 1)
 
 
-@_styled
+@styled
 def accuracy_figure(model: str, entries: dict[str, Entry]) -> Figure:
     """Accuracy by epoch: training (running mean of the epoch), validation, and validation balanced over classes."""
     return _history_figure(model, entries, f"{model}: accuracy", "accuracy (%)", {
@@ -191,35 +216,76 @@ def _eps_axis(panel: Axes, eps: list[str]) -> None:
     panel.set_xticks([0, *(whole or values)], ["0", *(f"{value:g}" for value in whole or values)])
     panel.set_xticks([], minor=True)
     panel.set_xlim(-0.05, 1.12 * values[-1])
-    panel.set_xlabel("eps of the L∞ attack (1/255; 0 is the clean image)")
+    panel.set_xlabel("eps of the L∞ attack (1/255; 0: clean)")
 
 
-@_styled
+@styled
 def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
-    """Balanced accuracy over three classes against eps: every attack, and the worst case over all of them."""
-    figure, axes = _canvas(1, 2, (10, 4.4), f"{model}: every attack, and the worst case over them",
-                           provenance([*entries.values()]), sharey=True)
-    looks = _attack_looks([entry.record for entry in entries.values()])
-    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
+    """Balanced accuracy over three classes against eps: the attacks of the sweep and the worst case over all of them; and,
+    where more attacks ran at one eps alone, every attack at that eps."""
+    records = {protocol: entries[protocol].record for protocol in PROTOCOLS
+               if protocol in entries and entries[protocol].record["worst_case"]}
+    alone = max((len(_at_one_eps(record)) for record in records.values()), default=0)
+    height = 3.9 + bool(alone) * (0.9 + 0.165 * alone)
+    figure, axes = canvas(1 + bool(alone), 2, (10, height), f"{model}: every attack, and the worst case over them",
+                          provenance([*entries.values()]), sharey="row", height_ratios=(3.5, height - 4)[:1 + bool(alone)])
+    looks = _attack_looks([*records.values()])
+    for column, protocol in enumerate(PROTOCOLS):
+        panel = axes[0, column]
         panel.set_title(PROTOCOL_TITLES[protocol])
-        if protocol not in entries or not entries[protocol].record["worst_case"]:
-            _absent(panel)
+        if protocol not in records:
+            for empty in axes[:, column]:
+                _absent(empty)
             continue
-        record, rows = entries[protocol].record, study_rows({(model, protocol): entries[protocol]})
+        record, rows = records[protocol], study_rows({(model, protocol): entries[protocol]})
         for name, attacks in _by_attack(record).items():
-            x = [255 * parse_eps(eps) for eps in attacks]
-            panel.plot(x, [100 * block["balanced_accuracy_3"]["value"] for block in attacks.values()], **looks[name])
+            if len(attacks) > 1 or not alone:
+                panel.plot([255 * parse_eps(eps) for eps in attacks],
+                           [100 * block["balanced_accuracy_3"]["value"] for block in attacks.values()], **looks[name])
         _worst_case_curve(panel, record, COLOURS[model], "-", "worst case, 95 % interval")
         _constant_line(panel, rows, protocol)
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="constant answer")
         _eps_axis(panel, list(record["attacks"]))
         panel.set_ylim(0, 102)
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(record['clean'])}")
+        if alone:
+            _one_eps_panel(axes[1, column], model, record)
     handles = {label: handle for panel in axes[0] for handle,
                label in zip(*panel.get_legend_handles_labels(), strict=True)}
     axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     return figure
+
+
+def _at_one_eps(record: dict) -> dict[str, dict]:
+    """Every attack at the headline eps → its block, if some of them ran at no other; else nothing."""
+    attacks, eps = _by_attack(record), headline_eps(record)
+    if len(record["attacks"]) == 1 or all(len(own) > 1 for own in attacks.values()):
+        return {}
+    return {name: own[eps] for name, own in attacks.items() if eps in own}
+
+
+#: View of an attack → the score that it tries to lower.
+AIMED_AT = {"four": "balanced_accuracy", "three": "balanced_accuracy_3", "binary": "auroc"}
+
+
+def _one_eps_panel(panel: Axes, model: str, record: dict) -> None:
+    found = _at_one_eps(record)
+    if not found:
+        return _absent(panel, "no attack beyond the sweep")
+    eps = headline_eps(record)
+    worst = _point(record["worst_case"][eps], "balanced_accuracy_3")
+    panel.axvspan(worst[1], worst[2], color=COLOURS[model], alpha=0.13, linewidth=0)
+    panel.axvline(worst[0], color=COLOURS[model], linewidth=2)  # the worst case of the panel above
+    for place, (name, block) in enumerate(found.items()):
+        value = _point(block, AIMED_AT[block.get("view", "four")])
+        if value is None:
+            continue
+        panel.errorbar(value[0], place, xerr=_bars(value), fmt="o", color=GREY, markersize=3.5, linewidth=1)
+    panel.set(yticks=range(len(found)), xlim=(-2, 102), 
+              xlabel=f"left of what the attack aims at, at eps {eps} (%)\nbalanced accuracy of 4 classes; _merged: of 3; _binary: AUROC")
+    panel.set_yticklabels([f"{name} (n = {block['n_slices']:,})" for name, block in found.items()], fontsize=7)
+    panel.invert_yaxis()
 
 
 def _by_attack(record: dict) -> dict[str, dict[str, dict]]:
@@ -243,7 +309,8 @@ def _attack_looks(records: list[dict]) -> dict[str, dict]:
     looks = {}
     for number, (name, pairs) in enumerate(sizes.items()):
         part = any(n != whole for n, whole in pairs)
-        label = f"{name} (n = {' | '.join(dict.fromkeys(f'{n:,}' for n, _ in pairs))})" if part else name
+        aim = ", aims at 4 classes" if f"{name}_merged" in sizes else ""
+        label = f"{name}{aim} (n = {' | '.join(dict.fromkeys(f'{n:,}' for n, _ in pairs))})" if part else f"{name}{aim}"
         looks[name] = {"color": tones[number], "label": label, "linewidth": 1, "marker": "osD^vP*Xd<>hp"[number % 13],
                        "markersize": 4, "markeredgewidth": 0}
     return looks
@@ -261,12 +328,12 @@ def _worst_case_curve(panel: Axes, block: dict, colour: str, dashes: str, label:
                markeredgecolor="white", markeredgewidth=0.5)
 
 
-@_styled
+@styled
 def measures_figure(model: str, entries: dict[str, Entry]) -> Figure:
     """On each record's fixed sample: how small a perturbation suffices, in which direction an answer can be moved, and
     whether PGD has converged. One row a protocol; four classes; intervals over people."""
     shown = {protocol: entries[protocol] for protocol in PROTOCOLS if protocol in entries and _pooled_measures(entries[protocol])}
-    figure, axes = _canvas(len(shown), 3, (11, 0.6 + 3.3 * len(shown)), f"{model}: how far, which way, and has PGD converged",
+    figure, axes = canvas(len(shown), 3, (11, 0.6 + 3.3 * len(shown)), f"{model}: how far, which way, and has PGD converged",
                            provenance([*shown.values()]))
     for (protocol, entry), panels in zip(shown.items(), axes, strict=True):
         pooled = _pooled_measures(entry)
@@ -347,14 +414,14 @@ def _convergence_panel(panel: Axes, model: str, pooled: dict) -> None:
     panel.legend()
 
 
-@_styled
+@styled
 def attacked_images_figure(clean: np.ndarray, attacked: dict[str, tuple[np.ndarray, str]], *, title: str, label: str) -> Figure:
     """What each attack does to one image: the perturbation, 20 times, above the image that the model sees.
 
     Args:
         clean: float (H, W) in [0, 1]. attacked: attack → (image (H, W), caption).
     """
-    figure, axes = _canvas(2, len(attacked), (1.5 * len(attacked), 4.1), title, label)
+    figure, axes = canvas(2, len(attacked), (1.5 * len(attacked), 4.1), title, label)
     for panels, (name, (image, caption)) in zip(axes.T, attacked.items(), strict=True):
         panels[0].imshow(0.5 + 20 * (image - clean), cmap="gray", vmin=0, vmax=1)
         panels[1].imshow(image, cmap="gray", vmin=0, vmax=1)
@@ -371,11 +438,11 @@ def attacked_images_figure(clean: np.ndarray, attacked: dict[str, tuple[np.ndarr
 
 # ------------------------------------------------------------------------------------------------- all models
 
-@_styled
+@styled
 def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Every row of the table under both protocols: clean (filled) and worst case at the headline eps (open)."""
     eps = headline_eps(entries[-1].record)
-    figure, axes = _canvas(1, 2, (10, 1.75 + 0.36 * len(rows)),
+    figure, axes = canvas(1, 2, (10, 1.75 + 0.36 * len(rows)),
                            f"People on both sides against people kept apart, clean and under attack (eps {eps})",
                            provenance(entries), sharey=True)
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
@@ -416,10 +483,10 @@ def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str) -> None:
                        elinewidth=1.4, zorder=4)
 
 
-@_styled
+@styled
 def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Worst case against eps, one curve a trained row, under both protocols."""
-    figure, axes = _canvas(1, 2, (10, 4.5), "Worst case over all L∞ attacks", provenance(entries), sharey=True)
+    figure, axes = canvas(1, 2, (10, 4.5), "Worst case over all L∞ attacks", provenance(entries), sharey=True)
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         shown = [row for row in rows if row.trained and row.blocks.get(protocol, {}).get("worst_case")]
         if not shown:
@@ -442,11 +509,11 @@ def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Clean against worst-case balanced accuracy; an arrow leads from each clean model to its adversarial twin."""
     eps = headline_eps(entries[-1].record)
-    figure, axes = _canvas(1, 2, (10, 4.9), "What adversarial training costs and buys", provenance(entries))
+    figure, axes = canvas(1, 2, (10, 4.9), "What adversarial training costs and buys", provenance(entries))
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         panel.set_title(PROTOCOL_TITLES[protocol])
         places = {}
@@ -478,12 +545,12 @@ def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Share of each class that is right on clean images (filled) and stands in the worst case (open)."""
     eps, protocols = headline_eps(entries[-1].record), _protocols(rows)
     shown = [row for row in rows if row.trained]
-    figure, axes = _canvas(len(protocols), 1, (9.5, 0.9 + 2.7 * len(protocols)),
+    figure, axes = canvas(len(protocols), 1, (9.5, 0.9 + 2.7 * len(protocols)),
                            f"Class by class: clean (filled) and worst case at {eps} (open)", provenance(entries),
                            sharey=True)
     offsets = np.linspace(-0.32, 0.32, len(shown)) if len(shown) > 1 else [0.0]
@@ -526,11 +593,11 @@ def _class_shares(row: StudyRow, protocol: str, eps: str) -> tuple[list[dict], l
     return shares, metrics.share_by_class(four[covered], who.labels[covered], who.people[covered])
 
 
-@_styled
+@styled
 def reliability_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Confidence against accuracy on clean images; open marks after temperature scaling on validation."""
     shown, protocols = [row for row in rows if row.trained], _protocols(rows)
-    figure, axes = _canvas(len(protocols), len(shown), (max(4.0, 1.75 * len(shown) + 0.6), 0.9 + 2.2 * len(protocols)),
+    figure, axes = canvas(len(protocols), len(shown), (max(4.0, 1.75 * len(shown) + 0.6), 0.9 + 2.2 * len(protocols)),
                            "Does confidence mean accuracy?", provenance(entries), sharex=True, sharey=True)
     for panels, protocol in zip(axes, protocols, strict=True):
         for panel, row in zip(panels, shown, strict=True):
@@ -587,13 +654,13 @@ def transfer_cells(entries: list[Entry], protocol: str) -> dict[tuple[str, str],
     return cells if any(source != target for source, target in cells) else {}
 
 
-@_styled
+@styled
 def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Balanced accuracy of each model (column) on images made on each other one (row); the diagonal is PGD on itself."""
     shown = [protocol for protocol in PROTOCOLS if transfer_cells(entries, protocol)]
     names = {protocol: [model for model in MODELS if any(model in pair for pair in transfer_cells(entries, protocol))] for protocol in shown}
     widest = max(map(len, names.values()))
-    figure, axes = _canvas(1, len(shown), (2.2 + len(shown) * max(1.15 * widest, 3.2), 1.5 + 0.75 * max(widest, 2)),
+    figure, axes = canvas(1, len(shown), (2.2 + len(shown) * max(1.15 * widest, 3.2), 1.5 + 0.75 * max(widest, 2)),
                            f"Images made on one model, shown to another (eps {headline_eps(entries[-1].record)})", provenance(entries))
     for panel, protocol in zip(axes[0], shown, strict=True):
         cells, models = transfer_cells(entries, protocol), names[protocol]

@@ -7,6 +7,7 @@ scores are sums over people, so a resample is a row of whole-number weights and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -390,3 +391,118 @@ def calibration_curve(logits: np.ndarray, labels: np.ndarray, people: np.ndarray
                       "ci": [float(min(low, accuracy)), float(max(high, accuracy))],
                       "n_slices": int(n[:, index].sum())})
     return curve
+
+
+# ------------------------------------------------------------------------------------------------ two decisions
+
+def pair_scores(differ: np.ndarray, first_wrong: np.ndarray, second_wrong: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
+                n_boot: int = 2000, seed: int = 0) -> Scores:
+    """Disagreement of two models and the correlation of their errors (Pearson's of two flags), with intervals over people.
+
+    Args:
+        differ, first_wrong, second_wrong: bool (N,) a row: other answers; the first, the second model is wrong.
+    """
+    a, b = np.asarray(first_wrong, dtype=float), np.asarray(second_wrong, dtype=float)
+    columns = np.column_stack([np.ones(len(a)), np.asarray(differ, dtype=float), a, b, a * b])
+    sums, person_class = _sums_by_person(columns, labels, people)
+
+    def scores(weights: np.ndarray) -> dict[str, np.ndarray]:
+        n, unlike, wrong_a, wrong_b, both = (weights @ sums).T
+        spread = np.sqrt(np.maximum(wrong_a * (n - wrong_a) * wrong_b * (n - wrong_b), 0))
+        return {"disagreement": _ratio(unlike, n), "error_correlation": _ratio(n * both - wrong_a * wrong_b, spread)}
+    return _intervals(scores, person_class, len(a), n_boot, seed)
+
+
+def share(flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0) -> dict:
+    """The share of true flags among all rows with its interval over people."""
+    flags = np.asarray(flags, dtype=float)
+    sums, person_class = _sums_by_person(np.column_stack([np.ones(len(flags)), flags]), labels, people)
+
+    def scores(weights: np.ndarray) -> dict[str, np.ndarray]:
+        n, up = (weights @ sums).T
+        return {"share": _ratio(up, n)}
+    return _intervals(scores, person_class, len(flags), n_boot, seed)["share"]
+
+
+def _sums_by_person(columns: np.ndarray, labels: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(columns (N, K) summed by person (P, K), class of each person (P,))."""
+    identity, person = np.unique(np.asarray(people), return_inverse=True)
+    sums, of_class = np.zeros((len(identity), columns.shape[1])), np.zeros((len(identity), 4))
+    np.add.at(sums, person, columns)
+    np.add.at(of_class, (person, np.asarray(labels, dtype=np.int64)), 1)
+    return sums, of_class.argmax(axis=1)
+
+
+# ------------------------------------------------------------------------------------- abstention and conformal sets
+
+def risk_coverage(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, coverages: np.ndarray | None = None,
+                  n_boot: int = 2000, seed: int = 0) -> list[dict]:
+    """Error among the most confident share of rows, for each share: {"coverage", "risk", "ci", "threshold", "n"}.
+
+    The decision is the three-class one (`THREE`), the confidence its probability (El-Yaniv and Wiener 2010, JMLR 11). The
+    interval resamples people with the threshold of the whole set held fixed.
+
+    Args:
+        coverages: shares in (0, 1] (None: 0.1, 0.2, …, 1).
+    """
+    probability = merge_classes(probabilities(logits))
+    wrong = probability.argmax(axis=1) != THREE[np.asarray(labels, dtype=np.int64)]
+    confidence, curve = probability.max(axis=1), []
+    for coverage in np.linspace(0.1, 1, 10) if coverages is None else coverages:
+        count = max(1, round(float(coverage) * len(confidence)))
+        threshold = np.sort(confidence)[::-1][count - 1]
+        curve.append({"coverage": float(coverage), **selective_risk(wrong, confidence, threshold, labels, people, n_boot=n_boot, seed=seed)})
+    return curve
+
+
+def selective_risk(wrong: np.ndarray, confidence: np.ndarray, threshold: float, labels: np.ndarray, people: np.ndarray, *,
+                   n_boot: int = 2000, seed: int = 0) -> dict:
+    """Error among rows at least as confident as `threshold`: {"risk", "ci", "threshold", "n", "answered"}; under attack give
+    the wrong answers and confidences of the attacked images and the threshold of the clean ones."""
+    kept = np.asarray(confidence) >= threshold
+    entry = {"threshold": float(threshold), "n": int(kept.sum()), "answered": float(kept.mean())}
+    if not kept.any():
+        return {"risk": None, "ci": None, **entry}
+    found = share(np.asarray(wrong)[kept], np.asarray(labels)[kept], np.asarray(people)[kept], n_boot=n_boot, seed=seed)
+    return {"risk": found["value"], "ci": found["ci"], **entry}
+
+
+def conformal_threshold(logits: np.ndarray, labels: np.ndarray, alpha: float) -> float:
+    """The score up to which a class enters a conformal set: the ⌈(n + 1)(1 − alpha)⌉-th smallest of 1 − p(true class) on
+    calibration rows, over three classes (split conformal; Vovk et al. 2005). 1 (every class) where n is too small.
+
+    Args:
+        logits, labels: of people that took part in no other choice; their labels must be exchangeable with those tested.
+    """
+    probability = merge_classes(probabilities(logits))
+    nonconformity = np.sort(1 - probability[np.arange(len(labels)), THREE[np.asarray(labels, dtype=np.int64)]])
+    place = math.ceil((len(labels) + 1) * (1 - alpha))
+    return float(nonconformity[place - 1]) if place <= len(labels) else 1.0
+
+
+def conformal_sets(logits: np.ndarray, threshold: float | np.ndarray) -> np.ndarray:
+    """Which of the three classes each row's set holds, bool (N, 3), for one threshold or one a row."""
+    return 1 - merge_classes(probabilities(logits)) <= np.asarray(threshold).reshape(-1, 1) + 1e-12
+
+
+def cross_conformal(logits: np.ndarray, labels: np.ndarray, fold: np.ndarray, alpha: float, seed: int = 0) -> np.ndarray:
+    """A conformal threshold for each row (N,), calibrated on the *other half* of its own fold's test people.
+
+    These people took part in no training, search or choice of epoch, and nobody is in the half that judges them. Halves are
+    drawn at random within each fold and class.
+
+    Args:
+        logits: (N, 4), one row a person; labels, fold: (N,).
+    """
+    generator, half = np.random.default_rng(seed), np.zeros(len(labels), dtype=np.int64)
+    for own in np.unique(fold):
+        for label in np.unique(THREE[np.asarray(labels)]):
+            rows = generator.permutation(np.flatnonzero((fold == own) & (THREE[np.asarray(labels)] == label)))
+            half[rows] = (np.arange(len(rows)) + generator.integers(2)) % 2
+    thresholds = np.ones(len(labels))
+    for own in np.unique(fold):
+        for side in (0, 1):
+            judges, judged = (fold == own) & (half != side), (fold == own) & (half == side)
+            if judges.any():
+                thresholds[judged] = conformal_threshold(logits[judges], labels[judges], alpha)
+    return thresholds

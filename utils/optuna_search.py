@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from utils.config import RunConfig
 from utils.data import ImageSet
-from utils.figures import BASE, COLOURS, GREY, StudyFigure, _absent, _canvas, _styled
+from utils.figures import BASE, COLOURS, GREY, StudyFigure, _absent, canvas, styled
 from utils.training import fit
 from utils.utils_funcs import StudyError, read_json, say, write_json
 
@@ -249,11 +249,11 @@ STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialSta
           TrialState.WAITING: "waiting"}
 
 
-@_styled
+@styled
 def search_figures(study: optuna.Study) -> StudyFigure:
     """The study as one figure: how its best score came about, and which settings decided."""
     trials = study.get_trials(deepcopy=False)
-    figure, axes = _canvas(1, 2, (10, 3.9), f"Search {study.study_name}", _states_text(trials))
+    figure, axes = canvas(1, 2, (10, 3.9), f"Search {study.study_name}", _states_text(trials))
     colour = COLOURS.get(study.study_name.split("-")[0], GREY)
     _history_panel(axes[0, 0], trials, colour)
     _importance_panel(axes[0, 1], study, colour)

@@ -219,7 +219,7 @@ def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> 
     for variant in variants_of(predictions):
         metas = [(unit.get("variants", {}).get(variant, {}) if variant else unit).get("attacks", {}) for unit in units]
         blocks = _evaluate(predictions, variant, rows, metas, n_boot)
-        record.update(blocks if variant is None else {"variants": {**record.get("variants", {}), variant: blocks}})
+        record.update(blocks if variant is None else {"variants": {**record.get("variants", {}), variant: {"variant": variant, **blocks}}})
     record["sanity"] = [{**check, "fold": unit["fold"], "seed": unit["seed"]} for unit in units
                         for check in unit.get("sanity", [])]
     if "clean" in predictions:
@@ -350,6 +350,12 @@ def read_entries(root: Path | str) -> dict[tuple[str, str], Entry]:
     paths = {(model, protocol): Path(root) / "assets" / model / f"{protocol}.json"
              for model in RECORDED for protocol in PROTOCOLS}
     return {key: Entry(path, read_record(path)) for key, path in paths.items() if path.is_file()}
+
+
+def without_rehearsals(entries: dict[tuple[str, str], Entry]) -> dict[tuple[str, str], Entry]:
+    """The entries of more than a `demo` run, once a trained model has one: a rehearsal beside results would be read as one."""
+    earnest = {key: entry for key, entry in entries.items() if entry.record["profile"] != "demo"}
+    return earnest if any(model in MODELS for model, _ in earnest) else entries
 
 
 # ----------------------------------------------------------------------------------------------- rows of a study

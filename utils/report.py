@@ -23,11 +23,13 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils import audit_figures, figures, metrics
-from utils.config import PROFILES
+from utils import audit_figures, diagnosis_report, figures, metrics
+from utils.config import PROFILES, folds_of
+from utils.figures import MISSING, save_figure, show
 from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, provenance, read_entries,
                            read_predictions,
-                           read_record, standing, study_rows, summarise, write_record)
+                           read_record, standing, study_rows, summarise, without_rehearsals,
+                           write_record)
 from utils.utils_funcs import BACKBONES, PROTOCOLS, ROOT, StudyError, atomic_path, result_root
 
 __all__ = ["attacks_text", "draw_model_figures", "draw_study_figures", "findings_markdown",
@@ -55,19 +57,9 @@ COLUMNS = {
 }
 HEADLINE = ("balanced accuracy, 3 classes (%)", "AUROC, Non vs rest",
             "worst case at {eps}: balanced accuracy, 3 classes (%)")
-MISSING = "–"
 
 
 # ------------------------------------------------------------------------------------------------------- tables
-
-def show(score: dict | None, style: str = "percent", *, brief: bool = False, signed: bool = False) -> str:
-    """`61.0 [55.2, 66.8]`; an en dash where the score is missing or undefined."""
-    if not score or score["value"] is None:
-        return MISSING
-    scale, pattern = (100, ".1f") if style == "percent" else (1, ".3f")
-    value, low, high = (f"{scale * x:{'+' if signed else ''}{pattern}}" for x in (score["value"], *score["ci"]))
-    return f"**{value}**<br><sub>{low} to {high}</sub>" if brief else f"{value} [{low}, {high}]"
-
 
 def _score(row: StudyRow, protocol: str, column: str) -> dict | None:
     if protocol not in row.blocks:
@@ -98,8 +90,18 @@ def _checks(row: StudyRow, protocol: str) -> str:
 def _runs(row: StudyRow) -> str:
     if row.model == CONSTANT:
         return "control"
-    return "; ".join(dict.fromkeys(f"{entry.record['data']} · {entry.record['profile']} · {entry.record['init']}"
-                                   for entry in row.entries.values()))
+    runs = {protocol: f"{entry.record['data']} · {entry.record['profile']} · {entry.record['init']}{_folds(entry)}"
+            for protocol, entry in row.entries.items()}
+    if len(set(runs.values())) == 1:
+        return next(iter(runs.values()))
+    return "; ".join(f"{protocol}: {run}" for protocol, run in runs.items())
+
+
+def _folds(entry: Entry) -> str:
+    """`, fold 0 of 5` where a record lacks folds that its profile has."""
+    record = entry.record
+    whole, have = len(folds_of(record["profile"], entry.protocol)), record["folds"]
+    return f", fold {', '.join(map(str, have))} of {whole}" if entry.model != "Baselines" and len(have) < whole else ""
 
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
@@ -124,7 +126,7 @@ def _plain(table: list[list[str]]) -> str:
 
 def command_of(row: StudyRow) -> str:
     """The command that makes this row."""
-    profile = next(iter(row.entries.values())).record["profile"]
+    profile = max((entry.record["profile"] for entry in row.entries.values()), key=list(PROFILES).index)
     if row.model == CONSTANT:
         return "python -m utils.report table"
     notebook = {"Baselines": "leak_audit", "Ensemble": "ensemble", "Sequence": "ensemble"}.get(row.model)
@@ -276,20 +278,6 @@ def _twin_table(entries: Entries, protocols: list[str], eps: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------- figures
 
-def save_figure(figure: Figure, path: Path | str, *, dpi: int = 150, colours: int | None = None) -> Path:
-    """Writes a PNG atomically and without the software's version, so that redrawing changes nothing. A figure full of
-    images weighs a third with a palette of `colours`."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
-        if colours:
-            from PIL import Image
-
-            with Image.open(temporary) as image:
-                reduced = image.convert("RGB").quantize(colours, dither=Image.Dither.FLOYDSTEINBERG)
-            reduced.save(temporary, format="png", optimize=True)
-    return Path(path)
-
-
 def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
     """Writes and returns the figures of one model, path → figure; both protocols are panels of each."""
     own = {protocol: entry for (name, protocol), entry in read_entries(root).items()
@@ -304,7 +292,7 @@ def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
 
 def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
     """Writes and returns the figures that compare models, path → figure."""
-    entries = read_entries(root)
+    entries = without_rehearsals(read_entries(root))
     rows, drawn = study_rows(entries), {}
     for name, draw in figures.STUDY_FIGURES.items():
         if name in _drawable(entries, rows):
@@ -335,6 +323,7 @@ def draw_figures(root: Path | str) -> list[Path]:
     """Redraws every figure that follows from the records under `root`; returns the paths."""
     models = dict.fromkeys(model for model, _ in read_entries(root))
     paths = [path for model in models for path in draw_model_figures(root, model)] + list(draw_study_figures(root))
+    paths += list(diagnosis_report.draw_figures(root))
     folder = Path(root) / "assets" / "Baselines"
     if (folder / audit_figures.ARRAYS).is_file():
         paths += [folder / f"{name}.png" for name in draw_audit_figures(root)]
@@ -435,6 +424,7 @@ def _notice(entries: Entries) -> list[str]:
 
 def results_markdown(entries: Entries) -> str:
     """README's generated part: findings, headline figure and table, commands, full tables, figures."""
+    everything, entries = entries, without_rehearsals(entries)
     rows = study_rows(entries)
     if not rows:
         return "*No record is committed yet. `python reproduce.py` makes one under `runs/` in minutes.*"
@@ -445,7 +435,7 @@ def results_markdown(entries: Entries) -> str:
              "protocol](assets/results/headline.png)", _headline_table(rows, protocols, eps),
              "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % "
              f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>",
-             "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows))]
+             "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows)), _still_to_run(everything, entries)]
     parts += _comparisons(entries, rows, eps)
     for protocol in protocols:
         parts.append(f"<details><summary>Every score under <code>{protocol}</code></summary>\n\n"
@@ -453,8 +443,18 @@ def results_markdown(entries: Entries) -> str:
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(entries, rows)]
-        parts.append(_model_links(entries))
+        parts.append(_model_links(everything))
     return "\n\n".join(part for part in parts if part)
+
+
+def _still_to_run(everything: Entries, shown_: Entries) -> str:
+    """What has been rehearsed and not yet run, and whose rows are therefore not here."""
+    left = {}
+    for model, protocol in everything:
+        if (model, protocol) not in shown_:
+            left.setdefault(model, []).append(f"`{protocol}`")
+    models = "; ".join(f"{model} {', '.join(own)}" for model, own in left.items())
+    return f"<sub>Rehearsed only (profile `demo`), and so not in these tables: {models}.</sub>" if left else ""
 
 
 def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
@@ -466,6 +466,7 @@ def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
 
 def findings_markdown(entries: Entries) -> str:
     """The findings in sentences with their rows, and the paired comparisons: what `results.ipynb` closes with."""
+    entries = without_rehearsals(entries)
     rows = study_rows(entries)
     if not rows:
         return "*No records yet: run `python reproduce.py`.*"

@@ -1,0 +1,125 @@
+"""`utils/diagnosis.py` and its report: who is taken, what is refused, and what a record of whole persons must satisfy."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from utils import diagnosis, diagnosis_report, records, sequence
+from utils.config import make_config
+from utils.data import ImageSet
+from utils.experiment import Study
+from utils.metrics import to_half
+from utils.utils_funcs import ROOT
+
+
+def image_set(people: int = 12, each: int = 3) -> ImageSet:
+    count = people * each
+    person = torch.arange(count) // each
+    return ImageSet(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), person % 3, person, torch.arange(count) % each, [f"{k:064x}" for k in range(count)], "test")
+
+
+def test_a_part_of_the_people_is_whole_people_of_every_class():
+    part = diagnosis.few_people(image_set(), 5)
+    people, counts = np.unique(part.people.numpy(), return_counts=True)
+    assert len(people) == 5 and (counts == 3).all()
+    assert set((people % 3).tolist()) == {0, 1, 2}
+    assert len(diagnosis.few_people(image_set(), None)) == 36
+
+
+def test_a_persons_row_has_the_hash_of_the_slices_in_order():
+    part, config = image_set(), make_config("demo", "Resnet")
+    people = sequence.gather_studies(part.images, part.labels, part.people, part.slices)
+    rows = diagnosis._person_rows(part, people, config)
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1))
+    shuffled = diagnosis._person_rows(part.pick(order), people, config)
+    assert np.array_equal(rows["file_sha256"], shuffled["file_sha256"]) and len(np.unique(rows["file_sha256"], axis=0)) == 12
+    assert rows["labels"].tolist() == people.labels.tolist() and (rows["slice_index"] == -1).all()
+
+
+def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, capsys):
+    study = Study(tmp_path, "phantom", "demo", tmp_path, "")
+    with pytest.raises(diagnosis.MissingMembersError, match="utils.experiment run --profile demo --model Efficientnet --protocol patient --fold 0"):
+        diagnosis.run_ensemble(study)
+    with pytest.raises(diagnosis.MissingMembersError, match="Resnet_atk"):
+        diagnosis.run_sequence(study)
+    assert diagnosis.run_available(study, "Sequence") is None
+    assert "is left out" in capsys.readouterr().out
+
+
+def a_study_evaluation():
+    """(people, chosen, clean, found, budget) of four people: one clean error, one falls to one slice, one to all, one stands."""
+    labels = torch.tensor([0, 1, 2, 0])
+    people = sequence.Studies(torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4))
+    clean = 5 * np.eye(4)[[1, 1, 2, 0]]
+    found = {"4/255": 5 * np.eye(4)[[1, 0, 0, 0]], "least_gradient": np.array([0, 1, 8, -1]), "least_random": np.array([0, 4, 8, -1])}
+    return people, np.arange(4), clean, found, {"eps": ("4/255",), "budgets": (1, 4)}
+
+
+def test_checks_pass_on_a_sound_evaluation_of_persons():
+    checks = diagnosis._study_checks("Resnet gru", *a_study_evaluation())
+    assert all(check["passed"] for check in checks) and len(checks) == 5
+
+
+@pytest.mark.parametrize("broken, check", [
+    ({"4/255": 5 * np.eye(4)[[0, 0, 0, 0]]}, "study_attack_le_clean"),
+    ({"least_gradient": np.array([1, 1, 8, -1])}, "no_slice_is_clean"),
+    ({"least_random": np.array([0, 4, 8, 8])}, "all_slices_are_the_full_attack"),
+])
+def test_each_check_fails_on_a_broken_evaluation(broken, check):
+    people, chosen, clean, found, budget = a_study_evaluation()
+    failed = [row["check"] for row in diagnosis._study_checks("Resnet gru", people, chosen, clean, found | broken, budget) if not row["passed"]]
+    assert check in failed
+
+
+# -------------------------------------------------------------------------------------------------------- from records
+
+
+def sequence_entry(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.array([0] * 10 + [1] * 7 + [2] * 3)
+    clean = 2 * np.eye(4)[labels] + generator.normal(size=(20, 4))
+    attacked = np.full((20, 4), np.nan)
+    attacked[::2] = -clean[::2]
+    rows = {"labels": labels.astype(np.int8), "fold": np.zeros(20, np.int8), "seed": np.zeros(20, np.int8), "patient_id": np.arange(20, dtype=np.int32),
+            "slice_index": np.full(20, -1, np.int16), "file_sha256": np.zeros((20, 32), np.uint8),
+            "Resnet gru/clean": to_half(clean), "Resnet gru/4/255:study_pgd3": to_half(attacked)}
+    budget = {"eps": "4/255", "budgets": [0, 1, 32], "people": list(range(0, 20, 2)), "labels": labels[::2].tolist(),
+              "least": {"gradient": [1, 32] * 5, "random": [32] * 10}}
+    unit = {"model": "Sequence", "regime": "both", "protocol": "patient", "data": "phantom", "profile": "demo", "init": "random", "search": "none", "fold": 0,
+            "seed": 0, "cohort_sha256": "0", "config": {"headline_eps": "4/255"}, "wall_seconds": {"train": 1, "attack": 1}, "git_commit": "0", "git_dirty": False,
+            "sanity": [], "variants": {"Resnet gru": {"attacks": {"4/255": {"study_pgd3": {"norm": "linf"}}}, "slice_budget": budget}}}
+    record = records.summarise(rows, [unit], n_boot=100)
+    path = tmp_path / "assets" / "Sequence" / "patient.json"
+    records.write_record(path, record, rows)
+    return records.read_entries(tmp_path)["Sequence", "patient"]
+
+
+def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path):
+    entry = sequence_entry(tmp_path)
+    assert entry.record["variants"]["Resnet gru"]["variant"] == "Resnet gru"
+    assert {path.name for path in diagnosis_report.draw_figures(tmp_path)} == {"slice_budget_patient.png", "abstention_patient.png"}
+    budgets, shares, count, eps = diagnosis_report.pooled_budgets(entry.record, "Resnet gru", "gradient")
+    assert (budgets, count, eps) == ([0, 1, 32], 10, "4/255")
+    assert [share["value"] for share in shares] == pytest.approx([1, 0.5, 0])
+
+
+def test_coverage_falls_under_attack_at_the_thresholds_of_clean_studies(tmp_path):
+    found = diagnosis_report.person_reliability(sequence_entry(tmp_path), "Resnet gru", alpha=0.2)
+    assert found["clean"]["n_people"] == 20 and found["eps 4/255"]["n_people"] == 10
+    assert found["eps 4/255"]["coverage"]["value"] < found["clean"]["coverage"]["value"]
+    assert "Resnet gru" in diagnosis_report.sequence_text(sequence_entry(tmp_path))
+
+
+def test_the_committed_ensembles_leave_no_more_standing_under_several_images_than_under_one():
+    record = json.loads((ROOT / "assets" / "Ensemble" / "patient.json").read_text(encoding="utf-8"))
+    assert record["data"] == "real" and len(record["variants"]) >= 4
+    compared = 0
+    for variant, blocks in record["variants"].items():
+        assert blocks["variant"] == variant
+        for attacks in blocks["other_norms"].get("relaxed", {}).values():
+            one, several = (attacks[name]["accuracy"] for name in ("one_image", "separate_images"))
+            assert several["value"] <= one["value"] and one["ci"] and several["ci"]
+            compared += 1
+    assert compared >= 3

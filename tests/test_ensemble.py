@@ -1,0 +1,219 @@
+"""`utils/ensemble.py`: one model out of several, fitted on nobody it is tested on, attacked as one."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils import ensemble, metrics
+from utils.attacks import ATTACKS
+from utils.utils_funcs import StudyError
+
+
+class Tiny(nn.Module):
+    """Two tanh layers on a 4×4 image: smooth, so that finite differences mean something."""
+
+    def __init__(self, seed: int, scale: float = 3.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first = nn.Parameter(scale * torch.randn(16, 6, generator=generator))
+        self.second = nn.Parameter(torch.randn(6, 4, generator=generator))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return ((images.flatten(1) - 0.5) @ self.first.to(images.dtype)).tanh() @ self.second.to(images.dtype)
+
+
+def members(count: int = 3, **options) -> dict[str, nn.Module]:
+    return {f"m{seed}": Tiny(seed, **options).eval() for seed in range(count)}
+
+
+def images(count: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("weights", [None, (0.2, 0.5, 0.3), (0.0, 1.0, 0.0)])
+def test_logits_are_the_log_of_the_members_mean_probability(weights):
+    own, x = members(), images()
+    mixed = sum(weight * member(x).double().softmax(1) for weight, member in zip(weights or (1 / 3,) * 3, own.values(), strict=True))
+    assert torch.allclose(ensemble.Mixture(own, weights)(x).double(), mixed.log(), atol=1e-6, rtol=0)
+
+
+def test_a_pool_is_the_multinomial_model_on_its_members_logits():
+    own, x, a, b = members(), images(), np.array([0.5, 0.2, 1.0]), np.array([0.1, -0.2, 0.3, 0.3])
+    z = sum(k * member(x).double().log_softmax(1) for k, member in zip(a, own.values(), strict=True)) + torch.tensor(b)
+    assert torch.allclose(ensemble.LogLinearPool(own, a, b)(x).double(), z.log_softmax(1), atol=1e-6, rtol=0)
+
+
+def ensembles() -> list[nn.Module]:
+    own = members()
+    return [ensemble.Mixture(own), ensemble.Mixture(own, (0.2, 0.5, 0.3)), ensemble.LogLinearPool(own, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
+            ensemble.SeparateImages(ensemble.Mixture(own))]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_gradients_equal_finite_differences(kind):
+    model = ensembles()[kind].double()
+    x = images(2, seed=3).double().expand(-1, 3 if kind == 3 else 1, -1, -1).clone().requires_grad_(True)
+    value = model(x)[:, 1].sum()
+    gradient, = torch.autograd.grad(value, x)
+    with torch.no_grad():
+        for place in ((0, 0, 0, 0), (1, x.shape[1] - 1, 2, 3), (0, 0, 3, 1)):
+            step = torch.zeros_like(x)
+            step[place] = 1e-5
+            difference = (model(x + step)[:, 1].sum() - model(x - step)[:, 1].sum()) / 2e-5
+            assert float(difference) == pytest.approx(float(gradient[place]), rel=1e-6, abs=1e-8)
+
+
+def test_every_ensemble_reads_one_channel_and_no_member_is_forgotten():
+    own = members()
+    x = images(5)
+    for drop in own:
+        rest = {name: member for name, member in own.items() if name != drop}
+        assert not torch.allclose(ensemble.Mixture(own)(x), ensemble.Mixture(rest)(x), atol=1e-3)
+    with pytest.raises(StudyError, match="at least one member"):
+        ensemble.Mixture({})
+    with pytest.raises(StudyError, match="sum to 1"):
+        ensemble.Mixture(own, (0.5, 0.5, 0.5))
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def validation(noise: tuple[float, ...], people: int = 30, each: int = 4, classes: int = 3, seed: int = 0):
+    """(log-probabilities (M, N, 4), labels, people): the less noise a member has, the better it is."""
+    generator = np.random.default_rng(seed)
+    person = np.repeat(np.arange(people), each)
+    labels = person % classes
+    truth = np.eye(4)[labels] * 3
+    logits = np.stack([truth + size * generator.normal(size=truth.shape) for size in noise])
+    return logits - np.logaddexp.reduce(logits, axis=2, keepdims=True), labels, person
+
+
+@pytest.mark.parametrize("combiner", ["weighted", "stacking", "blending"])
+def test_weights_are_never_fitted_on_test_people(combiner):
+    z, labels, people = validation((1.0, 1.0, 1.0))
+    own = members()
+    ensemble.build_ensemble(combiner, own, z, labels, people, test_people=np.arange(100, 140))
+    with pytest.raises(StudyError, match="2 test people"):
+        ensemble.build_ensemble(combiner, own, z, labels, people, test_people=np.array([3, 4, 200]))
+
+
+def test_the_better_member_gets_the_weight():
+    z, labels, people = validation((0.5, 4.0, 4.0))
+    weights = ensemble.fit_weights(z, labels, people, test_people=np.array([999]))
+    assert weights.sum() == pytest.approx(1) and weights[0] > 0.8
+    for fit in (ensemble.fit_stacking, ensemble.fit_blending):
+        coefficients, bias = fit(z, labels, people, test_people=np.array([999]))
+        assert coefficients[0] > 3 * coefficients[1:].max() and (coefficients >= 0).all()
+
+
+def test_fitted_weights_beat_uniform_ones_on_other_people():
+    z, labels, people = validation((0.5, 4.0, 4.0), people=60)
+    fitted, held = people < 30, people >= 30
+    own = members()
+
+    def loss(combiner):
+        model = ensemble.build_ensemble(combiner, own, z[:, fitted], labels[fitted], people[fitted], test_people=people[held])
+        answers = model.combine(torch.tensor(z[:, held], dtype=torch.float32)).numpy()
+        return -answers[np.arange(held.sum()), labels[held]].mean()
+
+    uniform = loss("uniform")
+    assert all(loss(combiner) < uniform for combiner in ("weighted", "stacking", "blending"))
+
+
+def test_stacking_is_calibrated_out_of_fold():
+    """Overconfident members: the stacked pool must take most of it back."""
+    z, labels, people = validation((2.0, 2.0), people=60)
+    sharp = 8 * z
+    sharp = sharp - np.logaddexp.reduce(sharp, axis=2, keepdims=True)
+    coefficients, bias = ensemble.fit_stacking(sharp, labels, people, test_people=np.array([999]))
+    model = ensemble.LogLinearPool(members(2), coefficients, bias)
+    answers = model.combine(torch.tensor(sharp, dtype=torch.float32)).numpy()
+    assert 0.7 < metrics.fit_temperature(answers, labels) < 1.4
+    assert metrics.fit_temperature(sharp.mean(0), labels) > 3
+
+
+def test_a_class_that_nobody_was_fitted_on_is_answered_from_the_members():
+    z, labels, people = validation((1.0, 1.0), classes=3)
+    coefficients, bias = ensemble.fit_stacking(z, labels, people, test_people=np.array([999]))
+    assert bias[3] == bias[2]
+    sure = np.log(np.array([[[0.01, 0.01, 0.01, 0.97]], [[0.01, 0.01, 0.01, 0.97]]]))
+    assert ensemble.LogLinearPool(members(2), coefficients, bias).combine(torch.tensor(sure, dtype=torch.float32)).argmax(1).item() == 3
+
+
+def test_people_take_turns_whole():
+    _, labels, people = validation((1.0,))
+    turns = ensemble._turns(labels, people)
+    assert all(len(set(turns[people == person])) == 1 for person in np.unique(people))
+    for label in range(3):
+        assert set(turns[labels == label]) == set(range(ensemble.TURNS))
+    with pytest.raises(StudyError, match="two people"):
+        ensemble._turns(np.zeros(4, int), np.zeros(4, int))
+
+
+def test_an_unknown_combiner_is_named():
+    z, labels, people = validation((1.0,))
+    with pytest.raises(StudyError, match="Unknown combiner 'vote'"):
+        ensemble.build_ensemble("vote", members(1), z, labels, people, test_people=np.array([]))
+
+
+# ----------------------------------------------------------------------------------------------------------- diversity
+
+
+def test_diversity_of_twins_and_strangers():
+    generator = np.random.default_rng(0)
+    labels, people = np.arange(400) % 4, np.arange(400) // 4
+    a = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
+    b = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
+    found = ensemble.diversity({"a": a, "twin": a, "b": b}, labels, people, n_boot=200)
+    assert set(found) == {"a / twin", "a / b", "twin / b"}
+    assert found["a / twin"]["disagreement"]["value"] == 0 and found["a / twin"]["error_correlation"]["value"] == pytest.approx(1)
+    wrong = [(x.argmax(1) != labels).astype(float) for x in (a, b)]
+    assert found["a / b"]["error_correlation"]["value"] == pytest.approx(np.corrcoef(*wrong)[0, 1], abs=1e-5)
+    low, high = found["a / b"]["disagreement"]["ci"]
+    assert low <= (a.argmax(1) != b.argmax(1)).mean() <= high and high > low
+
+
+# ---------------------------------------------------------------------------------------------------------- relaxation
+
+
+def attacked(eps: float):
+    model, x = ensemble.Mixture(members(3, scale=4.0)), images(64, seed=5)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    one = ATTACKS["pgd"](model, x, labels, eps, steps=40, loss="margin")
+    return model, x, labels, one
+
+
+@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
+def test_separate_images_leave_no_more_standing_than_one_image(eps):
+    model, x, labels, one = attacked(eps)
+    with torch.no_grad():
+        standing_one = model(one).argmax(1) == labels
+    alone = ensemble.attack_separately(model, x, labels, eps, steps=40).argmax(1) == labels
+    helped = ensemble.attack_separately(model, x, labels, eps, steps=40, shared=one).argmax(1) == labels
+    assert 0 < standing_one.sum() < len(x), "the check says nothing where all or none stand"
+    assert alone.sum() <= standing_one.sum()
+    assert not (helped & ~standing_one).any(), "what one image fells, several images fell"
+
+
+def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_leaves_more_standing():
+    model, x, labels, _ = attacked(0.1)
+    strong = (ensemble.attack_separately(model, x, labels, 0.1, steps=40).argmax(1) == labels).sum()
+    weak = (ensemble.attack_like_the_original_project(model, x, labels, 0.1).argmax(1) == labels).sum()
+    assert strong < weak
+    parts = [ATTACKS["pgd"](member, x, labels, 0.1, steps=10, step_size=1e-4, random_start=False, push=True) for member in model.members.values()]
+    assert max(float((part - x).abs().max()) for part in parts) <= 10 * 1e-4 + 1e-6
+
+
+def test_a_relaxed_ensemble_wants_an_image_a_member():
+    model = ensemble.SeparateImages(ensemble.Mixture(members(3)))
+    with pytest.raises(StudyError, match="3 members"):
+        model(images(2))
+
+
+def test_an_attack_on_the_ensemble_leaves_its_members_as_they_were():
+    model, x, labels, _ = attacked(0.05)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -1,0 +1,409 @@
+"""Units made of trained models: ensembles of members, and the diagnosis of whole persons, from checkpoints to record.
+
+    python -m utils.diagnosis ensemble --profile cpu --protocol patient --fold 0
+    python -m utils.diagnosis sequence --profile cpu --fold 0
+
+Both need the members' checkpoints of the same protocol, fold and seed on this machine, and leave a part of
+`assets/Ensemble/<protocol>.json` or `assets/Sequence/patient.json`, in which each form is a variant. What is finished is
+kept under checkpoints/, so that a killed command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from utils import data, ensemble, report, sequence, training
+from utils.attacks import ATTACKS
+from utils.backbones import load_model
+from utils.config import RunConfig, folds_of, make_config, parse_eps
+from utils.data import ImageSet
+from utils.experiment import Study, Unit, describe, open_study, save, suite_rows, unit_rows
+from utils.metrics import to_half
+from utils.robustness import Stage, evaluate_suite, headline_of, model_digest, suite_plan
+from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
+
+MEMBERSHIPS = {"clean": BACKBONES, "robust": tuple(f"{name}_atk" for name in BACKBONES),
+               "mixed": tuple(f"{name}{twin}" for name in BACKBONES for twin in ("", "_atk"))}
+#: (combiner, membership): who is in, and with which weights.
+FORMS = (("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("weighted", "mixed"), ("stacking", "mixed"), ("blending", "mixed"))
+#: What a rehearsal has time for.
+DEMO = dict(forms=(("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("stacking", "mixed")), backbones=("Efficientnet", "Resnet"), attacked=8)
+#: What a profile spends on whole persons: people of each set (None: all), eps, PGD steps, people attacked a fold, slice budgets.
+STUDY_BUDGETS = {"demo": dict(train=16, validation=8, test=10, eps=("4/255",), steps=3, attacked=4, budgets=(1, 4, 16), epochs=30),
+                 "cpu": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=10, attacked=12, budgets=(1, 2, 4, 8, 16), epochs=80),
+                 "paper": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=20, attacked=None, budgets=(1, 2, 4, 8, 16), epochs=80)}
+#: Whose features the sequence models read; two members are read side by side.
+SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")), "cpu": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
+           "paper": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk"), ("Dinov2",), ("Dinov2_atk",))}
+
+
+class MissingMembersError(StudyError):
+    """A member has no checkpoint on this machine."""
+
+
+def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The trained models of one protocol, fold and seed, by name.
+
+    Raises:
+        MissingMembersError: a checkpoint is not on this machine.
+    """
+    paths = {name: study.checkpoint(dataclasses.replace(config, model=name)) for name in names}
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
+        raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} {config.unit} here: run "
+                         f"`python -m utils.experiment run --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
+                         f"--fold {config.fold}` first.")
+    return {name: load_model(path).to(choose_device()) for name, path in paths.items()}
+
+
+def recorded_unit(study: Study, model: Literal["Ensemble", "Sequence"], config: RunConfig) -> dict | None:
+    """The record, where it holds this fold and seed at this profile and of this cohort; else None."""
+    path = study.record(model, config.protocol)
+    record = report.read_record(path) if path.is_file() else {"units": []}
+    wanted = (config.fold, config.seed, config.profile, study.cohort_sha256)
+    held = any((unit["fold"], unit["seed"], unit["profile"], unit["cohort_sha256"]) == wanted for unit in record["units"])
+    return record if held else None
+
+
+def run_available(study: Study, model: Literal["Ensemble", "Sequence"], protocol: Literal["slice", "patient"] = "patient", *,
+                  retrain: bool = False) -> dict | None:
+    """Every fold whose members are trained on this machine, or that the record holds; says which are not. Returns the
+    record, None where there is nothing."""
+    record = None
+    for fold in folds_of(study.profile, protocol):
+        try:
+            record = run_ensemble(study, protocol, fold, retrain=retrain) if model == "Ensemble" else run_sequence(study, fold, retrain=retrain)
+        except MissingMembersError as error:
+            print(f"{model} · {protocol} fold {fold} is left out: {error}")
+    return record
+
+
+def protocols_of(profile: str) -> tuple[str, ...]:
+    """The protocols that ensembles are scored under: both, but for a rehearsal, whose time is short."""
+    return ("patient",) if profile == "demo" else ("patient", "slice")
+
+
+def _config(study: Study, protocol: str, fold: int, seed: int) -> RunConfig:
+    """The settings that ensembles and sequences share with the models of their fold."""
+    return make_config(study.profile, "Resnet", protocol=protocol, fold=fold, seed=seed)
+
+
+def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, nn.Module]) -> dict:
+    """What a record says of where these members come from."""
+    meta = describe(study, config)
+    settings = {key: value for key, value in meta["config"].items() if key in ("protocol", "fold", "seed", "profile", "input_size", "eps",
+                                                                               "headline_eps", "pgd_steps", "attack_stride", "sample")}
+    inits = dict.fromkeys(member.init for member in members.values())
+    return {**meta, "model": model, "regime": "both", "init": " + ".join(inits), "config": settings | {"members": list(members)},
+            "weights_sha256": {name: model_digest(member) for name, member in members.items()}}
+
+
+def _folder(study: Study, model: str, config: RunConfig) -> Path:
+    return study.root / "checkpoints" / model / config.protocol / config.unit
+
+
+# ----------------------------------------------------------------------------------------------------------- ensembles
+
+
+def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0, *,
+                 backbones: tuple[str, ...] | None = None, retrain: bool = False) -> dict:
+    """Builds, attacks and records every form of `FORMS` of one fold; returns the record.
+
+    Weights are fitted on the fold's validation people. Each ensemble is attacked as the one model it is, through each of
+    its members and by transfer from every other model, and its worst case counts all of them.
+
+    Args:
+        backbones: whose models are members (None: all three; two of them in a rehearsal).
+    """
+    config = _config(study, protocol, fold, seed)
+    if not retrain and (known := recorded_unit(study, "Ensemble", config)) is not None:
+        return known
+    headline = headline_of(config)
+    # The eps that the original project trained with beside the headline one; a rehearsal has time for one alone.
+    config = (dataclasses.replace(config, eps=(headline,), sample=4) if study.profile == "demo"
+              else dataclasses.replace(config, eps=("0.005", headline), suite="standard"))
+    backbones = backbones or (DEMO["backbones"] if study.profile == "demo" else BACKBONES)
+    forms = [(combiner, membership, tuple(name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones))
+             for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)]
+    members = members_of(study, config, tuple(dict.fromkeys(name for _, _, names in forms for name in names)))
+    meta = _origin(study, config, "Ensemble", members)
+    started = time.perf_counter()
+    sets = data.load_sets(study.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test)
+    answers = {part: {name: training.predict(member, sets[part].images, choose_device()).log_softmax(1) for name, member in members.items()}
+               for part in ("validation", "test")}
+    chosen = data.spread(sets["test"], DEMO["attacked"]) if study.profile == "demo" else data.every_nth(sets["test"], config.attack_stride)
+    attacked = sets["test"].pick(chosen)
+    rows, meta["variants"], meta["sanity"] = unit_rows(sets["test"], config), {}, []
+    for combiner, membership, names in forms:
+        own, variant = {name: members[name] for name in names}, f"{combiner} {membership}"
+        model = _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device())
+        print(f"{variant}: {_weights_text(model)}", flush=True)
+        stages = suite_plan(config, () if config.suite == "quick" else tuple(members))
+        if config.suite == "quick":
+            stages += [Stage("transfer", f"transfer_{name}", eps="headline", budget=dict(steps=config.pgd_steps), source=name) for name in names]
+        result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=members,
+                                state_dir=_folder(study, "Ensemble", config) / variant.replace(" ", "_"))
+        with torch.no_grad():
+            clean = model.cpu().combine(torch.stack([answers["test"][name].cpu() for name in names])).numpy()
+        own_rows, attacks = suite_rows(sets["test"], config, result, chosen, clean)
+        if combiner == "uniform":
+            for eps, found in _relaxations(model.to(choose_device()), attacked, config, _folder(study, "Ensemble", config) / variant.replace(" ", "_")).items():
+                for name, logits in found.items():
+                    own_rows[f"{eps}:{name}"] = _spread_out(logits, chosen, len(sets["test"]))
+                    attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
+        rows |= {f"{variant}/{name}": values for name, values in own_rows.items() if name == "clean" or ":" in name}
+        meta["variants"][variant] = {"attacks": attacks, "members": list(names), "weights": _weights_of(model)}
+        meta["sanity"] += [{**check, "variant": variant} for check in result.sanity]
+    meta["diversity"] = ensemble.diversity({name: values.cpu().numpy() for name, values in answers["test"].items()},
+                                           sets["test"].labels.numpy(), sets["test"].people.numpy())
+    meta["wall_seconds"] = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
+    return save(study, Unit(rows, meta))
+
+
+#: How the infeasible attacks of `_relaxations` were run, and what they are.
+RELAXED: dict[str, Callable[[RunConfig], dict]] = {
+    "one_image": lambda config: {"steps": config.pgd_steps, "loss": "margin"},
+    "separate_images": lambda config: {"steps": config.pgd_steps, "loss": "margin"},
+    "original_project": lambda config: {"steps": 10, "step_size": 1e-4}}
+
+
+def _relaxations(model: nn.Module, attacked: ImageSet, config: RunConfig, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """eps → logits (N, 4) under one image, under a separate image a member at the same strength, and as in the original project."""
+    path, device = folder / f"relaxation_{model_digest(model)[:12]}.npz", choose_device()
+    if not path.is_file():
+        found: dict[str, list[np.ndarray]] = {}
+        for rows in progress(torch.arange(len(attacked)).split(config.attack_batch), "one image and several"):
+            images, labels = data.pixels(attacked.images[rows], device), attacked.labels[rows].to(device)
+            for eps_text in config.eps:
+                eps, budget = parse_eps(eps_text), dict(seed=config.seed, steps=config.pgd_steps)
+                one = ATTACKS["pgd"](model, images, labels, eps, loss="margin", **budget)
+                with torch.no_grad():
+                    logits = {"one_image": model(one)}
+                logits["separate_images"] = ensemble.attack_separately(model, images, labels, eps, shared=one, **budget)
+                logits["original_project"] = ensemble.attack_like_the_original_project(model, images, labels, eps)
+                for name, values in logits.items():
+                    found.setdefault(f"{eps_text}:{name}", []).append(values.cpu().numpy())
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **{key: np.concatenate(parts) for key, parts in found.items()})
+    with np.load(path, allow_pickle=False) as file:
+        return {eps: {key.split(":")[1]: file[key] for key in file.files if key.startswith(f"{eps}:")} for eps in config.eps}
+
+
+def _spread_out(logits: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
+    full = np.full((count, len(CLASSES)), np.nan)
+    full[chosen] = logits
+    return to_half(full)
+
+
+def _fitted(combiner: str, members: Mapping[str, nn.Module], validation: Mapping[str, Tensor], sets: Mapping[str, ImageSet],
+            protocol: str) -> nn.Module:
+    part = sets["validation"]
+    # Under `slice` everybody is on both sides, which is that protocol's fault and not the weights'.
+    test_people = sets["test"].people.numpy() if protocol == "patient" else np.array([], dtype=np.int64)
+    z = torch.stack([validation[name].cpu() for name in members]).double().numpy()
+    return ensemble.build_ensemble(combiner, members, z, part.labels.numpy(), part.people.numpy(), test_people=test_people)
+
+
+def _weights_of(model: nn.Module) -> dict:
+    names = list(model.members)
+    if isinstance(model, ensemble.Mixture):
+        return {"weights": dict(zip(names, model.log_weights.exp().tolist(), strict=True))}
+    return {"coefficients": dict(zip(names, model.coefficients.tolist(), strict=True)), "bias": dict(zip(CLASSES, model.bias.tolist(), strict=True))}
+
+
+def _weights_text(model: nn.Module) -> str:
+    weights = _weights_of(model)
+    return ", ".join(f"{name} {value:.2f}" for name, value in weights.get("weights", weights.get("coefficients", {})).items())
+
+
+# ------------------------------------------------------------------------------------------------------- whole persons
+
+
+class JoinedFeatures(nn.Module):
+    """Several members' penultimate features side by side, (N, sum of D): an ensemble that a sequence model reads."""
+
+    def __init__(self, members: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleDict(dict(members))
+        self.init = " + ".join(dict.fromkeys(member.init for member in members.values()))
+
+    def features(self, images: Tensor) -> Tensor:
+        return torch.cat([member.features(images) for member in self.members.values()], dim=1)
+
+
+def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[tuple[str, ...], ...] | None = None, retrain: bool = False) -> dict:
+    """Trains, attacks and records every aggregator over every source of features of one fold; returns the record.
+
+    Each row is a *person*. The backbones stay frozen; aggregators see training people, and their epoch is chosen on
+    validation people.
+    """
+    config, sources = _config(study, "patient", fold, seed), sources or SOURCES[study.profile]
+    if not retrain and (known := recorded_unit(study, "Sequence", config)) is not None:
+        return known
+    budget = STUDY_BUDGETS[study.profile]
+    members = members_of(study, config, tuple(dict.fromkeys(name for names in sources for name in names)))
+    meta = _origin(study, config, "Sequence", members)
+    started, device = time.perf_counter(), choose_device()
+    parts = {name: few_people(data.load_set(study.sets, "patient", fold, name), budget[name]) for name in data.SETS}
+    data.check_people_apart(parts)
+    test = parts["test"]
+    people = sequence.gather_studies(test.images, test.labels, test.people, test.slices)
+    chosen = _some_people(people.labels.numpy(), budget["attacked"])
+    rows, meta["variants"], meta["sanity"] = _person_rows(test, people, config), {}, []
+    seconds = {"train": 0.0}
+    for names in sources:
+        source = members[names[0]] if len(names) == 1 else JoinedFeatures({name: members[name] for name in names}).eval()
+        folder = _folder(study, "Sequence", config) / f"{'+'.join(names)}_{model_digest(source)[:12]}"
+        features = {name: _features(source, part, folder / f"{name}.npz") for name, part in parts.items()}
+        seen = features["train"].values[features["train"].mask]
+        centre, scale = seen.mean(0), seen.std(0).clamp_min(1e-6)
+        standard = {name: dataclasses.replace(part, values=((part.values - centre) / scale) * part.mask[..., None]) for name, part in features.items()}
+        for aggregator in sequence.AGGREGATORS:
+            variant, fit_started = f"{' + '.join(names)} {aggregator}", time.perf_counter()
+            reader, told = sequence.fit_aggregator(aggregator, standard["train"], standard["validation"], epochs=budget["epochs"], seed=seed)
+            seconds["train"] += time.perf_counter() - fit_started
+            model = sequence.StudyModel(source, reader.to(device), centre.to(device), scale.to(device)).eval()
+            with torch.no_grad():
+                clean = reader(standard["test"].values.to(device), standard["test"].mask.to(device)).cpu().numpy()
+            found = _attacked_people(model, people.pick(chosen), config, budget, folder / f"{aggregator}.npz", variant)
+            rows[f"{variant}/clean"] = to_half(clean)
+            attacks = {}
+            for eps in budget["eps"]:
+                rows[f"{variant}/{eps}:study_pgd{budget['steps']}"] = _spread_out(found[eps], chosen, len(people))
+                attacks[eps] = {f"study_pgd{budget['steps']}": {"norm": "linf", "n_attacked": len(chosen), "steps": budget["steps"], "kind": "white-box"}}
+            meta["variants"][variant] = {
+                "attacks": attacks, "history": told["history"], "best_epoch": told["best_epoch"],
+                "slice_budget": {"eps": budget["eps"][-1], "budgets": [0, *budget["budgets"], int(people.mask.sum(1).max())],
+                                 "people": people.people[chosen].tolist(), "labels": people.labels[chosen].tolist(),
+                                 "least": {choice: found[f"least_{choice}"].tolist() for choice in ("gradient", "random")}}}
+            meta["sanity"] += _study_checks(variant, people, chosen, clean, found, budget)
+    meta["wall_seconds"] = {"train": round(seconds["train"], 1), "attack": round(time.perf_counter() - started - seconds["train"], 1)}
+    return save(study, Unit(rows, meta))
+
+
+def few_people(part: ImageSet, count: int | None) -> ImageSet:
+    """All slices of `count` people, the classes taking turns (None: of everybody)."""
+    if count is None:
+        return part
+    people, first = np.unique(part.people.numpy(), return_index=True)
+    kept = people[_some_people(part.labels.numpy()[first], count)]
+    return part.pick(np.flatnonzero(np.isin(part.people.numpy(), kept)))
+
+
+def _some_people(labels: np.ndarray, count: int | None) -> np.ndarray:
+    """Sorted rows of `count` people spread over the classes in turn (None: all). No randomness."""
+    if count is None or count >= len(labels):
+        return np.arange(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        place[own] = np.arange(len(own))
+    return np.sort(np.lexsort((labels, place))[:count])
+
+
+def _features(source: nn.Module, part: ImageSet, path: Path, batch: int = 64) -> sequence.Studies:
+    """Features (P, S, D) of every slice of a set, kept on disk."""
+    if not path.is_file():
+        device = choose_device()
+        with torch.no_grad():
+            values = torch.cat([source.features(data.pixels(images, device)).float().cpu() for images in part.images.split(batch)])
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, values=values.numpy())
+    with np.load(path, allow_pickle=False) as file:
+        return sequence.gather_studies(torch.from_numpy(file["values"]), part.labels, part.people, part.slices)
+
+
+def _attacked_people(model: sequence.StudyModel, people: sequence.Studies, config: RunConfig, budget: dict, path: Path,
+                     variant: str) -> dict[str, np.ndarray]:
+    """Logits under the study attack at each eps, and the least number of slices that flips each person, kept on disk."""
+    identity = np.frombuffer(bytes.fromhex(model_digest(model)), np.uint8)
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            if np.array_equal(file["identity"], identity):
+                return {key: file[key] for key in file.files}
+    device, found = choose_device(), {"identity": identity}
+    pixels, mask, labels = data.pixels(people.values, device), people.mask.to(device), people.labels.to(device)
+    for eps in progress(budget["eps"], f"study attack on {variant}"):
+        found[eps] = sequence.attack_study(model, pixels, mask, labels, parse_eps(eps), steps=budget["steps"])[1].cpu().numpy()
+    for choice in ("gradient", "random"):
+        found[f"least_{choice}"] = sequence.slice_budgets(model, pixels, mask, labels, parse_eps(budget["eps"][-1]), budget["budgets"],
+                                                          steps=budget["steps"], choice=choice, seed=config.seed,
+                                                          full=torch.from_numpy(found[budget["eps"][-1]]).to(device)).cpu().numpy()
+    _save_reader(model, path.with_suffix(".safetensors"))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **found)
+    return found
+
+
+def _save_reader(model: sequence.StudyModel, path: Path) -> None:
+    """The aggregator's weights with the standardisation of its features; the backbone has its own checkpoint."""
+    from safetensors.torch import save_file
+
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _study_checks(variant: str, people: sequence.Studies, chosen: np.ndarray, clean: np.ndarray, found: dict, budget: dict) -> list[dict]:
+    """What an evaluation of whole persons must satisfy, each with its figure."""
+    labels = people.labels.numpy()[chosen]
+    right = clean[chosen].argmax(1) == labels
+    standing = {eps: found[eps].argmax(1) == labels for eps in budget["eps"]}
+    full = standing[budget["eps"][-1]]
+    ordered = [standing[eps].sum() for eps in budget["eps"]]
+    curves = {choice: [int(step.sum()) for step in sequence.standing_curve(found[f"least_{choice}"], [0, *budget["budgets"], people.mask.shape[1]])]
+              for choice in ("gradient", "random")}
+    checks = [("study_attack_le_clean", all((flags <= right).all() for flags in standing.values()), ordered, "nobody stands who was not diagnosed"),
+              ("falls_with_eps", ordered == sorted(ordered, reverse=True), ordered, "no more people stand at a larger eps"),
+              ("no_slice_is_clean", all(curve[0] == right.sum() for curve in curves.values()), int(right.sum()), "a budget of no slice changes nobody"),
+              ("all_slices_are_the_full_attack", all(curve[-1] == full.sum() for curve in curves.values()), int(full.sum()),
+               "a budget of every slice is the full attack"),
+              ("curve_does_not_rise", all(curve == sorted(curve, reverse=True) for curve in curves.values()), curves["gradient"],
+               "more slices never leave more people standing")]
+    return [{"check": check, "passed": bool(passed), "figure": [int(value) for value in np.atleast_1d(figure)], "note": note, "variant": variant}
+            for check, passed, figure, note in checks]
+
+
+def _person_rows(test: ImageSet, people: sequence.Studies, config: RunConfig) -> dict[str, np.ndarray]:
+    """The columns that say which person each row is; a person's hash is that of the slices' hashes in order."""
+    own = {person: np.flatnonzero(test.people.numpy() == person) for person in people.people.tolist()}
+    digests = [hashlib.sha256("".join(test.files[row] for row in rows[np.argsort(test.slices.numpy()[rows])]).encode()).digest() for rows in own.values()]
+    count = len(people)
+    return {"labels": people.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8), "seed": np.full(count, config.seed, np.int8),
+            "patient_id": people.people.numpy().astype(np.int32), "slice_index": np.full(count, -1, np.int16),
+            "file_sha256": np.frombuffer(b"".join(digests), np.uint8).reshape(count, 32)}
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def ensemble_command(profile: Literal["demo", "cpu", "paper"] = "cpu", protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0,
+                     backbones: tuple[str, ...] | None = None, raw: str | None = None) -> None:
+    """Ensembles of one fold's trained models."""
+    print(report.results_text([run_ensemble(open_study(profile, raw), protocol, fold, seed, backbones=backbones)]))
+
+
+def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None) -> None:
+    """Sequence models over one fold's people."""
+    print(report.results_text([run_sequence(open_study(profile, raw), fold, seed)]))
+
+
+def main() -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict({"ensemble": ensemble_command, "sequence": sequence_command}, description=__doc__)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
