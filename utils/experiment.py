@@ -41,7 +41,7 @@ from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.metrics import fit_temperature, to_half
 from utils.robustness import (Stage, SuiteResult, attack_images, evaluate_suite, headline_of, model_from_factory,
                               other_norms_plan, predict_logits, sample_measures, suite_plan, verdict)
-from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, choose_device, environment, git_state, hardware, read_json,
+from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, choose_device, environment, git_state, hardware, read_json,
                                result_root, write_json)
 
 #: The grid's order: what readers need most comes first.
@@ -327,7 +327,7 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     few, more = (test.pick(data.spread(test, size)) for size in (count, config.sample))
     few = few.pick(few.labels.argsort(stable=True))
     images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
-    figure = grad_cam.overlay_figure(images, grad_cam.explain(model, images), probabilities, few.labels, title=label_of(study, config))
+    maps = grad_cam.explain(model, images)
     dear = range(min(len(more), max(2, config.sample // 4)))  # slices for the measures that need many passes each
     pixels, shown = data.pixels(more.images), config.eps if config.suite != "quick" else (headline_of(config),)
     attacked = {eps: attack_images(model, pixels, more.labels.numpy(), "pgd", parse_eps(eps), steps=config.pgd_steps, seed=config.seed)
@@ -335,11 +335,21 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     measures = grad_cam.explanation_measures(model, pixels.to(choose_device()), methods=("gradcam",), sample=dear,
                                              adversarial={eps: images.to(choose_device()) for eps, images in attacked.items()})
     numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
-    report.save_figure(figure, figure_path, dpi=100, colours=192)
+    if config.fold == 0:  # the figures show one model on the same slices, whichever folds follow
+        figure = grad_cam.overlay_figure(images, maps, probabilities, few.labels, title=label_of(study, config))
+        report.save_figure(figure, figure_path, dpi=100, colours=192)
+        _keep_explained(few, maps, probabilities, report.explained_path(study.record(config.model, config.protocol)))
     if config.suite != "quick" and config.fold == 0:
         _through_a_person(test, model, figure_path.with_name(f"person_{config.protocol}"), label_of(study, config))
     write_json(numbers_path, numbers)
     return figure_path, numbers
+
+
+def _keep_explained(few: data.ImageSet, maps: torch.Tensor, probabilities: torch.Tensor, path: Path) -> None:
+    """The few slices that the comparison of all models shows, with this model's maps, 8 bits each."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, images=few.images[:, 0].numpy(), maps=(255 * maps.cpu()).round().byte().numpy(),
+                            probabilities=probabilities.cpu().numpy(), labels=few.labels.numpy(), files=np.array(few.files))
 
 
 def _through_a_person(test: data.ImageSet, model: torch.nn.Module, path: Path, label: str) -> None:

@@ -453,7 +453,7 @@ def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         _constant_line(panel, rows, protocol, vertical=True)
         for row in rows:
             if protocol in row.blocks:
-                _headline_marks(panel, row, row.blocks[protocol], eps)
+                _headline_marks(panel, row, row.blocks[protocol], eps, rows[0].blocks[protocol]["clean"]["n_slices"])
         panel.set(xlim=(-3, 103), xlabel="balanced accuracy, 3 classes (%)")
         panel.grid(axis="y", visible=False)
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(rows[0].blocks[protocol]['clean'])}")
@@ -468,7 +468,10 @@ def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str) -> None:
+def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str, whole: int) -> None:
+    """`whole`: the n of the panel's title; a row of another n says its own."""
+    if block["clean"]["n_slices"] != whole:
+        panel.text(102.5, row.number + 0.42, f"n = {block['clean']['n_slices']:,} / {block['clean']['n_people']:,}", ha="right", fontsize=6.5, color=GREY)
     colour, marker = COLOURS[row.model], MARKERS[row.model]
     clean = _point(block["clean"]["slice"], "balanced_accuracy_3")
     worst = _point(block["worst_case"].get(eps), "balanced_accuracy_3") if row.trained and clean else None

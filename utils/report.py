@@ -30,7 +30,7 @@ from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, 
                            read_predictions,
                            read_record, standing, study_rows, summarise, without_rehearsals,
                            write_record)
-from utils.utils_funcs import BACKBONES, PROTOCOLS, ROOT, StudyError, atomic_path, result_root
+from utils.utils_funcs import BACKBONES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, result_root
 
 __all__ = ["attacks_text", "draw_model_figures", "draw_study_figures", "findings_markdown",
            "publish", "read_entries", "read_predictions",
@@ -301,6 +301,30 @@ def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
     return drawn
 
 
+def explained_path(record: Path | str) -> Path:
+    """`<protocol>_explained.npz` beside `<protocol>.json`: the few slices, and a model's maps of them."""
+    return Path(record).with_name(f"{Path(record).stem}_explained.npz")
+
+
+def draw_explanations(root: Path | str) -> dict[Path, Figure]:
+    """Writes and returns, for each protocol, Grad-CAM of every model on the same few slices, path → figure."""
+    from utils import grad_cam  # torch, which nothing else here needs
+
+    entries, drawn = without_rehearsals(read_entries(root)), {}
+    for protocol in PROTOCOLS:
+        own = [entry for entry in entries.values() if entry.protocol == protocol and explained_path(entry.path).is_file()]
+        found = {}
+        for entry in own:
+            with np.load(explained_path(entry.path), allow_pickle=False) as file:
+                found[entry.model] = {key: file[key] for key in file.files}
+        shown = {name: kept for name, kept in found.items() if kept["files"].tolist() == next(iter(found.values()))["files"].tolist()}
+        if shown:
+            rows = {name: (kept["images"][:, None] / 255, kept["maps"] / 255, kept["probabilities"]) for name, kept in shown.items()}
+            figure = grad_cam.comparison_figure(rows, next(iter(shown.values()))["labels"], title=f"Grad-CAM, the same slices for all models · {protocol} · {provenance(own)}")
+            drawn[save_figure(figure, Path(root) / "assets" / "results" / f"explanations_{protocol}.png", dpi=100, colours=192)] = figure
+    return drawn
+
+
 def _drawable(entries: Entries, rows: list[StudyRow]) -> list[str]:
     """The study figures that these records have something for."""
     if not any(row.trained for row in rows):
@@ -323,6 +347,7 @@ def draw_figures(root: Path | str) -> list[Path]:
     """Redraws every figure that follows from the records under `root`; returns the paths."""
     models = dict.fromkeys(model for model, _ in read_entries(root))
     paths = [path for model in models for path in draw_model_figures(root, model)] + list(draw_study_figures(root))
+    paths += list(draw_explanations(root))
     paths += list(diagnosis_report.draw_figures(root))
     folder = Path(root) / "assets" / "Baselines"
     if (folder / audit_figures.ARRAYS).is_file():
@@ -422,8 +447,12 @@ def _notice(entries: Entries) -> list[str]:
             "runs on the real cohort to say."]
 
 
-def results_markdown(entries: Entries) -> str:
-    """README's generated part: findings, headline figure and table, commands, full tables, figures."""
+def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
+    """README's generated part: findings, headline figure and table, commands, full tables, figures.
+
+    Args:
+        root: the tree whose figures of explanations are linked.
+    """
     everything, entries = entries, without_rehearsals(entries)
     rows = study_rows(entries)
     if not rows:
@@ -443,7 +472,7 @@ def results_markdown(entries: Entries) -> str:
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(entries, rows)]
-        parts.append(_model_links(everything))
+        parts += [*_explanations(Path(root)), _model_links(everything)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -474,6 +503,19 @@ def findings_markdown(entries: Entries) -> str:
     return "\n\n".join(filter(None, [*_notice(entries), _findings(rows, eps), *_comparisons(entries, rows, eps)]))
 
 
+def _explanations(root: Path) -> list[str]:
+    """The comparison of all models' maps, and one person's slices as a moving picture, where they are drawn."""
+    parts = [f"![Grad-CAM of every model on the same slices, {protocol}](assets/results/explanations_{protocol}.png)"
+             for protocol in PROTOCOLS if (root / "assets" / "results" / f"explanations_{protocol}.png").is_file()]
+    moving = [f"assets/{model}/person_patient.gif" for model in MODELS if (root / "assets" / model / "person_patient.gif").is_file()]
+    if moving:
+        parts.append(" ".join(f'<img src="{path}" width="256" alt="Grad-CAM of {path.split("/")[1]} through the slices of one person">' for path in moving))
+        names = ", ".join(f"`{path.split('/')[1]}`" for path in moving)
+        parts.append(f"<sub>One test person from the top of the head down, each slice beside its Grad-CAM: {names}. Whether a map can be believed "
+                     "is measured in each model's notebook.</sub>")
+    return parts
+
+
 def _model_links(entries: Entries) -> str:
     lines = ["Each model by itself:\n"]
     for model in dict.fromkeys(name for name, _ in entries):
@@ -493,7 +535,7 @@ def write_readme(root: Path | str = ROOT) -> Path:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise StudyError(f"{path} lacks the lines {BEGIN} and {END}, between which the results go; restore them.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    _write_text(path, f"{before}{BEGIN}\n\n{results_markdown(read_entries(root))}\n\n{END}{after}")
+    _write_text(path, f"{before}{BEGIN}\n\n{results_markdown(read_entries(root), root)}\n\n{END}{after}")
     return path
 
 
