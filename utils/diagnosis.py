@@ -41,7 +41,7 @@ FORMS = (("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("we
 DEMO = dict(forms=(("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("stacking", "mixed")), backbones=("Efficientnet", "Resnet"), attacked=8)
 #: What a profile spends on whole persons: people of each set (None: all), eps, PGD steps, people attacked a fold, slice budgets.
 STUDY_BUDGETS = {"demo": dict(train=16, validation=8, test=10, eps=("4/255",), steps=3, attacked=4, budgets=(1, 4, 16), epochs=30),
-                 "cpu": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=10, attacked=12, budgets=(1, 2, 4, 8, 16), epochs=80),
+                 "cpu": dict(train=None, validation=None, test=None, eps=("4/255",), steps=10, attacked=6, budgets=(1, 2, 4, 8, 16), epochs=80),
                  "paper": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=20, attacked=None, budgets=(1, 2, 4, 8, 16), epochs=80)}
 #: Whose features the sequence models read; two members are read side by side.
 SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")), "cpu": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
