@@ -1,16 +1,18 @@
 """How time and memory of the people's recovery grow with the number of images.
 
-    python tests/benchmarks/audit_scale.py [--raw RAW] [--multiples 1 3 10] [--extrapolate 30] [--out audit_scale.txt]
+    python tests/benchmarks/audit_scale.py [--raw RAW] [--multiples 1 3 10 30] [--whole 10] [--out audit_scale.txt]
 
 The cohort's feature arrays (`cohort.features` at the search size, synthetic images included) stand for a larger set
 again and again: every copy shuffles the features in its own way, which keeps all correlations inside a copy and makes
 other people of it. Each size runs in a process of its own; its peak memory counts everything, the interpreter too.
-Without RAW the phantom cohort takes the real one's place.
+Without RAW the phantom cohort takes the real one's place. `--whole N` also measures the whole command, from N times as
+many drawn JPEG files to `cohort.csv`, and compares the people it finds with the true ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -61,6 +63,37 @@ def measure(path: Path, multiple: int) -> dict:
     }
 
 
+def whole(multiple: int) -> str:
+    """Time and peak memory of `python -m utils.cohort` on a drawn cohort N times the size of the real one."""
+    from utils.phantom import write_phantom
+
+    with tempfile.TemporaryDirectory() as folder:
+        people = tuple(multiple * count for count in (100, 70, 28, 2))
+        raw = write_phantom(Path(folder) / "raw", people=people, size=128, synthetic=4937 * multiple, duplicates=182 * multiple, seed=1)
+        out, start = Path(folder) / "cohort.csv", time.monotonic()
+        process = subprocess.Popen([sys.executable, "-m", "utils.cohort", str(raw), "--out", str(out)], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[2])
+        _, status, usage = os.wait4(process.pid, 0)  # of this child alone
+        seconds = time.monotonic() - start
+        if status:
+            raise SystemExit(f"python -m utils.cohort ended with {os.waitstatus_to_exitcode(status)}")
+        truth = {row["path"]: row for row in _rows(raw / "people.csv")}
+        found = _rows(out)
+        groups: dict[str, set[str]] = {}
+        for path, row in zip(sorted(truth), found, strict=True):
+            if truth[path]["kind"] == "real":
+                groups.setdefault(truth[path]["person"], set()).add(row["patient_id"])
+        whole_people = [next(iter(ids)) for ids in groups.values() if len(ids) == 1 and "" not in ids]
+    gib = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    return (f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: {seconds:,.0f} s, peak {gib:.2f} GiB; "
+            f"{len(set(whole_people)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} found beyond them")
+
+
+def _rows(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
     size, seconds, memory = (np.array([row[name] for row in rows]) for name in ("images", "seconds", "gib"))
     lines = [
@@ -94,6 +127,7 @@ def main() -> None:
     parser.add_argument("--raw", default=os.environ.get("ALZHEIMER_RAW"))
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 3, 10])
     parser.add_argument("--extrapolate", type=int, nargs="*", default=[30])
+    parser.add_argument("--whole", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
@@ -118,9 +152,12 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append(json.loads(done.stdout))
             print(rows[-1], file=sys.stderr, flush=True)
-    text = f"{os.cpu_count()} cores; the search for people alone, features given\n\n" + table(
+    threads = os.environ.get("OMP_NUM_THREADS", "as many")
+    text = f"{os.cpu_count()} cores, threads: {threads}; the search for people alone, features given\n\n" + table(
         rows, options.extrapolate, rows[0]["images"] // options.multiples[0]
     )
+    if options.whole:
+        text += f"\n\n{whole(options.whole)}"
     print(text)
     if options.out:
         options.out.write_text(text + "\n", encoding="utf-8")
