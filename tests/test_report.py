@@ -61,7 +61,16 @@ def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fa
             "wall_seconds": {"train": 10.0, "attack": 5.0}, "git_commit": "abc", "git_dirty": False, "attacks": meta,
             "sanity": [{"check": "pgd_le_fgsm", "passed": True, "figure": 0.1, "note": ""}], "history": history,
             "best_epoch": 2, "explanation": {}, **told}
-    return rows, [{**copy.deepcopy(unit), "fold": int(fold), "measures": sample_of(labels[folds == fold]) if full else {}} for fold in np.unique(folds)]
+    return rows, [{**copy.deepcopy(unit), "fold": int(fold), "measures": sample_of(labels[folds == fold]) if full else {},
+                   "leak_probe": probe_of(int((folds == fold).sum())) if full else {}} for fold in np.unique(folds)]
+
+
+def probe_of(count: int) -> dict:
+    """The person is recognised everywhere, the diagnosis right on clean images alone, every second row asked."""
+    rows = list(range(0, count, 2))
+    names, no, yes = ("clean", "1/255", "noise 1/255", "4/255", "noise 4/255"), [0] * len(rows), [1] * len(rows)
+    return {"rows": rows, "gap": 4, "recognised": dict.fromkeys(names, yes), "right": {name: yes if "/" not in name or "noise" in name else no for name in names},
+            "bands": [0.0, 2.0, 4.0], "shares": [[0.5, 0.3, 0.2]] * len(rows), "noise_shares": [0.1, 0.2, 0.7]}
 
 
 def sample_of(labels: np.ndarray) -> dict:
@@ -341,6 +350,15 @@ def test_sample_measures_of_all_folds_are_pooled_with_their_own_people(tree: Pat
         assert np.array_equal(pooled["labels"][part], entry.predictions["labels"][own])
     assert np.isnan(pooled["healthier"][pooled["labels"] == 0]).all() and np.isnan(pooled["minimal_linf"]).sum() == 2
     assert figures._share(pooled["sicker"] == 1, pooled, ~np.isnan(pooled["sicker"])) == (100, 100, 100)
+
+
+def test_probes_of_all_folds_are_pooled_with_their_own_people(tree: Path) -> None:
+    entry = read_entries(tree)["Resnet", "patient"]
+    pooled = figures.pooled_probe(entry)
+    own = np.concatenate([np.flatnonzero(entry.predictions["fold"] == unit["fold"])[unit["leak_probe"]["rows"]] for unit in entry.record["units"]])
+    assert np.array_equal(pooled["people"], entry.predictions["patient_id"][own]) and len(pooled["shares"]) == len(own)
+    assert pooled["recognised"]["4/255"].all() and not pooled["right"]["4/255"].any()
+    assert figures.probed([entry]) == [entry] and figures.probed([read_entries(tree)["Baselines", "patient"]] if ("Baselines", "patient") in read_entries(tree) else []) == []
 
 
 def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from utils import data, figures, grad_cam, optuna_search, phantom, report, training
+from utils import data, figures, grad_cam, leak_probe, optuna_search, phantom, report, training
 from utils.attacks import ATTACKS
 from utils.backbones import load_model
 from utils.cohort import COMMITTED_COHORT, Cohort, cohort_for, find_raw, read_cohort, read_raw, write_cohort
@@ -209,12 +209,19 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     rows, attacks = suite_rows(test, config, result, chosen, clean)
     measures = _kept_json(state / "measures.json", lambda: sample_measures(model, attacked.images, attacked.labels.numpy(),
                                                                            attacked.people.numpy(), config)) if config.suite != "quick" else {}
+    probed = _kept_json(state / "leak_probe.json", lambda: probe_leak(sets, config, model)) if config.suite != "quick" else {}
     measures |= {"rows": chosen[measures["rows"]].tolist()} if measures else {}
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
     return Unit(rows, {**describe(study, config), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
                        "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "sanity": result.sanity,
-                       "measures": measures, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+                       "measures": measures, "leak_probe": probed, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+
+
+def probe_leak(sets: dict[str, data.ImageSet], config: RunConfig, model: torch.nn.Module) -> dict:
+    """Whether the attack on the diagnosis takes the person away first: `leak_probe.probe` of this unit. Under `slice` the
+    gallery is the training set, where everybody is as well; under `patient` the test set itself."""
+    return leak_probe.probe(model, sets["test"], sets["train" if config.protocol == "slice" else "test"], config)
 
 
 def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:

@@ -687,9 +687,72 @@ def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
 
 
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
+def probed(entries: list[Entry]) -> list[Entry]:
+    """The entries of which at least one unit was asked whether it knows the person (`leak_probe.py`)."""
+    return [entry for entry in entries if any(unit.get("leak_probe") for unit in entry.record["units"])]
+
+
+def pooled_probe(entry: Entry) -> dict:
+    """All units of a record in one: who each sampled image is, name → flags of `recognised` and `right`, and `shares`."""
+    rows, parts = entry.predictions, []
+    for unit in entry.record["units"]:
+        if probe := unit.get("leak_probe"):
+            own = np.flatnonzero((rows["fold"] == unit["fold"]) & (rows["seed"] == unit["seed"]))[probe["rows"]]
+            parts.append((probe, rows["labels"][own].astype(np.int64), rows["patient_id"][own].astype(np.int64)))
+    first = parts[0][0]
+    found = {what: {name: np.concatenate([part[what][name] for part, _, _ in parts]) for name in first[what]} for what in ("recognised", "right")}
+    return {**found, "labels": np.concatenate([labels for _, labels, _ in parts]), "people": np.concatenate([people for _, _, people in parts]),
+            "shares": np.concatenate([part["shares"] for part, _, _ in parts]), "noise_shares": first["noise_shares"], "bands": first["bands"]}
+
+
+@styled
+def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Against eps, under PGD on the diagnosis: whose diagnosis is right, and whose person the features still tell; and the
+    spatial frequencies in which the perturbations lie."""
+    shown = probed(entries)
+    figure, axes = canvas(1, 3, (12.5, 4.2), "Does the attack take the person away before the diagnosis?", provenance(shown))
+    for panel, protocol in zip(axes[0], PROTOCOLS, strict=False):
+        panel.set_title(PROTOCOL_TITLES[protocol])
+        own = [entry for entry in shown if entry.protocol == protocol]
+        if not own:
+            _absent(panel)
+            continue
+        for entry in own:
+            found = pooled_probe(entry)
+            eps = [name for name in found["right"] if name != "clean" and not name.startswith("noise")]
+            eps = sorted(eps, key=parse_eps)
+            for what, dashes, label in (("right", "-", f"{entry.model}: diagnosis right"), ("recognised", "--", f"{entry.model}: person recognised")):
+                shares = [metrics.share(found[what][name], found["labels"], found["people"]) for name in ("clean", *eps)]
+                x = [0, *(255 * parse_eps(name) for name in eps)]
+                panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5, label=label)
+                panel.fill_between(x, [100 * share["ci"][0] for share in shares], [100 * share["ci"][1] for share in shares], color=COLOURS[entry.model],
+                                   alpha=0.08, linewidth=0)
+        _eps_axis(panel, eps)
+        panel.set_ylim(0, 102)
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\nn = {len(found['labels']):,} slices of {len(np.unique(found['people'])):,} people, bands: 95 % intervals")
+    axes[0, 0].set_ylabel("images (%)")
+    _frequency_panel(axes[0, 2], shown)
+    handles = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    return figure
+
+
+def _frequency_panel(panel: Axes, shown: list[Entry]) -> None:
+    for entry in shown:
+        found = pooled_probe(entry)
+        shares = 100 * np.array(found["shares"]).mean(0)
+        panel.plot(range(len(shares)), shares, "-" if entry.protocol == "patient" else ":", color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5)
+    panel.plot(range(len(found["noise_shares"])), 100 * np.array(found["noise_shares"]), color=GREY, linewidth=1, label="noise of the same size")
+    edges = found["bands"]
+    names = [f"{low:g}–{high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g}+"]
+    panel.set_xticks(range(len(names)), names, fontsize=7.5)
+    panel.set(xlabel="cycles per image width", ylabel="share of the perturbation's energy (%)", ylim=(0, None),
+              title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice")
+
+
 STUDY_FIGURES = {"headline": headline_figure, "robustness": robustness_figure, "trade_off": trade_off_figure,
                  "per_class": per_class_figure, "reliability": reliability_figure,
-                 "transfer": transfer_figure}
+                 "transfer": transfer_figure, "leak_probe": leak_probe_figure}
 MODEL_FIGURES = {"confusion_matrix": confusion_figure, "loss_curve": loss_figure, "accuracy_curve": accuracy_figure,
                  "robustness": model_robustness_figure, "measures": measures_figure}
 

@@ -330,7 +330,8 @@ def _drawable(entries: Entries, rows: list[StudyRow]) -> list[str]:
     if not any(row.trained for row in rows):
         return ["headline"] if rows else []
     transfer = any(figures.transfer_cells([*entries.values()], protocol) for protocol in PROTOCOLS)
-    return [name for name in figures.STUDY_FIGURES if transfer or name != "transfer"]
+    has = {"transfer": transfer, "leak_probe": bool(figures.probed([*entries.values()]))}
+    return [name for name in figures.STUDY_FIGURES if has.get(name, True)]
 
 
 def draw_audit_figures(root: Path | str) -> dict[str, Figure]:
@@ -365,6 +366,8 @@ CAPTIONS = {
     "per_class": "The same by class. Moderate is two people: no claim rests on it.",
     "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
                    "images.",
+    "leak_probe": "Solid: the diagnosis is right; dashed: the features' nearest other slice, four or more slices away, is of the same "
+                  "person. Both on the same images, under PGD on the diagnosis.",
     "transfer": "Momentum PGD on one model, shown to another; the diagonal is PGD on the model itself.",
 }
 
