@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -452,3 +453,12 @@ def test_address_follows_pyproject(tree: Path, tmp_path: Path) -> None:
     assert "github.com/facebookresearch/dinov2" in readme, "other repositories keep their address"
     assert "someone/brains/blob/main" in (place / "models" / "Resnet.ipynb").read_text()
     assert report.write_address(place) == []
+
+
+def test_the_original_figures_stand_beside_ours_of_the_same_eps(tree: Path) -> None:
+    text = report.original_markdown(read_entries(tree))
+    assert len(re.findall(r"^\| (?:Dinov2|Resnet|Efficientnet)(?:_atk)? \|", text, re.M)) == 6
+    resnet = next(line for line in text.splitlines() if line.startswith("| Resnet |"))
+    clean = read_entries(tree)["Resnet", "patient"].record["clean"]["slice"]["accuracy"]
+    assert report.show(clean) in resnet and "98.6" in resnet
+    assert all(mark in report.original_markdown({}) for mark in ("| – | – | – | – |", "separate image"))
