@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from utils import figures, metrics, report
+from utils import figures, metrics, records, report
 from utils.records import attacks_of, read_entries, standing, study_rows, summarise, variants_of, write_record
 from utils.utils_funcs import ROOT, StudyError
 
@@ -462,3 +462,14 @@ def test_the_original_figures_stand_beside_ours_of_the_same_eps(tree: Path) -> N
     clean = read_entries(tree)["Resnet", "patient"].record["clean"]["slice"]["accuracy"]
     assert report.show(clean) in resnet and "98.6" in resnet
     assert all(mark in report.original_markdown({}) for mark in ("| – | – | – | – |", "separate image"))
+
+
+def test_a_rehearsal_does_not_stand_beside_results(tree: Path) -> None:
+    entries = read_entries(tree)
+    assert report.without_rehearsals(entries) == entries, "nothing but rehearsals here"
+    run = copy.deepcopy(entries["Resnet", "patient"].record) | {"profile": "cpu"}
+    mixed = entries | {("Resnet", "patient"): records.Entry(entries["Resnet", "patient"].path, run)}
+    assert [key for key in report.without_rehearsals(mixed) if key[0] != "Baselines"] == [("Resnet", "patient")]
+    text = report.results_markdown(mixed, tree)
+    assert "Rehearsed only (profile `demo`), and so not in these tables" in text and "Resnet `slice`" in text
+    assert not re.search(r"^\| \d+ \| Resnet_atk \|", text, re.M) and re.search(r"^\| \d+ \| Resnet \|", text, re.M)

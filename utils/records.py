@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ SCHEMA_VERSION = 1
 #: Everything that can have a record, in the order of tables and figures.
 RECORDED = ("Baselines", *MODELS, "Ensemble", "Sequence")
 Arrays = dict[str, np.ndarray]
+Key = TypeVar("Key")
 
 #: Units of one record must agree on these: their rows are pooled into one score.
 AGREED = ("model", "regime", "protocol", "data", "profile", "cohort_sha256")
@@ -352,10 +354,10 @@ def read_entries(root: Path | str) -> dict[tuple[str, str], Entry]:
     return {key: Entry(path, read_record(path)) for key, path in paths.items() if path.is_file()}
 
 
-def without_rehearsals(entries: dict[tuple[str, str], Entry]) -> dict[tuple[str, str], Entry]:
+def without_rehearsals(entries: dict[Key, Entry]) -> dict[Key, Entry]:
     """The entries of more than a `demo` run, once a trained model has one: a rehearsal beside results would be read as one."""
     earnest = {key: entry for key, entry in entries.items() if entry.record["profile"] != "demo"}
-    return earnest if any(model in MODELS for model, _ in earnest) else entries
+    return earnest if any(entry.model in MODELS for entry in earnest.values()) else entries
 
 
 # ----------------------------------------------------------------------------------------------- rows of a study

@@ -34,7 +34,7 @@ from utils.utils_funcs import BACKBONES, MODELS, PROTOCOLS, ROOT, StudyError, at
 
 __all__ = ["attacks_text", "draw_explanations", "draw_model_figures", "draw_study_figures", "findings_markdown",
            "original_markdown", "publish", "read_entries", "read_predictions",
-           "read_record", "results_markdown", "results_text", "save_figure", "summarise", "write_readme",
+           "read_record", "results_markdown", "results_text", "save_figure", "summarise", "without_rehearsals", "write_readme",
            "write_record"]
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -282,6 +282,7 @@ def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
     """Writes and returns the figures of one model, path → figure; both protocols are panels of each."""
     own = {protocol: entry for (name, protocol), entry in read_entries(root).items()
            if name == model and "clean" in entry.record}
+    own = without_rehearsals(own)
     drawn = {}
     for name, draw in figures.MODEL_FIGURES.items():
         if figures.has_content(name, own):
