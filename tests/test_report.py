@@ -473,3 +473,17 @@ def test_a_rehearsal_does_not_stand_beside_results(tree: Path) -> None:
     text = report.results_markdown(mixed, tree)
     assert "Rehearsed only (profile `demo`), and so not in these tables" in text and "Resnet `slice`" in text
     assert not re.search(r"^\| \d+ \| Resnet_atk \|", text, re.M) and re.search(r"^\| \d+ \| Resnet \|", text, re.M)
+
+
+def test_the_model_card_gives_every_trained_model_with_its_interval(tree: Path) -> None:
+    entries = read_entries(tree)
+    card = report.model_card(entries)
+    for model, protocol in entries:
+        if model in ("Resnet", "Resnet_atk"):
+            line = next(line for line in card.splitlines() if line.startswith(f"| `{model}` | `{protocol}` |"))
+            assert report.show(entries[model, protocol].record["clean"]["slice"]["balanced_accuracy_3"]) in line
+    assert "Not for" in card and "Known faults" in card and "no record yet" in report.model_card({})
+
+
+def test_the_committed_model_card_follows_the_records() -> None:
+    assert (ROOT / "assets" / "model_card.md").read_text(encoding="utf-8") == report.model_card(read_entries(ROOT))

@@ -563,6 +563,40 @@ def _model_links(entries: Entries) -> str:
     return "\n".join(lines)
 
 
+def model_card(entries: Entries) -> str:
+    """What the trained models are, what they were trained on, what they may be used for, and their scores with intervals."""
+    entries = without_rehearsals(entries)
+    rows = [row for row in study_rows(entries) if row.model in MODELS]
+    table = [["model", "protocol", "trained", "init", "profile, folds", "balanced accuracy, 3 classes (%)", "AUROC, Non vs rest", "worst case (%)", "n slices / people"]]
+    for row in rows:
+        for protocol, entry in row.entries.items():
+            record = entry.record
+            how = "clean" if record["regime"] == "clean" else "adversarially"
+            eps = headline_eps(record)
+            table.append([f"`{row.model}`", f"`{protocol}`", how, record["init"], f"{record['profile']}, {', '.join(map(str, record['folds']))}",
+                          *(_cell(row, protocol, column) for column in HEADLINE[:2]), f"{_cell(row, protocol, HEADLINE[2])} at {eps}", _number(row, protocol)])
+    return "\n\n".join(["# Model card", provenance(list(entries.values())) if entries else "no record yet", _markdown(table) if rows else "", MODEL_CARD])
+
+
+MODEL_CARD = """- **What they are.** DINOv2 ViT-S/14, EfficientNet-B0 and ResNet-34 with four outputs (Non, Very mild, Mild, Moderate), from one grey
+  slice of a brain MRI, pixels in [0, 1]; resizing and normalisation happen inside. `_atk` was trained on adversarial images (PGD, L-infinity).
+- **Trained on** the training people of one fold (`patient`) or the published training folder (`slice`); the epoch chosen on validation data alone.
+  See the [data card](Baselines/data_card.md).
+- **For** research on evaluation, robustness and explanation. **Not for** diagnosis or any other clinical use, and not for images of other scanners,
+  sequences or planes: nothing here was tested on them.
+- **Known faults.** Scores under `slice` measure recognition of people. Moderate is two people. Age is a confound. Without adversarial training
+  a change that nobody sees turns the answer; with it a stronger attack than ours may.
+- **Licence** of code and weights: that of this repository. The images are not part of it.
+"""
+
+
+def write_model_card(root: Path | str = ROOT) -> Path:
+    """Rewrites assets/model_card.md from the records under `root`."""
+    path = Path(root) / "assets" / "model_card.md"
+    _write_text(path, model_card(read_entries(root)))
+    return path
+
+
 def write_readme(root: Path | str = ROOT) -> Path:
     """Rewrites README.md between its markers from the records under `root`."""
     path = Path(root) / "README.md"
@@ -570,6 +604,7 @@ def write_readme(root: Path | str = ROOT) -> Path:
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise StudyError(f"{path} lacks the lines {BEGIN} and {END}, between which the results go; restore them.")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_model_card(root)
     _write_text(path, f"{before}{BEGIN}\n\n{results_markdown(read_entries(root), root)}\n\n{END}{after}")
     return path
 
