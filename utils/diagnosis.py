@@ -154,10 +154,10 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
         result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=members,
                                 state_dir=_folder(study, "Ensemble", config) / variant.replace(" ", "_"))
         with torch.no_grad():
-            clean = model.cpu().combine(torch.stack([answers["test"][name].cpu() for name in names])).numpy()
+            clean = model.combine(torch.stack([answers["test"][name] for name in names]).to(choose_device())).cpu().numpy()
         own_rows, attacks = suite_rows(sets["test"], config, result, chosen, clean)
         if combiner == "uniform":
-            for eps, found in _relaxations(model.to(choose_device()), attacked, config, _folder(study, "Ensemble", config) / variant.replace(" ", "_")).items():
+            for eps, found in _relaxations(model, attacked, config, _folder(study, "Ensemble", config) / variant.replace(" ", "_")).items():
                 for name, logits in found.items():
                     own_rows[f"{eps}:{name}"] = _spread_out(logits, chosen, len(sets["test"]))
                     attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
