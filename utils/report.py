@@ -373,6 +373,26 @@ CAPTIONS = {
 }
 
 
+def _attacked_size(row: StudyRow) -> str:
+    """`n = 80 slices of 40 people, fold 0 of 5`: what the row's worst case under `patient` was scored on."""
+    entry = row.entries["patient"]
+    return f"{figures.size_of(row.blocks['patient']['worst_case'][headline_eps(entry.record)])}{_folds(entry)}"
+
+
+def _beside_its_twin(row: StudyRow, rows: list[StudyRow]) -> str:
+    """What adversarial training cost and bought, for a row that has a clean twin; else nothing."""
+    backbone = row.model.removesuffix("_atk")
+    entries = {(other.model, "patient"): other.entries["patient"] for other in rows
+               if other.model in (backbone, f"{backbone}_atk") and "patient" in other.entries}
+    difference = twin_difference(entries, backbone, "patient") if row.model.endswith("_atk") else None
+    if not difference or not difference["worst_case"]:
+        return ""
+    bought, cost = (difference[what]["balanced_accuracy_3"] for what in ("worst_case", "clean"))
+    number = next(other.number for other in rows if other.model == backbone)
+    return (f"Paired by person with its clean twin (row {number}) that is {show(bought, signed=True)} points in the worst case, and "
+            f"{show(cost, signed=True)} on clean images.")
+
+
 def _findings(rows: list[StudyRow], eps: str) -> str:
     """The abstract in numbers, each with the row that bears it."""
     column, worst = HEADLINE[0], HEADLINE[2]
@@ -410,9 +430,10 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
         low, high = _score(best, "patient", worst)["ci"]
         verdict = "above" if low > constant else "below" if high < constant else "not distinguishable from"
         said.append(f"At eps {eps}, in the worst case over all attacks, the most robust model under `patient` is "
-                    f"`{best.name}` (row {best.number}) with {_cell(best, 'patient', worst)} %: {verdict} the constant "
-                    "answer.")
-    return " ".join(said)
+                    f"`{best.name}` (row {best.number}) with {_cell(best, 'patient', worst)} % "
+                    f"({_attacked_size(best)}): {verdict} the constant answer.")
+        said.append(_beside_its_twin(best, rows))
+    return " ".join(filter(None, said))
 
 
 def _without_search_people(rows: list[StudyRow]) -> str:
