@@ -105,7 +105,18 @@ def _bars(point: tuple[float, float, float]) -> list[list[float]]:
 
 def _absent(axes: Axes, text: str = "no record yet") -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
+    # Panels that share the axis have their tick labels here, where they would now be missing.
+    for other in axes.get_shared_y_axes().get_siblings(axes):
+        if other is not axes:
+            other.tick_params(labelleft=True)
+
+
+def _size_attacked(block: dict) -> str:
+    """`n = 1,280 slices of 40 people (80 attacked)`."""
+    attacked = max((worst["n_slices"] for worst in block["worst_case"].values()), default=0)
+    return size_of(block["clean"]) + (f" ({attacked:,} attacked)" if 0 < attacked < block["clean"]["n_slices"] else "")
 
 
 def _constant_line(axes: Axes, rows: list[StudyRow], protocol: str, vertical: bool = False) -> None:
@@ -247,7 +258,7 @@ def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="constant answer")
         _eps_axis(panel, list(record["attacks"]))
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(record['clean'])}")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_size_attacked(record)}")
         if alone:
             _one_eps_panel(axes[1, column], model, record)
     handles = {label: handle for panel in axes[0] for handle,
@@ -503,7 +514,7 @@ def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="Constant answer")
         _eps_axis(panel, [eps for row in shown for eps in row.blocks[protocol]["worst_case"]])
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(shown[0].blocks[protocol]['clean'])}, bands: 95 % "
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_size_attacked(shown[0].blocks[protocol])}, bands: 95 % "
                         "intervals")
     axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
     handles = {label: handle for panel in axes[0] for handle,
