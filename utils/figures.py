@@ -42,9 +42,13 @@ class StudyFigure(Figure):
     """A figure that notebooks show as it is, whichever backend is active."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
+        from PIL import Image
+
+        buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
+        with Image.open(buffer) as image:  # a palette: a notebook of many figures stays under a megabyte
+            image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        return small.getvalue()
 
 
 def save_figure(figure: Figure, path: Path | str, *, dpi: int = 150, colours: int | None = None) -> Path:
