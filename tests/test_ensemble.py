@@ -213,7 +213,10 @@ def test_a_relaxed_ensemble_wants_an_image_a_member():
 
 
 def test_an_attack_on_the_ensemble_leaves_its_members_as_they_were():
-    model, x, labels, _ = attacked(0.05)
+    model = ensemble.Mixture(members(3))
     before = [parameter.clone() for parameter in model.parameters()]
+    x, labels = images(8), torch.zeros(8, dtype=torch.int64)
+    ensemble.attack_separately(model, x, labels, 0.05, steps=5)
+    ensemble.attack_like_the_original_project(model, x, labels, 0.05)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

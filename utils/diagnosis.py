@@ -28,7 +28,7 @@ from utils.attacks import ATTACKS
 from utils.backbones import load_model
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.data import ImageSet
-from utils.experiment import Study, Unit, describe, open_study, save, suite_rows, unit_rows
+from utils.experiment import Study, Unit, describe, open_study, save, spread_out, suite_rows, unit_rows
 from utils.metrics import to_half
 from utils.robustness import Stage, evaluate_suite, headline_of, model_digest, suite_plan
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
@@ -61,8 +61,8 @@ def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[
     paths = {name: study.checkpoint(dataclasses.replace(config, model=name)) for name in names}
     if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} {config.unit} here: run "
-                         f"`python -m utils.experiment run --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
-                         f"--fold {config.fold}` first.")
+                                  f"`python -m utils.experiment run --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
+                                  f"--fold {config.fold}` first.")
     return {name: load_model(path).to(choose_device()) for name, path in paths.items()}
 
 
@@ -159,7 +159,7 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
         if combiner == "uniform":
             for eps, found in _relaxations(model, attacked, config, _folder(study, "Ensemble", config) / variant.replace(" ", "_")).items():
                 for name, logits in found.items():
-                    own_rows[f"{eps}:{name}"] = _spread_out(logits, chosen, len(sets["test"]))
+                    own_rows[f"{eps}:{name}"] = spread_out(logits, chosen, np.full_like(clean, np.nan))
                     attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
         rows |= {f"{variant}/{name}": values for name, values in own_rows.items() if name == "clean" or ":" in name}
         meta["variants"][variant] = {"attacks": attacks, "members": list(names), "weights": _weights_of(model)}
@@ -197,12 +197,6 @@ def _relaxations(model: nn.Module, attacked: ImageSet, config: RunConfig, folder
             np.savez(file, **{key: np.concatenate(parts) for key, parts in found.items()})
     with np.load(path, allow_pickle=False) as file:
         return {eps: {key.split(":")[1]: file[key] for key in file.files if key.startswith(f"{eps}:")} for eps in config.eps}
-
-
-def _spread_out(logits: np.ndarray, chosen: np.ndarray, count: int) -> np.ndarray:
-    full = np.full((count, len(CLASSES)), np.nan)
-    full[chosen] = logits
-    return to_half(full)
 
 
 def _fitted(combiner: str, members: Mapping[str, nn.Module], validation: Mapping[str, Tensor], sets: Mapping[str, ImageSet],
@@ -279,7 +273,7 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
             rows[f"{variant}/clean"] = to_half(clean)
             attacks = {}
             for eps in budget["eps"]:
-                rows[f"{variant}/{eps}:study_pgd{budget['steps']}"] = _spread_out(found[eps], chosen, len(people))
+                rows[f"{variant}/{eps}:study_pgd{budget['steps']}"] = spread_out(found[eps], chosen, np.full_like(clean, np.nan))
                 attacks[eps] = {f"study_pgd{budget['steps']}": {"norm": "linf", "n_attacked": len(chosen), "steps": budget["steps"], "kind": "white-box"}}
             meta["variants"][variant] = {
                 "attacks": attacks, "history": told["history"], "best_epoch": told["best_epoch"],

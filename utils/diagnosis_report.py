@@ -15,7 +15,7 @@ from utils.records import Entry, attacks_of, clean_of, provenance, read_entries
 ALPHA = 0.1
 AGGREGATOR_COLOURS = {"mean": "#8C8C8C", "attention": "#E69F00", "gru": "#882255", "transformer": "#0072B2"}
 ATTACK_TITLES = {"one_image": "one image for all members (feasible)", "separate_images": "an image a member, same strength (no input)",
-                 "original_project": "an image a member, 10 steps of 0.0001 (as in the original project)"}
+                 "original_project": "an image a member, 10 steps of 0.0001 (the original project's step)"}
 ATTACK_COLOURS = {"one_image": "#CC79A7", "separate_images": "#8C8C8C", "original_project": "#E69F00"}
 
 

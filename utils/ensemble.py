@@ -295,10 +295,10 @@ def attack_separately(ensemble: Mixture | LogLinearPool, images: Tensor, labels:
 
 
 def attack_like_the_original_project(ensemble: Mixture | LogLinearPool, images: Tensor, labels: Tensor, eps: float, *, steps: int = 10,
-                                 step_size: float = 1e-4) -> Tensor:
+                                     step_size: float = 1e-4) -> Tensor:
     """Logits (N, 4) of the ensemble as the original project attacked it: each member alone is attacked with plain PGD of few
-    steps of 0.0001, and shown its own image. Two errors at once: no single input does this, and `steps * step_size` never
-    reaches the edge of the eps ball (0.001 of 0.005)."""
+    steps (how many is not reported) of 0.0001, and shown its own image. Two errors at once: no single input does this, and
+    `steps * step_size` never reaches the edge of the eps ball (0.001 of 0.005)."""
     parts = [ATTACKS["pgd"](member, images, labels, eps, steps=steps, step_size=step_size, random_start=False, push=True)
              for member in ensemble.members.values()]
     with torch.no_grad():

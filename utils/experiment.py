@@ -257,6 +257,13 @@ def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
             "slice_index": test.slices.numpy().astype(np.int16), "file_sha256": digests}
 
 
+def spread_out(logits: np.ndarray, chosen: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Float16 logits (N, 4) for the predictions file: `logits` on the `chosen` rows, `rest` (N, 4) on the others."""
+    full = np.array(rest, dtype=float)
+    full[chosen] = logits
+    return to_half(full)
+
+
 def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult, chosen: np.ndarray | None = None,
                clean: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     """(rows of the predictions file, eps → attack → what it cost) of an evaluated suite.
@@ -266,14 +273,9 @@ def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult, chos
         clean: clean logits of all of `test`, needed where only some were attacked.
     """
     chosen = np.arange(len(test)) if chosen is None else chosen
-
-    def spread_out(logits: np.ndarray, rest: np.ndarray | None = None) -> np.ndarray:
-        full = np.full((len(test), 4), np.nan) if rest is None else np.array(rest, dtype=float)
-        full[chosen] = logits
-        return to_half(full)
-
-    rows = unit_rows(test, config) | {"clean": spread_out(result.clean_logits, clean)}
-    rows |= {f"{eps}:{name}": spread_out(logits) for (eps, name), logits in result.logits.items()}
+    clean = np.full((len(test), len(CLASSES)), np.nan) if clean is None else clean
+    rows = unit_rows(test, config) | {"clean": spread_out(result.clean_logits, chosen, clean)}
+    rows |= {f"{eps}:{name}": spread_out(logits, chosen, np.full_like(clean, np.nan)) for (eps, name), logits in result.logits.items()}
     attacks: dict[str, dict] = {}
     for (eps, name), meta in result.meta.items():
         attacks.setdefault(eps, {})[name] = meta
@@ -325,7 +327,8 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     figure_path = study.root / "assets" / config.model / f"grad_cam_{config.protocol}.png"
     numbers_path = study.checkpoint(config).with_suffix("") / "explanation.json"
     known = None if retrain else recorded(study, config)
-    if figure_path.is_file() and (known is not None or numbers_path.is_file() and not retrain):
+    drawn = figure_path.is_file() or config.fold != 0  # the slices shown are fold 0's
+    if drawn and (known is not None or numbers_path.is_file() and not retrain):
         return figure_path, known.meta["explanation"] if known is not None else read_json(numbers_path)
     if not study.checkpoint(config).is_file():
         return figure_path, known.meta["explanation"] if known is not None else {}

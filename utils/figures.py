@@ -75,7 +75,7 @@ def show(score: dict | None, style: str = "percent", *, brief: bool = False, sig
 
 
 def canvas(rows: int, columns: int, size: tuple[float, float], title: str, label: str,
-            **options) -> tuple[StudyFigure, np.ndarray]:
+           **options) -> tuple[StudyFigure, np.ndarray]:
     figure = StudyFigure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.32 / size[1], 1, 1 - 0.32 / size[1]), wspace=0.04)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -297,7 +297,7 @@ def _one_eps_panel(panel: Axes, model: str, record: dict) -> None:
         if value is None:
             continue
         panel.errorbar(value[0], place, xerr=_bars(value), fmt="o", color=GREY, markersize=3.5, linewidth=1)
-    panel.set(yticks=range(len(found)), xlim=(-2, 102), 
+    panel.set(yticks=range(len(found)), xlim=(-2, 102),
               xlabel=f"left of what the attack aims at, at eps {eps} (%)\nbalanced accuracy of 4 classes; _merged: of 3; _binary: AUROC")
     panel.set_yticklabels([f"{name} (n = {block['n_slices']:,})" for name, block in found.items()], fontsize=7)
     panel.invert_yaxis()

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.attacks import ATTACKS
 from utils.config import RunConfig, parse_eps
 from utils.data import ImageSet, pixels
-from utils.robustness import headline_of, predict_logits, stratified_sample
+from utils.robustness import attack_images, headline_of, predict_logits, stratified_sample
 
 #: Slices nearer than this along the body are no evidence of recognition: they are nearly the same image.
 GAP = 4
@@ -77,7 +76,7 @@ def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig
     sample, known = test.pick(rows), gallery.pick(np.flatnonzero(gallery.people.numpy() >= 0))
     clean, labels = pixels(sample.images), sample.labels
     own_gallery = penultimate(model, pixels(known.images))
-    device, flags, right = next(model.parameters()).device, {}, {}
+    flags, right = {}, {}
 
     def look(name: str, images: Tensor) -> None:
         flags[name] = recognised(penultimate(model, images), own_gallery, own_gallery.mean(0), sample.people.numpy(), sample.slices.numpy(),
@@ -87,10 +86,9 @@ def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig
     look("clean", clean)
     shares = noise_shares = np.zeros((len(rows), len(BANDS) - 1))
     for eps in config.eps:
-        made = torch.cat([ATTACKS["pgd"](model, part.to(device), truth.to(device), parse_eps(eps), steps=config.pgd_steps, loss="margin",
-                                         push=True, seed=config.seed).cpu()
-                          for part, truth in zip(clean.split(config.attack_batch), labels.split(config.attack_batch), strict=True)])
-        noise = ATTACKS["noise"](model, clean.to(device), labels.to(device), parse_eps(eps), seed=config.seed).cpu()
+        given, options = (model, clean, labels.numpy()), dict(batch=config.attack_batch, seed=config.seed)
+        made = attack_images(*given, "pgd", parse_eps(eps), steps=config.pgd_steps, loss="margin", push=True, **options)
+        noise = attack_images(*given, "noise", parse_eps(eps), **options)
         look(eps, made)
         look(f"noise {eps}", noise)
         if eps == headline_of(config):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.attacks import margin, no_parameter_gradients
+from utils.training import class_weights, macro_cross_entropy
 from utils.utils_funcs import CLASSES, StudyError
 
 #: How slices become one answer.
@@ -210,8 +211,7 @@ def fit_aggregator(name: str, train: Studies, validation: Studies, *, epochs: in
     torch.manual_seed(seed)  # weights and dropout
     try:
         model = build_aggregator(name, train.values.shape[2])
-        counts = torch.bincount(train.labels, minlength=len(CLASSES)).float()
-        weights = torch.where(counts > 0, len(train) / (counts.clamp_min(1) * (counts > 0).sum()), torch.zeros(()))
+        weights = class_weights(train.labels)
         optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * -(-len(train) // batch_size))
         best, kept, history = float("inf"), {}, []
@@ -228,7 +228,7 @@ def fit_aggregator(name: str, train: Studies, validation: Studies, *, epochs: in
                 schedule.step()
             model.eval()
             with torch.no_grad():
-                score = _balanced_cross_entropy(model(validation.values, validation.mask), validation.labels)
+                score = macro_cross_entropy(model(validation.values, validation.mask), validation.labels)
             history.append({"epoch": epoch, "train_loss": float(loss.detach()), "score": score})
             if score < best:
                 best, kept = score, {key: value.clone() for key, value in model.state_dict().items()}
@@ -247,11 +247,6 @@ def _thinned(mask: Tensor, generator: torch.Generator) -> Tensor:
     chance = torch.rand(mask.shape, generator=generator).masked_fill(~mask, -1)
     first = chance == chance.amax(1, keepdim=True)
     return mask & ((chance >= share) | first)
-
-
-def _balanced_cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-    return float(torch.stack([losses[labels == label].mean() for label in labels.unique()]).mean())
 
 
 # -- attacks on the whole study ----------------------------------------------------------------------------------------
