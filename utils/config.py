@@ -145,8 +145,6 @@ PROFILES: dict[str, dict] = {
 #: Learning rates where the default is not the model's. EfficientNet from random weights stays near chance at 3e-4:
 #: `assets/Efficientnet/defaults.json`, on validation people.
 LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3}
-#: EfficientNet costs half of what ResNet-34 does an image and learns more slowly from random weights: twice the slices.
-CPU_STRIDES = {"Efficientnet": 2}
 #: DINOv2's patch is 14 pixels and it silently ignores the remainder, so its sizes are multiples of 14.
 VIT_INPUT = {48: 56, None: 126, 128: 126}
 
@@ -161,14 +159,12 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
         settings["lr"] = LEARNING_RATES[backbone]
     if backbone == "Dinov2":
         settings["input_size"] = VIT_INPUT.get(settings.get("input_size"), settings.get("input_size"))
-    if profile == "cpu":
-        settings["slice_stride"] = CPU_STRIDES.get(backbone, settings["slice_stride"])
     if profile == "cpu" and overrides.get("protocol") == "slice":
         # One fold has to carry what five carry under `patient`: about one slice of each of the 200 people is attacked, and
         # the sample for the dearest attacks is five times as large. The literature's scores on this split come from
         # memorising the training folder, so that is what is trained: every slice an epoch, as it is. Adversarial training
         # costs three passes a step and draws every second one.
-        settings |= dict(sample=128, attack_stride=8, augmentation=0.0, epochs=10, slice_stride=2 if model.endswith("_atk") else 1)
+        settings |= dict(sample=128, attack_stride=8, augmentation=0.0, epochs=8, slice_stride=2 if model.endswith("_atk") else 1)
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
         raise StudyError(f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`.")

@@ -615,7 +615,7 @@ def prepare(raw: str | None = None, profile: Literal["demo", "cpu", "paper"] = "
 
 @dataclass(frozen=True)
 class RunCommand:
-    """Runs one unit. The defaults shown are those of the `--profile` and `--model` that stand on the command line."""
+    """Runs one unit. The defaults shown are those of the `--profile`, `--model` and `--protocol` that stand on the command line."""
 
     config: tyro.conf.OmitArgPrefixes[RunConfig]
     raw: str | None = None
@@ -625,14 +625,15 @@ class RunCommand:
 
 
 def run(arguments: list[str]) -> None:
-    """Runs one unit: parses `RunCommand` with the defaults of its own profile and model."""
+    """Runs one unit: parses `RunCommand` with the defaults of its own profile, model and protocol."""
     import argparse
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--profile", default="demo")
     first.add_argument("--model", default="Resnet")
+    first.add_argument("--protocol", default="patient")
     named = first.parse_known_args(arguments)[0]
-    command = tyro.cli(RunCommand, args=arguments, default=RunCommand(make_config(named.profile, named.model)),
+    command = tyro.cli(RunCommand, args=arguments, default=RunCommand(make_config(named.profile, named.model, protocol=named.protocol)),
                        prog="python -m utils.experiment run")
     study = open_study(command.config.profile, command.raw)
     if record := run_unit(study, command.config, retrain=command.retrain):
