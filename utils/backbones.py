@@ -147,12 +147,22 @@ def _build_timm(backbone: str, folder: Path | None, load: bool) -> nn.Module:
 
     timm_name = TIMM_NAMES[backbone]
     if folder is None:
-        return timm.create_model(timm_name if load else timm_name.split(".")[0], pretrained=load, num_classes=len(CLASSES))
+        return _small_head(timm.create_model(timm_name if load else timm_name.split(".")[0], pretrained=load, num_classes=len(CLASSES)))
     files = sorted(folder.glob(f"{timm_name}*.safetensors")) + sorted((folder / timm_name).glob("*.safetensors"))
     if not files:
         raise StudyError(f"{folder} holds no {timm_name}*.safetensors: download it from its hub or unset ALZHEIMER_WEIGHTS.")
     overlay = dict(file=str(files[0]))
-    return timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASSES))
+    return _small_head(timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASSES)))
+
+
+def _small_head(body: nn.Module) -> nn.Module:
+    """EfficientNet with a head near zero, all classes alike. timm draws it from ±1/sqrt(classes), which for four classes
+    instead of a thousand makes logits of several units: a loss far above that of not knowing, and epochs spent on
+    unlearning it. ResNet's head starts small by itself."""
+    if hasattr(body, "conv_head"):
+        nn.init.trunc_normal_(body.classifier.weight, std=0.02)
+        nn.init.zeros_(body.classifier.bias)
+    return body
 
 
 def _build_dinov2(folder: Path | None, load: bool) -> nn.Module:
@@ -180,6 +190,17 @@ def save_model(model: PixelClassifier, path: Path | str, metadata: dict[str, obj
 
     header = {"model": model.name, "init": model.init, "input_size": model.input_size, **(metadata or {})}
     tensors = {key: value.detach().cpu().contiguous() for key, value in (state or model.state_dict()).items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"alzheimer": json.dumps(header)})
+
+
+def save_half(checkpoint: Path | str, path: Path | str) -> None:
+    """A copy of a checkpoint of half the size, for the repository: matrices and kernels in float16, what is small and
+    delicate (biases, BatchNorm's statistics) as it was. `load_model` reads it like any other."""
+    from safetensors.torch import load_file, save_file
+
+    header = read_metadata(checkpoint) | {"precision_of_file": "fp16"}
+    tensors = {key: value.half() if value.is_floating_point() and value.ndim > 1 else value for key, value in load_file(checkpoint).items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"alzheimer": json.dumps(header)})
 

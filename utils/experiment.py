@@ -9,6 +9,7 @@ The notebooks call these functions; the command line runs the same ones:
     python -m utils.experiment search --model Resnet_atk --trials 40                # settings, on this machine (--storage: on many)
     torchrun --nproc_per_node 4 -m utils.experiment run --profile paper --model Dinov2_atk   # one training on several GPUs
     python -m utils.experiment attack --model Resnet_atk --protocol patient --eps 4/255
+    python -m utils.experiment export --model Efficientnet                          # the unit's weights, half the size, for git
     python -m utils.experiment attack --model my_module:build --raw my_images/ --eps 4/255   # your model, your images
 
 A killed command is simply started again: training goes on from its last epoch, the attacks from their last finished
@@ -35,7 +36,7 @@ from matplotlib.figure import Figure
 
 from utils import data, figures, grad_cam, leak_probe, optuna_search, phantom, report, training
 from utils.attacks import ATTACKS
-from utils.backbones import load_model
+from utils.backbones import load_model, save_half
 from utils.cohort import COMMITTED_COHORT, Cohort, cohort_for, find_raw, read_cohort, read_raw, write_cohort
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.metrics import fit_temperature, to_half
@@ -686,6 +687,15 @@ def search_command(model: str, protocol: Literal["slice", "patient"] = "patient"
     print(optuna_search.trials_table(done))
 
 
+def export(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, profile: Literal["cpu", "paper"] = "cpu") -> None:
+    """Writes a trained unit's weights beside its checkpoint as `<unit>_fp16.safetensors`, the one kind that git keeps."""
+    study = open_study(profile)
+    path = study.checkpoint(make_config(profile, model, protocol=protocol, fold=fold))
+    half = path.with_name(f"{path.stem}_fp16.safetensors")
+    save_half(path, half)
+    print(f"{half.relative_to(study.root).as_posix()}: {half.stat().st_size / 1e6:.1f} MB")
+
+
 def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, eps: tuple[str, ...] = ("4/255",),
                    profile: Literal["demo", "cpu", "paper"] = "demo", suite: Literal["quick", "standard", "full"] = "standard",
                    raw: str | None = None) -> None:
@@ -729,7 +739,7 @@ def _everything_in(raw: str | None) -> data.ImageSet:
 
 def main() -> None:
     torch.set_float32_matmul_precision("high")
-    commands = {"prepare": prepare, "search": search_command, "run": run, "grid": grid, "attack": attack_command}
+    commands = {"prepare": prepare, "search": search_command, "run": run, "grid": grid, "export": export, "attack": attack_command}
     try:
         if sys.argv[1:2] == ["run"]:
             run(sys.argv[2:])
