@@ -226,3 +226,13 @@ def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):
     study = experiment.Study(tmp_path, "phantom", "demo", tmp_path, "0")
     with pytest.raises(StudyError, match="experiment search --model Resnet_atk"):
         experiment.search(study, experiment.make_config("demo", "Resnet_atk"))
+
+
+@pytest.mark.parametrize("protocol", ["slice", "patient"])
+@pytest.mark.parametrize("model", ["Resnet", "Efficientnet_atk"])
+def test_one_unit_by_hand_has_the_settings_that_the_grid_gives_it(model, protocol, monkeypatch):
+    ran = []
+    monkeypatch.setattr(experiment, "open_study", lambda *_: None)
+    monkeypatch.setattr(experiment, "run_unit", lambda _, config, **__: ran.append(config))
+    experiment.run(["--profile", "cpu", "--model", model, "--protocol", protocol])
+    assert ran == experiment.grid_units("cpu", (model,), (protocol,), (0,))[:1]

@@ -1,14 +1,18 @@
 """How long our suite takes against official AutoAttack, and whether it leaves anyone standing whom AutoAttack fells.
 
-    python tests/benchmarks/attack_suite.py [--n 128] [--size 32] [--checkpoint FILE --test-set FILE]
+    python tests/benchmarks/attack_suite.py --raw RAW --n 128 512      what `attack_suite.txt` holds
+    python tests/benchmarks/attack_suite.py [--n 128] [--size 32]      the same on the phantom cohort
+    python tests/benchmarks/attack_suite.py --raw RAW --checkpoint FILE
 
-Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 is trained adversarially on the phantom
-cohort first (a few minutes on two cores; kept under runs/). Prints what `attack_suite.txt` holds.
+Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 that sees the images at `--size` is trained
+adversarially first, on the training people of `patient` fold 0 (or on the phantom), a few minutes on two cores; it is
+kept under runs/. It is attacked on test people, in native pixels.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,9 +26,12 @@ sys.path.insert(0, str(ROOT))
 from utils.attacks import perturb_for_training  # noqa: E402
 from utils.backbones import PixelClassifier, build_model, load_model, save_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
+from utils.data import load_set  # noqa: E402
+from utils.experiment import open_study  # noqa: E402
 from utils.phantom import draw_cohort  # noqa: E402
 from utils.robustness import (  # noqa: E402
     as_pixels, evaluate_suite, fallen, predict_logits, stratified_sample, suite_plan, worst_case)
+from utils.training import fit  # noqa: E402
 from utils.utils_funcs import hardware  # noqa: E402
 
 
@@ -34,9 +41,13 @@ def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.stack(cohort.images)[:, None], np.asarray(cohort.label, np.int64), np.asarray(cohort.person)
 
 
-def robust_model(name: str, size: int, eps: float, epochs: int) -> PixelClassifier:
-    """A model trained with two-step PGD on the phantom, kept between runs."""
-    path = ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}.safetensors"
+def robust_model(name: str, size: int, eps: float, epochs: int, raw: str | None = None) -> PixelClassifier:
+    """A model trained with two-step PGD on the training people of `patient` fold 0, or on the phantom; kept between runs."""
+    path = ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}{'_real' if raw else ''}.safetensors"
+    if raw:
+        sets = {part: load_set(open_study("cpu", raw).sets, "patient", 0, part) for part in ("train", "validation")}
+        config = make_config("cpu", name, input_size=size, epochs=epochs, train_eps=eps, slice_stride=2)
+        return fit(sets["train"], sets["validation"], config, path, torch.device("cpu")).load()
     if path.is_file():
         return load_model(path)
     images, labels, _ = phantom_images(size, seed=1)
@@ -60,10 +71,11 @@ def robust_model(name: str, size: int, eps: float, epochs: int) -> PixelClassifi
     return model.eval()
 
 
-def test_images(size: int, count: int, test_set: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if test_set:
-        stored = torch.load(test_set, weights_only=True)
-        images, labels, people = (np.asarray(stored[key]) for key in ("images", "labels", "people"))
+def test_images(size: int, count: int, raw: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images, labels and people: the same stratified test slices of `patient` fold 0, or of another phantom cohort."""
+    if raw:
+        test = load_set(open_study("cpu", raw).sets, "patient", 0, "test")
+        images, labels, people = test.images.numpy(), test.labels.numpy(), test.people.numpy()
     else:
         images, labels, people = phantom_images(size, seed=2)
     chosen = stratified_sample(labels, people, count)
@@ -82,49 +94,53 @@ def ours(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, people:
     return worst_case(result.logits, labels, config.headline_eps) & ~fallen(result.clean_logits, labels)
 
 
-def official(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps: float) -> np.ndarray:
+def official(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps: float, batch: int) -> np.ndarray:
     """Who stands after AutoAttack `standard` as its authors run it, with three target classes."""
     from pyautoattack import AutoAttack
 
     attack = AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 3
     pixels, truth = as_pixels(images), torch.as_tensor(labels)
-    found = attack.run_standard_evaluation(pixels, truth, batch_size=64)[0]
+    found = attack.run_standard_evaluation(pixels, truth, batch_size=batch)[0]
     return torch.stack([predict_logits(model, x).argmax(1) == truth for x in (pixels, found)]).all(0).numpy()
+
+
+def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> None:
+    images, labels, people = test_images(options.size, count, options.raw)
+    config = make_config("cpu", "Resnet_atk", suite="standard", eps=(options.eps,), headline_eps=options.eps, attack_batch=options.batch)
+    answers = predict_logits(model, as_pixels(images)).argmax(1).numpy()
+    seen = f", seen at {model.input_size} px" if model.input_size else ""
+    print(f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = {len(labels)} of "
+          f"{len(np.unique(people))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
+          f"clean accuracy {(answers == labels).mean():.1%}, answers by class: {np.bincount(answers, minlength=4).tolist()}", flush=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    ours_standing = ours(model, images, labels, people, config)
+    our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)", flush=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    official_standing = official(model, images, labels, parse_eps(options.eps), options.batch)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)")
+    print(f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
+          f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}")
+    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=128)
+    parser.add_argument("--n", type=int, nargs="+", default=[128])
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--eps", default="4/255")
     parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--checkpoint")
-    parser.add_argument("--test-set", help="a prepared test_set.pt; the phantom without it")
+    parser.add_argument("--raw", help="folder or zip of the real cohort; the phantom without it")
     options = parser.parse_args()
-    eps = parse_eps(options.eps)
-    model = load_model(options.checkpoint) if options.checkpoint else robust_model("Resnet_atk", options.size, eps,
-                                                                                   options.epochs)
-    images, labels, people = test_images(options.size, options.n, options.test_set)
-    config = make_config("cpu", "Resnet_atk", suite="standard", eps=(options.eps,), headline_eps=options.eps)
-    clean = (predict_logits(model, as_pixels(images)).argmax(1).numpy() == labels).mean()
-    print(f"{model.name} at {images.shape[-1]} px, eps {options.eps}, n = {len(labels)}, float32, "
-          f"{torch.get_num_threads()} thread(s), "
-          f"{hardware()}\nclean accuracy {clean:.1%}")
-    wall, cpu = time.perf_counter(), time.process_time()
-    ours_standing = ours(model, images, labels, people, config)
-    our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor "
-          "time)", flush=True)
-    wall, cpu = time.perf_counter(), time.process_time()
-    official_standing = official(model, images, labels, eps)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of "
-          "processor time)")
-    print(f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
-          f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}")
-    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time "
-          "(at most 0.33 wanted)")
+    os.environ["ALZHEIMER_QUIET"] = "1"
+    model = (load_model(options.checkpoint) if options.checkpoint
+             else robust_model("Resnet_atk", options.size, parse_eps(options.eps), options.epochs, options.raw))
+    for count in options.n:
+        compare(model, count, options)
 
 
 if __name__ == "__main__":

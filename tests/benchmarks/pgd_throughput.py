@@ -1,12 +1,13 @@
 """How many images a second our PGD-20 attacks, against `torchattacks.PGD`, and that it is no weaker.
 
-    python tests/benchmarks/pgd_throughput.py [--n 64] [--models Resnet_atk:64 Dinov2_atk:70]
-    python tests/benchmarks/pgd_throughput.py --checkpoints FILE … --test-set FILE
+    python tests/benchmarks/pgd_throughput.py --raw RAW --models Resnet_atk:64 Dinov2_atk:70     what `pgd_throughput.txt` holds
+    python tests/benchmarks/pgd_throughput.py [--n 64]                                         the same on the phantom cohort
+    python tests/benchmarks/pgd_throughput.py --raw RAW --checkpoints FILE …
 
 Same model, same images, same eps, step and number of steps, float32, random start. Ours leaves an image alone once it
 has fallen, so the gain depends on how many stand, and is measured at several eps. It is smaller on tiny images, where a
-full batch is cheaper per image than what is left of one. Without checkpoints, models are trained adversarially,
-briefly, on the phantom. Prints what `pgd_throughput.txt` holds.
+full batch is cheaper per image than what is left of one. Without checkpoints, models are trained adversarially first,
+as in `attack_suite.py`.
 """
 
 from __future__ import annotations
@@ -58,16 +59,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["Resnet_atk:64", "Dinov2_atk:70"], help="name:pixels")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--checkpoints", nargs="*", default=[], help="measure these instead of --models")
-    parser.add_argument("--test-set", help="a prepared test_set.pt; the phantom without it")
+    parser.add_argument("--raw", help="folder or zip of the real cohort; the phantom without it")
     options = parser.parse_args()
     print(f"PGD-{STEPS}, n = {options.n}, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), "
-          f"{hardware()}")
+          f"{hardware()}, data: {'real' if options.raw else 'phantom'}")
     wanted = [(load_model(path), 128) for path in options.checkpoints]
     for spec in [] if wanted else options.models:
         name, size = spec.split(":")
-        wanted.append((robust_model(name, int(size), 4 / 255, options.epochs), int(size)))
+        wanted.append((robust_model(name, int(size), 4 / 255, options.epochs, options.raw), int(size)))
     for model, size in wanted:
-        images, labels, _ = test_images(size, options.n, options.test_set)
+        images, labels, _ = test_images(size, options.n, options.raw)
         pixels, truth = as_pixels(images), torch.as_tensor(labels)
         clean = (predict_logits(model, pixels).argmax(1) == truth).float().mean()
         print(f"{model.name} on images of {pixels.shape[-1]} px, seen at {model.input_size or pixels.shape[-1]} px, "
