@@ -142,9 +142,8 @@ PROFILES: dict[str, dict] = {
     "paper": dict(input_size=224, epochs=40, batch_size=64, train_steps=10, trials=20, search_epochs=8, suite="full",
                   attack_batch=256, sample=512, pgd_steps=50),
 }
-#: Learning rates where the default is not the model's. EfficientNet from random weights stays near chance at 3e-4:
-#: `assets/Efficientnet/defaults.json`, on validation people.
-LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3}
+#: Learning rates of a model, or of a backbone, where the default is not theirs.
+LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3, "Efficientnet_atk": 3e-4}
 #: DINOv2's patch is 14 pixels and it silently ignores the remainder, so its sizes are multiples of 14.
 VIT_INPUT = {48: 56, None: 126, 128: 126}
 
@@ -155,8 +154,8 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
         raise StudyError(f"Unknown profile {profile!r}: expected one of {', '.join(PROFILES)}.")
     settings = {**PROFILES[profile], "profile": profile, "model": model}
     backbone = model.removesuffix("_atk")
-    if backbone in LEARNING_RATES:
-        settings["lr"] = LEARNING_RATES[backbone]
+    if rate := LEARNING_RATES.get(model, LEARNING_RATES.get(backbone)):
+        settings["lr"] = rate
     if backbone == "Dinov2":
         settings["input_size"] = VIT_INPUT.get(settings.get("input_size"), settings.get("input_size"))
     if profile == "cpu" and overrides.get("protocol") == "slice":
