@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from utils import report
+from utils.backbones import load_model
 from utils.records import read_entries
 from utils.utils_funcs import ROOT
 
@@ -25,6 +28,27 @@ def test_every_relative_link_and_figure_exists() -> None:
     links += re.findall(r'(?:src|href)="(?!https?://|#)([^"]+)"', page)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_examples_run(monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    examples = re.findall(r"(?s)```python\n(.*?)```", PROSE)
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["Efficientnet"])
+def test_the_committed_models_are_those_of_the_records(model: str) -> None:
+    """Of the slices shown, each file gives the probabilities that its unit gave, to what half precision leaves."""
+    network = load_model(ROOT / "checkpoints" / model / "patient" / "fold0_seed0_fp16.safetensors")
+    unit = next(unit for unit in read_entries(ROOT)[model, "patient"].record["units"] if unit["fold"] == 0)
+    assert network.name == model and network.init == unit["init"] and unit["profile"] != "demo"
+    with np.load(ROOT / "assets" / model / "patient_explained.npz") as slices:
+        images, expected = torch.tensor(slices["images"])[:, None] / 255, torch.tensor(slices["probabilities"])
+    with torch.no_grad():
+        assert (network(images).softmax(1) - expected).abs().max() < 0.02
 
 
 def test_every_anchor_exists() -> None:

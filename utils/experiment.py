@@ -298,9 +298,12 @@ SHOWN_ATTACKS = {"noise": {}, "fgsm": {}, "pgd": dict(steps=20), "apgd_t": dict(
 
 
 def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> Path:
-    """Draws what each attack does to one test slice, the same for every model, into `assets/<Model>/attacks_<protocol>.png`."""
+    """Draws what each attack does to one test slice, the same for every model, into `assets/<Model>/attacks_<protocol>.png`.
+
+    A picture that is there already stays, but for that of another run (a rehearsal) whose place fold 0 of this one takes."""
     path = study.root / "assets" / config.model / f"attacks_{config.protocol}.png"
-    if not study.checkpoint(config).is_file() or (path.is_file() and not retrain):
+    taken = path.is_file() and not retrain and (config.fold != 0 or recorded(study, config) is not None)
+    if taken or not study.checkpoint(config).is_file():
         return path
     test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
     few = test.pick(data.spread(test, len(CLASSES)))
