@@ -183,7 +183,7 @@ def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
     assert lines["slice fold0_seed0 test"] == "100 people, 640 70 people, 448 28 people, 179 2 people, 12"
 
 
-@pytest.mark.parametrize("model", ["Efficientnet", "Resnet_atk"])
+@pytest.mark.parametrize("model", ["Resnet", "Resnet_atk"])
 def test_the_study_of_defaults_is_a_table_of_its_file(model):
     study = json.loads((ROOT / "assets" / model / "defaults.json").read_text(encoding="utf-8"))
     text = experiment.defaults_text(model)
@@ -201,18 +201,18 @@ def test_the_study_of_defaults_is_a_table_of_its_file(model):
 
 
 def test_a_notebook_on_phantom_data_shows_no_study_of_the_real_cohort():
-    text = experiment.defaults_text("Efficientnet", "phantom")
+    text = experiment.defaults_text("Resnet", "phantom")
     assert "data: real" not in text and "chosen on the real cohort" in text and len(text.splitlines()) == 1
 
 
 def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
-    study = json.loads((ROOT / "assets" / "Efficientnet" / "defaults.json").read_text(encoding="utf-8"))
+    study = json.loads((ROOT / "assets" / "Resnet" / "defaults.json").read_text(encoding="utf-8"))
     name = next(iter(study["rows"]))
     study["rows"][name]["one_class"] = True
     study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan"}
-    (tmp_path / "assets" / "Efficientnet").mkdir(parents=True)
-    (tmp_path / "assets" / "Efficientnet" / "defaults.json").write_text(json.dumps(study))
-    text = experiment.defaults_text("Efficientnet", root=tmp_path)
+    (tmp_path / "assets" / "Resnet").mkdir(parents=True)
+    (tmp_path / "assets" / "Resnet" / "defaults.json").write_text(json.dumps(study))
+    text = experiment.defaults_text("Resnet", root=tmp_path)
     assert text.count("ANSWERED ONE CLASS") == 1 and "failed: the training loss became nan" in text
 
 
