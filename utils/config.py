@@ -98,6 +98,9 @@ class RunConfig:
     also other norms, decisions alone, and AutoAttack on a stratified sample."""
     sample: int = 128
     """Slices in the stratified sample for the dearest attacks."""
+    explained: int | None = None
+    """Slices of the sample whose maps are measured, whose smallest perturbations are sought and whose features are asked for
+    the person (None: all of them)."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -114,6 +117,10 @@ class RunConfig:
     @property
     def backbone(self) -> str:
         return self.model.removesuffix("_atk")
+
+    def for_explanations(self) -> RunConfig:
+        """The same settings with the sample cut to `explained` slices."""
+        return dataclasses.replace(self, sample=min(self.sample, self.explained or self.sample))
 
     @property
     def unit(self) -> str:
@@ -163,7 +170,7 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
         # the sample for the dearest attacks is five times as large. The literature's scores on this split come from
         # memorising the training folder, so that is what is trained: every slice an epoch, as it is. Adversarial training
         # costs three passes a step and draws every second one.
-        settings |= dict(sample=128, attack_stride=8, augmentation=0.0, epochs=8, slice_stride=2 if model.endswith("_atk") else 1)
+        settings |= dict(sample=128, explained=64, attack_stride=8, augmentation=0.0, epochs=8, slice_stride=2 if model.endswith("_atk") else 1)
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
         raise StudyError(f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`.")

@@ -209,7 +209,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     clean = training.predict(model, test.images, choose_device()).numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
     measures = _kept_json(state / "measures.json", lambda: sample_measures(model, attacked.images, attacked.labels.numpy(),
-                                                                           attacked.people.numpy(), config)) if config.suite != "quick" else {}
+                                                                           attacked.people.numpy(), config.for_explanations())) if config.suite != "quick" else {}
     probed = _kept_json(state / "leak_probe.json", lambda: probe_leak(sets, config, model)) if config.suite != "quick" else {}
     measures |= {"rows": chosen[measures["rows"]].tolist()} if measures else {}
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
@@ -222,7 +222,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
 def probe_leak(sets: dict[str, data.ImageSet], config: RunConfig, model: torch.nn.Module) -> dict:
     """Whether the attack on the diagnosis takes the person away first: `leak_probe.probe` of this unit. Under `slice` the
     gallery is the training set, where everybody is as well; under `patient` the test set itself."""
-    return leak_probe.probe(model, sets["test"], sets["train" if config.protocol == "slice" else "test"], config)
+    return leak_probe.probe(model, sets["test"], sets["train" if config.protocol == "slice" else "test"], config.for_explanations())
 
 
 def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:
@@ -338,11 +338,12 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
         return figure_path, known.meta["explanation"] if known is not None else {}
     test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
     figure_path.parent.mkdir(parents=True, exist_ok=True)
-    few, more = (test.pick(data.spread(test, size)) for size in (count, config.sample))
+    sample = config.for_explanations().sample
+    few, more = (test.pick(data.spread(test, size)) for size in (count, sample))
     few = few.pick(few.labels.argsort(stable=True))
     images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
     maps = grad_cam.explain(model, images)
-    dear = range(min(len(more), max(2, config.sample // 4)))  # slices for the measures that need many passes each
+    dear = range(min(len(more), max(2, sample // 4)))  # slices for the measures that need many passes each
     pixels, shown = data.pixels(more.images), config.eps if config.suite != "quick" else (headline_of(config),)
     attacked = {eps: attack_images(model, pixels, more.labels.numpy(), "pgd", parse_eps(eps), steps=config.pgd_steps, seed=config.seed)
                 for eps in shown}
