@@ -578,6 +578,12 @@ def test_the_place_of_an_untrusted_map_is_no_finding_about_the_model():
     assert any("favours the brain" in line for line in concluded(told())["may"])
 
 
+def test_a_sure_but_tiny_difference_is_no_preference():
+    tiny = concluded(told(anatomy__brain={**entry(0.12, 0.11, 0.13), "beyond_area": entry(0.004, 0.001, 0.006)}))
+    assert sum("no preference for or against the brain" in line for line in tiny["may not"]) == 1
+    assert not any("favours the brain" in line for lines in tiny.values() for line in lines)
+
+
 def test_few_people_make_a_verdict_a_hint():
     few = told(randomisation={"stages": {"00 fc": entry(0.1, 0.0, 0.2, people=grad_cam.FEW_PEOPLE - 1)}})
     line, = (line for line in concluded(few)["may"] if "last layer learned" in line)

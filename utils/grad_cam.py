@@ -35,6 +35,8 @@ ALIKE = 0.5
 FEW_PEOPLE = 20
 #: An interval of a share of the map that is wider than this says little about where the map lies.
 WIDE = 0.2
+#: A share that differs from the region's area by less than this is no preference, however sure the difference is.
+NOTABLE = 0.01
 
 
 # --- Maps -------------------------------------------------------------------------------------------------------------
@@ -824,7 +826,9 @@ def _about_anatomy(anatomy: dict, *, trusted: bool) -> list[Verdict]:
             continue
         cited = f"share {_shown(entry)}, area {area['value']:.2f}, difference {_signed(beyond, 2)}{_hint(beyond)}"
         inside = region in ("brain", "csf")
-        if beyond["ci"][0] > 0:
+        if abs(beyond["value"]) < NOTABLE and not beyond["ci"][0] <= 0 <= beyond["ci"][1]:
+            verdicts.append(("may not", f"it has no preference for or against the {words} worth naming: under {NOTABLE} ({cited})."))
+        elif beyond["ci"][0] > 0:
             verdicts.append(("may" if trusted else "may not", f"it favours the {words} ({cited}){only}.") if inside else
                             ("may not", f"it must not be read as anatomy alone: it favours the {words} ({cited})."))
         elif beyond["ci"][1] < 0:
