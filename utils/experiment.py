@@ -481,7 +481,7 @@ def with_explanation(unit: Unit, numbers: dict) -> Unit:
 
 def results_root(profile: str, raw: str | Path | None = None) -> Path:
     """Where a profile's records lie, without touching the data; the repository itself where it holds such records."""
-    return result_root(profile, "real" if find_raw(raw or None) else "phantom")
+    return result_root(profile, "real" if find_raw(raw or None) or _holds_records(profile) else "phantom")
 
 
 # ------------------------------------------------------------------------------------------- what a notebook prints

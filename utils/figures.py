@@ -518,7 +518,7 @@ def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="Constant answer")
         _eps_axis(panel, [eps for row in shown for eps in row.blocks[protocol]["worst_case"]])
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_size_attacked(shown[0].blocks[protocol])}, bands: 95 % "
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_size_attacked(shown[0].blocks[protocol])}\nbands: 95 % "
                         "intervals")
     axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
     handles = {label: handle for panel in axes[0] for handle,
@@ -744,7 +744,7 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
                                    alpha=0.08, linewidth=0)
         _eps_axis(panel, eps)
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\nn = {len(found['labels']):,} slices of {len(np.unique(found['people'])):,} people, bands: 95 % intervals")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\nn = {len(found['labels']):,} slices of {len(np.unique(found['people'])):,} people\nbands: 95 % intervals")
     axes[0, 0].set_ylabel("images (%)")
     _frequency_panel(axes[0, 2], shown)
     handles = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
