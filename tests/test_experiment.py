@@ -236,3 +236,13 @@ def test_one_unit_by_hand_has_the_settings_that_the_grid_gives_it(model, protoco
     monkeypatch.setattr(experiment, "run_unit", lambda _, config, **__: ran.append(config))
     experiment.run(["--profile", "cpu", "--model", model, "--protocol", protocol])
     assert ran == experiment.grid_units("cpu", (model,), (protocol,), (0,))[:1]
+
+
+def test_results_are_shown_where_there_are_no_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "find_raw", lambda _: None)
+    monkeypatch.setenv("ALZHEIMER_RUNS", str(tmp_path))
+    assert experiment.results_root("cpu") == ROOT
+    assert experiment.results_root("demo") == tmp_path / "demo-phantom"
+    (tmp_path / "cpu-phantom").mkdir()
+    (tmp_path / "cpu-phantom" / "assets").symlink_to(ROOT / "assets")  # a run of one's own goes first
+    assert experiment.results_root("cpu") == tmp_path / "cpu-phantom"

@@ -480,8 +480,10 @@ def with_explanation(unit: Unit, numbers: dict) -> Unit:
 
 
 def results_root(profile: str, raw: str | Path | None = None) -> Path:
-    """Where a profile's records lie, without touching the data; the repository itself where it holds such records."""
-    return result_root(profile, "real" if find_raw(raw or None) or _holds_records(profile) else "phantom")
+    """Where a profile's records lie, without touching the data: those of this machine's data, or of the phantom; where there are
+    none, the repository itself if it holds some of this profile."""
+    root = result_root(profile, "real" if find_raw(raw or None) else "phantom")
+    return root if report.read_entries(root) or not _holds_records(profile) else ROOT
 
 
 # ------------------------------------------------------------------------------------------- what a notebook prints

@@ -373,6 +373,12 @@ CAPTIONS = {
 }
 
 
+def _clean_size(row: StudyRow, protocol: str) -> str:
+    """`n = 1,280 slices of 40 people, fold 0 of 5`: what the row's clean score under a protocol rests on."""
+    clean = row.blocks[protocol]["clean"]
+    return f"n = {clean['n_slices']:,} slices of {clean['n_people']:,} people{_folds(row.entries[protocol])}"
+
+
 def _attacked_size(row: StudyRow) -> str:
     """`n = 80 slices of 40 people, fold 0 of 5`: what the row's worst case under `patient` was scored on."""
     entry = row.entries["patient"]
@@ -421,9 +427,9 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
     if both:
         best = max(both, key=lambda row: value(row, "slice", column))
         said.append(f"Under the published split the best model, `{best.name}` (row {best.number}), reaches a balanced "
-                    f"accuracy over three classes of {_cell(best, 'slice', column)} %. With no person on both sides "
-                    f"the same kind of model reaches {_cell(best, 'patient', column)} %, where always answering *Non* "
-                    f"(row 1) gives {100 * constant:.1f} %.")
+                    f"accuracy over three classes of {_cell(best, 'slice', column)} % ({_clean_size(best, 'slice')}). With no person on "
+                    f"both sides the same kind of model reaches {_cell(best, 'patient', column)} % ({_clean_size(best, 'patient')}), "
+                    f"where always answering *Non* (row 1) gives {100 * constant:.1f} %.")
     attacked = [row for row in trained if (rehearsal or earnest(row, "patient")) and value(row, "patient", worst) is not None]
     if attacked:
         best = max(attacked, key=lambda row: value(row, "patient", worst))
