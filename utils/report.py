@@ -375,8 +375,7 @@ CAPTIONS = {
 
 def _clean_size(row: StudyRow, protocol: str) -> str:
     """`n = 1,280 slices of 40 people, fold 0 of 5`: what the row's clean score under a protocol rests on."""
-    clean = row.blocks[protocol]["clean"]
-    return f"n = {clean['n_slices']:,} slices of {clean['n_people']:,} people{_folds(row.entries[protocol])}"
+    return figures.size_of(row.blocks[protocol]["clean"]) + _folds(row.entries[protocol])
 
 
 def _attacked_size(row: StudyRow) -> str:
