@@ -12,6 +12,7 @@ kept under runs/. It is attacked on test people, in native pixels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from utils.attacks import perturb_for_training  # noqa: E402
 from utils.backbones import PixelClassifier, build_model, load_model, save_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
-from utils.data import load_set  # noqa: E402
+from utils.data import ImageSet, load_set  # noqa: E402
 from utils.experiment import open_study  # noqa: E402
 from utils.phantom import draw_cohort  # noqa: E402
 from utils.robustness import (  # noqa: E402
@@ -41,11 +42,17 @@ def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return np.stack(cohort.images)[:, None], np.asarray(cohort.label, np.int64), np.asarray(cohort.person)
 
 
+def real_set(raw: str, part: str) -> ImageSet:
+    """One part of `patient` fold 0; the line about the study is not this benchmark's output."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return load_set(open_study("cpu", raw).sets, "patient", 0, part)
+
+
 def robust_model(name: str, size: int, eps: float, epochs: int, raw: str | None = None) -> PixelClassifier:
     """A model trained with two-step PGD on the training people of `patient` fold 0, or on the phantom; kept between runs."""
     path = ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}{'_real' if raw else ''}.safetensors"
     if raw:
-        sets = {part: load_set(open_study("cpu", raw).sets, "patient", 0, part) for part in ("train", "validation")}
+        sets = {part: real_set(raw, part) for part in ("train", "validation")}
         config = make_config("cpu", name, input_size=size, epochs=epochs, train_eps=eps, slice_stride=2)
         return fit(sets["train"], sets["validation"], config, path, torch.device("cpu")).load()
     if path.is_file():
@@ -74,7 +81,7 @@ def robust_model(name: str, size: int, eps: float, epochs: int, raw: str | None 
 def test_images(size: int, count: int, raw: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, labels and people: the same stratified test slices of `patient` fold 0, or of another phantom cohort."""
     if raw:
-        test = load_set(open_study("cpu", raw).sets, "patient", 0, "test")
+        test = real_set(raw, "test")
         images, labels, people = test.images.numpy(), test.labels.numpy(), test.people.numpy()
     else:
         images, labels, people = phantom_images(size, seed=2)
