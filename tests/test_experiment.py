@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from utils import experiment, report
+from utils import experiment, report, training
 from utils.config import make_config
 from utils.utils_funcs import MODELS, ROOT, StudyError
 
@@ -53,6 +53,28 @@ def test_a_finished_unit_is_not_run_twice(study, record, monkeypatch):
     monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "evaluate_suite", lambda *a, **k: pytest.fail("attacked again"))
     assert experiment.run_unit(study, tiny()) == record
+
+
+def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(study, tmp_path, monkeypatch):
+    study = dataclasses.replace(study, root=tmp_path)
+    config = make_config("cpu", "Efficientnet_atk", warm_start=True, fold=2)
+    assert experiment.start_of(study, dataclasses.replace(config, warm_start=False)) is None
+    whole = tmp_path / "checkpoints" / "Efficientnet" / "patient" / "fold2_seed0.safetensors"
+    trained = []
+
+    def fit(train, validation, config, checkpoint, device, **rest):
+        trained.append(config)
+        return training.Fit(checkpoint, [], 1, "random", "fp32", 0.0, False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "load_sets", lambda *_: {"train": None, "validation": None})
+        patch.setattr(training, "fit", fit)
+        assert experiment.start_of(study, config) == whole and trained == [make_config("cpu", "Efficientnet", fold=2)]
+    half = whole.with_name("fold2_seed0_fp16.safetensors")
+    half.touch()
+    assert experiment.start_of(study, config) == half
+    whole.touch()
+    assert experiment.start_of(study, config) == whole
 
 
 def test_a_record_is_shown_without_its_weights(study, record, monkeypatch):

@@ -125,6 +125,16 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
     assert equal(weights(tiny.with_name("fold0_seed0_last.safetensors")), weights(broken.with_name("broken_last.safetensors")))
 
 
+def test_a_warm_start_begins_at_the_weights_of_the_clean_twin(tiny):
+    training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
+    config = small("Resnet_atk", warm_start=True, epochs=1, lr=0.0)
+    robust = tiny.with_name("robust.safetensors")
+    with pytest.raises(StudyError, match="clean twin"):
+        training.fit(TRAIN, VALIDATION, config, robust, DEVICE)
+    training.fit(TRAIN, VALIDATION, config, robust, DEVICE, start=tiny)
+    assert all(torch.equal(weights(tiny)[name], weights(robust)[name]) for name, _ in TinyNet().named_parameters())
+
+
 def test_a_finished_training_is_not_run_again(tiny):
     first = training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
     stamp = tiny.stat().st_mtime_ns

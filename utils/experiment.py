@@ -18,6 +18,7 @@ part, and a unit that stands in a record is not run twice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,6 +33,7 @@ import numpy as np
 import optuna
 import torch
 import tyro
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 from utils import data, figures, grad_cam, leak_probe, optuna_search, phantom, report, training
@@ -43,7 +45,7 @@ from utils.metrics import fit_temperature, to_half
 from utils.robustness import (Stage, SuiteResult, attack_images, evaluate_suite, headline_of, model_from_factory,
                               other_norms_plan, predict_logits, sample_measures, suite_plan, verdict)
 from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, choose_device, environment, git_state, hardware, read_json,
-                               result_root, write_json)
+                               result_root, say, write_json)
 
 #: The grid's order: what readers need most comes first.
 GRID_MODELS = ("Resnet", "Resnet_atk", "Efficientnet", "Efficientnet_atk", "Dinov2", "Dinov2_atk")
@@ -168,7 +170,7 @@ def search(study: Study, config: RunConfig) -> RunConfig:
                              f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} --fold "
                              f"{searched.fold} --trials {config.trials}` first, or train with --trials 0.")
         sets = load_sets(study, searched)
-        optuna_search.search(sets["train"], sets["validation"], searched, folder, choose_device())
+        optuna_search.search(sets["train"], sets["validation"], searched, folder, choose_device(), start=start_of(study, searched))
     return dataclasses.replace(config, **optuna_search.best_settings(folder, searched)) if config.trials else config
 
 
@@ -187,8 +189,38 @@ def train(study: Study, config: RunConfig, *, retrain: bool = False) -> training
         meta = known.meta
         return training.Fit(path, meta["history"], meta["best_epoch"], meta["init"], meta["precision"], meta["wall_seconds"]["train"],
                             meta["one_class"])
-    sets = load_sets(study, config)
-    return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain, logs=path.with_suffix("") / "logs")
+    return _fit(study, config, retrain=retrain)
+
+
+def _fit(study: Study, config: RunConfig, *, retrain: bool = False) -> training.Fit:
+    sets, path = load_sets(study, config), study.checkpoint(config)
+    start = start_of(study, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two shards may want the same clean model, one as its unit, one to start from: the second waits. (Several processes
+    # of one training must not wait for each other.)
+    alone = contextlib.nullcontext() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else FileLock(path.with_suffix(".lock"))
+    with alone:
+        return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain,
+                            logs=path.with_suffix("") / "logs", start=start)
+
+
+def start_of(study: Study, config: RunConfig) -> Path | None:
+    """The checkpoint whose weights a training starts from: with `warm_start` the clean twin's, or the fp16 copy of it that
+    git keeps; where there is neither, the clean twin is trained first. None without `warm_start`."""
+    if not (config.adversarial and config.warm_start):
+        return None
+    twin = make_config(config.profile, config.backbone, protocol=config.protocol, fold=config.fold, seed=config.seed)
+    path = study.checkpoint(twin)
+    for kept in (path, half_of(path)):
+        if kept.is_file():
+            return kept
+    say(f"{config.model} {config.protocol} {config.unit} starts from the clean {twin.model}, which is trained first.")
+    return _fit(study, search(study, twin)).path
+
+
+def half_of(checkpoint: Path) -> Path:
+    """Where a checkpoint's fp16 copy lies, the one kind of weights that git keeps."""
+    return checkpoint.with_name(f"{checkpoint.stem}_fp16.safetensors")
 
 
 def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
@@ -414,8 +446,6 @@ def save(study: Study, unit: Unit) -> dict:
 
     A lock lets the shards of a grid finish at the same time.
     """
-    from filelock import FileLock
-
     meta = unit.meta
     path = study.record(meta["model"], meta["protocol"])
     lock = study.root / "checkpoints" / meta["model"] / f"{meta['protocol']}.lock"
@@ -689,7 +719,8 @@ def search_command(model: str, protocol: Literal["slice", "patient"] = "patient"
         print(f"{enqueue} trials of {model}, {protocol} fold {fold}, are enqueued.")
         return
     sets = load_sets(study, config)
-    done = optuna_search.search(sets["train"], sets["validation"], config, study.optuna(model), choose_device(), storage=storage)
+    done = optuna_search.search(sets["train"], sets["validation"], config, study.optuna(model), choose_device(), storage=storage,
+                                start=start_of(study, config))
     print(optuna_search.trials_table(done))
 
 
@@ -697,7 +728,7 @@ def export(model: str, protocol: Literal["slice", "patient"] = "patient", fold: 
     """Writes a trained unit's weights beside its checkpoint as `<unit>_fp16.safetensors`, the one kind that git keeps."""
     study = open_study(profile)
     path = study.checkpoint(make_config(profile, model, protocol=protocol, fold=fold))
-    half = path.with_name(f"{path.stem}_fp16.safetensors")
+    half = half_of(path)
     save_half(path, half)
     print(f"{half.relative_to(study.root).as_posix()}: {half.stat().st_size / 1e6:.1f} MB")
 

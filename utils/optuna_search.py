@@ -96,14 +96,15 @@ def enqueue(study: optuna.Study, trials: int) -> None:
 
 
 def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Path, device: torch.device, *,
-           storage: str | None = None) -> optuna.Study:
+           storage: str | None = None, start: Path | None = None) -> optuna.Study:
     """Works on the study until none of its trials waits or runs, and writes the best settings beside it. On one machine it
     enqueues `config.trials` trials itself, and one for each that failed, as long as no more failed than were asked for.
 
     The objective is the validation score of `training.validate` (adversarial for `_atk` models): macro-averaged
     cross-entropy of the best epoch, lower is better. A trial that fails (NaN, out of memory) is recorded as failed, the
     next one goes on. The sampler is seeded by the trial's number, so it matters neither which worker takes a trial nor
-    how often it was killed. With `storage` the trials must have been enqueued (`enqueue`), once, before workers start.
+    how often it was killed. With `storage` the trials must have been enqueued (`enqueue`), once, before workers start. Every
+    trial starts from the weights of the checkpoint `start`, where there is one.
 
     Raises:
         StudyError: no trial waits in a shared study, or every trial failed.
@@ -115,7 +116,7 @@ def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Pat
     workplace = folder / "trials" / study.study_name
     take = _local_trials(study, workplace, config.trials) if storage is None else _shared_trials(study)
     for trial in take:
-        _work(study, trial, train, validation, config, device, workplace / f"{trial.number}")
+        _work(study, trial, train, validation, config, device, workplace / f"{trial.number}", start)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
         raise StudyError(f"All {len(study.trials)} trials of {study.study_name} failed: run one training by hand to see why.")
@@ -197,10 +198,10 @@ def _signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
 
 
 def _work(study: optuna.Study, trial: optuna.Trial, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device,
-          folder: Path) -> None:
+          folder: Path, start: Path | None) -> None:
     """Runs one trial and tells the study how it ended; its checkpoints live in `folder` while it runs."""
     try:
-        value = objective(trial, train, validation, config, device, folder)
+        value = objective(trial, train, validation, config, device, folder, start)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except (StudyError, RuntimeError, ValueError, MemoryError) as error:
@@ -212,7 +213,8 @@ def _work(study: optuna.Study, trial: optuna.Trial, train: ImageSet, validation:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def objective(trial: optuna.Trial, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device, folder: Path) -> float:
+def objective(trial: optuna.Trial, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device, folder: Path,
+              start: Path | None = None) -> float:
     """Best validation score of a short training with the trial's settings; resumes what a killed worker left in `folder`."""
     settings = dataclasses.replace(config, **suggest(trial), epochs=config.search_epochs)
     reported = trial.study.trials[trial.number].intermediate_values
@@ -223,7 +225,7 @@ def objective(trial: optuna.Trial, train: ImageSet, validation: ImageSet, config
         if entry["epoch"] < settings.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
-    fitted = fit(train, validation, settings, folder / "trial.safetensors", device, on_epoch=report)
+    fitted = fit(train, validation, settings, folder / "trial.safetensors", device, on_epoch=report, start=start)
     # An epoch that answers one class is never the best.
     return ONE_CLASS + fitted.history[-1]["score"] if fitted.one_class else fitted.history[fitted.best_epoch - 1]["score"]
 

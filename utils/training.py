@@ -33,7 +33,7 @@ VALIDATION_STEPS = 5
 TRAINING_FIELDS = ("model", "protocol", "fold", "seed", "max_train", "max_test", "slice_stride", "input_size", "epochs", "batch_size",
                    "optimizer", "lr", "weight_decay", "schedule", "warmup_epochs", "augmentation", "loss", "label_smoothing",
                    "class_weights", "gradient_clip", "patience", "ema_decay", "pretrained", "fine_tune", "layer_decay", "precision")
-ADVERSARIAL_FIELDS = ("method", "train_eps", "train_steps", "clean_weight", "trades_beta", "eps_ramp")
+ADVERSARIAL_FIELDS = ("method", "train_eps", "train_steps", "clean_weight", "trades_beta", "eps_ramp", "warm_start")
 #: Single-step training has collapsed when PGD fells this share more of the training images than one step does.
 COLLAPSE_GAP = 0.25
 #: bf16 is worth its rounding only from this share of fp32's time down; nearer to 1 the difference is the clock's own noise.
@@ -319,14 +319,18 @@ def probe_precision(model: PixelClassifier, images: Tensor, labels: Tensor, devi
 class _Trainer:
     """The state of one training between epochs: all that a resumed run needs to give the same numbers."""
 
-    def __init__(self, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device, start: Path | None = None) -> None:
         self.team = Team(device)
         device = self.team.device
         seed_everything(config.seed)
         self.train, self.validation, self.config, self.device = train, validation, config, device
         #: The config as it is trained by now: single-step training that collapsed goes on with PGD.
         self.recipe = config
-        self.model = build_model(config.model, pretrained=config.pretrained, input_size=config.input_size)
+        self.model = build_model(config.model, pretrained=config.pretrained and start is None, input_size=config.input_size)
+        if start is not None:
+            twin = load_model(start)
+            load_weights(self.model, twin.state_dict(), start)
+            self.model.init = twin.init
         self.model.to(device)
         groups = parameter_groups(self.model, config)
         fused = device.type in ("cpu", "cuda")
@@ -492,7 +496,7 @@ def _check_settings(found: dict, config: RunConfig, path: Path) -> None:
 
 
 def fit(train: ImageSet, validation: ImageSet, config: RunConfig, checkpoint: Path, device: torch.device, *, retrain: bool = False,
-        on_epoch: Callable[[dict], None] | None = None, logs: Path | None = None) -> Fit:
+        on_epoch: Callable[[dict], None] | None = None, logs: Path | None = None, start: Path | None = None) -> Fit:
     """Trains, or goes on from the last finished epoch, or returns the finished training that `checkpoint` holds.
 
     Every epoch leaves `<checkpoint>.state.pt` (weights, average, optimiser, history) behind; the best epoch's weights lie
@@ -502,6 +506,7 @@ def fit(train: ImageSet, validation: ImageSet, config: RunConfig, checkpoint: Pa
     Args:
         on_epoch: called with each epoch's entry of the history, past ones first; an exception from it ends the training (pruning).
         logs: folder for TensorBoard event files (None: none).
+        start: checkpoint whose weights a new training starts from (None: those of `config.pretrained`).
     """
     state_path, best_path = checkpoint.with_suffix(".state.pt"), checkpoint.with_suffix(".best.safetensors")
     if retrain:
@@ -512,7 +517,9 @@ def fit(train: ImageSet, validation: ImageSet, config: RunConfig, checkpoint: Pa
         for entry in done.history:
             tell(entry)
         return done
-    trainer = _Trainer(train, validation, config, device)
+    if config.adversarial and config.warm_start and start is None:
+        raise StudyError("warm_start is on and no checkpoint of the clean twin was given to start from: give `start`, or turn it off.")
+    trainer = _Trainer(train, validation, config, device, start)
     if state_path.is_file():
         state = torch.load(state_path, weights_only=True, map_location=trainer.device)
         _check_settings(json.loads(state["settings"]), config, state_path)
