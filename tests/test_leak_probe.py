@@ -66,6 +66,7 @@ def test_an_attack_on_the_diagnosis_leaves_the_person_where_they_rest_on_differe
     assert np.mean(found["right"]["clean"]) == 1 and np.mean(found["recognised"]["clean"]) > 0.9
     assert np.mean(found["right"]["32/255"]) == 0 and np.mean(found["right"]["noise 32/255"]) > 0.5
     assert np.mean(found["recognised"]["32/255"]) > 0.9
+    assert np.mean(found["neighbour"]["clean"]) >= np.mean(found["recognised"]["clean"]) and found["neighbour"] != found["right"]
     assert set(found["right"]) == {"clean", "1/255", "32/255", "noise 1/255", "noise 32/255"}
     shares = np.array(found["shares"])
     assert shares.shape == (20, 7) and np.allclose(shares.sum(1), 1, atol=1e-3)

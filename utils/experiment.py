@@ -215,7 +215,7 @@ def start_of(study: Study, config: RunConfig) -> Path | None:
         if kept.is_file():
             return kept
     say(f"{config.model} {config.protocol} {config.unit} starts from the clean {twin.model}, which is trained first.")
-    return _fit(study, search(study, twin)).path
+    return _fit(study, search(study, twin)).checkpoint
 
 
 def half_of(checkpoint: Path) -> Path:

@@ -701,21 +701,22 @@ def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-#: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
 def probed(entries: list[Entry]) -> list[Entry]:
     """The entries of which at least one unit was asked whether it knows the person (`leak_probe.py`)."""
     return [entry for entry in entries if any(unit.get("leak_probe") for unit in entry.record["units"])]
 
 
 def pooled_probe(entry: Entry) -> dict:
-    """All units of a record in one: who each sampled image is, name → flags of `recognised` and `right`, and `shares`."""
+    """All units of a record in one: who each sampled image is, name → flags of `right`, `recognised` and (where every unit
+    has it) `neighbour`, and `shares`."""
     rows, parts = entry.predictions, []
     for unit in entry.record["units"]:
         if probe := unit.get("leak_probe"):
             own = np.flatnonzero((rows["fold"] == unit["fold"]) & (rows["seed"] == unit["seed"]))[probe["rows"]]
             parts.append((probe, rows["labels"][own].astype(np.int64), rows["patient_id"][own].astype(np.int64)))
     first = parts[0][0]
-    found = {what: {name: np.concatenate([part[what][name] for part, _, _ in parts]) for name in first[what]} for what in ("recognised", "right")}
+    found = {what: {name: np.concatenate([part[what][name] for part, _, _ in parts]) for name in first[what]}
+             for what in ("recognised", "neighbour", "right") if all(what in part for part, _, _ in parts)}
     return {**found, "labels": np.concatenate([labels for _, labels, _ in parts]), "people": np.concatenate([people for _, _, people in parts]),
             "shares": np.concatenate([part["shares"] for part, _, _ in parts]), "noise_shares": first["noise_shares"], "bands": first["bands"]}
 
@@ -736,7 +737,10 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
             found = pooled_probe(entry)
             eps = [name for name in found["right"] if name != "clean" and not name.startswith("noise")]
             eps = sorted(eps, key=parse_eps)
-            for what, dashes, label in (("right", "-", f"{entry.model}: diagnosis right"), ("recognised", "--", f"{entry.model}: person recognised")):
+            for what, dashes, label in (("right", "-", f"{entry.model}: diagnosis right"), ("recognised", "--", f"{entry.model}: person recognised"),
+                                        ("neighbour", ":", f"{entry.model}: person recognised, neighbours count")):
+                if what not in found:
+                    continue
                 shares = [metrics.share(found[what][name], found["labels"], found["people"]) for name in ("clean", *eps)]
                 x = [0, *(255 * parse_eps(name) for name in eps)]
                 panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5, label=label)
@@ -765,6 +769,7 @@ def _frequency_panel(panel: Axes, shown: list[Entry]) -> None:
               title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice")
 
 
+#: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
 STUDY_FIGURES = {"headline": headline_figure, "robustness": robustness_figure, "trade_off": trade_off_figure,
                  "per_class": per_class_figure, "reliability": reliability_figure,
                  "transfer": transfer_figure, "leak_probe": leak_probe_figure}

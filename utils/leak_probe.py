@@ -59,7 +59,7 @@ def band_shares(perturbations: np.ndarray) -> np.ndarray:
 
 
 def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig) -> dict:
-    """Recognition and diagnosis on the fixed stratified sample of `test`, clean, under PGD on the diagnosis, and under noise
+    """Recognition (also where neighbouring slices count) and diagnosis on the fixed stratified sample of `test`, clean, under PGD on the diagnosis, and under noise
     of the same size, at every eps, as JSON.
 
     PGD goes on after success to the end of its steps, so that every image is attacked with the same budget.
@@ -69,18 +69,20 @@ def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig
             under `patient`, and the training set under `slice`, where the same people are in both.
 
     Returns:
-        {"rows", "gap", "recognised": name → flags, "right": name → flags, "bands": edges, "shares": (rows, bands),
+        {"rows", "gap", "recognised" and "neighbour": name → flags with a gap of `GAP` and of one slice, "right": name → flags, "bands": edges, "shares": (rows, bands),
         "noise_shares": bands}; names are `clean`, an eps, and `noise` + an eps.
     """
     rows = stratified_sample(test.labels.numpy(), test.people.numpy(), config.sample)
     sample, known = test.pick(rows), gallery.pick(np.flatnonzero(gallery.people.numpy() >= 0))
     clean, labels = pixels(sample.images), sample.labels
     own_gallery = penultimate(model, pixels(known.images))
-    flags, right = {}, {}
+    apart, near, right = {}, {}, {}
 
     def look(name: str, images: Tensor) -> None:
-        flags[name] = recognised(penultimate(model, images), own_gallery, own_gallery.mean(0), sample.people.numpy(), sample.slices.numpy(),
-                                 known.people.numpy(), known.slices.numpy()).astype(int).tolist()
+        features = penultimate(model, images)
+        for flags, gap in ((apart, GAP), (near, 1)):
+            flags[name] = recognised(features, own_gallery, own_gallery.mean(0), sample.people.numpy(), sample.slices.numpy(),
+                                     known.people.numpy(), known.slices.numpy(), gap).astype(int).tolist()
         right[name] = (predict_logits(model, images).argmax(1) == labels).int().tolist()
 
     look("clean", clean)
@@ -93,5 +95,5 @@ def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig
         look(f"noise {eps}", noise)
         if eps == headline_of(config):
             shares, noise_shares = band_shares((made - clean)[:, 0].numpy()), band_shares((noise - clean)[:, 0].numpy())
-    return {"rows": rows.tolist(), "gap": GAP, "recognised": flags, "right": right, "bands": [float(edge) for edge in BANDS[:-1]],
+    return {"rows": rows.tolist(), "gap": GAP, "recognised": apart, "neighbour": near, "right": right, "bands": [float(edge) for edge in BANDS[:-1]],
             "shares": shares.round(4).tolist(), "noise_shares": noise_shares.mean(0).round(4).tolist()}

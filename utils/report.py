@@ -368,7 +368,7 @@ CAPTIONS = {
     "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
                    "images.",
     "leak_probe": "Solid: the diagnosis is right; dashed: the features' nearest other slice, four or more slices away, is of the same "
-                  "person. Both on the same images, under PGD on the diagnosis.",
+                  "person; dotted, where it was measured: neighbouring slices count too. All on the same images, under PGD on the diagnosis.",
     "transfer": "Momentum PGD on one model, shown to another; the diagonal is PGD on the model itself.",
 }
 
