@@ -1,6 +1,7 @@
 """How many images a second our PGD-20 attacks, against `torchattacks.PGD`, and that it is no weaker.
 
-    python tests/benchmarks/pgd_throughput.py --raw RAW --models Resnet_atk:64 Dinov2_atk:70     what `pgd_throughput.txt` holds
+    python tests/benchmarks/pgd_throughput.py --raw RAW --models Resnet_atk:64 --epochs 6      what `pgd_throughput.txt` holds, with
+                                                                 Dinov2_atk:70 --epochs 5
     python tests/benchmarks/pgd_throughput.py [--n 64]                                         the same on the phantom cohort
     python tests/benchmarks/pgd_throughput.py --raw RAW --checkpoints FILE …
 
