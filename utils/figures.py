@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -117,10 +118,23 @@ def _absent(axes: Axes, text: str = "no record yet") -> None:
             other.tick_params(labelleft=True)
 
 
-def _size_attacked(block: dict) -> str:
-    """`n = 1,280 slices of 40 people (80 attacked)`."""
-    attacked = max((worst["n_slices"] for worst in block["worst_case"].values()), default=0)
-    return size_of(block["clean"]) + (f" ({attacked:,} attacked)" if 0 < attacked < block["clean"]["n_slices"] else "")
+def _between(counts: Collection[int]) -> str:
+    """`1,280`, or `1,280 to 2,560` where they differ."""
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+def _sizes(counts: Collection[tuple[int, int]]) -> str:
+    """(slices, people) of every model shown: `n = 1,280 to 2,560 slices of 40 to 80 people a model`."""
+    slices, people = zip(*counts, strict=True)
+    return f"n = {_between(slices)} slices of {_between(people)} people{' a model' if len(set(counts)) > 1 else ''}"
+
+
+def _sizes_of(blocks: list[dict], attacked: bool = False) -> str:
+    """The same of the blocks' clean scores; with `attacked` also how many slices were attacked, where not all were."""
+    text = _sizes([(block["clean"]["n_slices"], block["clean"]["n_people"]) for block in blocks])
+    counts = [max((worst["n_slices"] for worst in block["worst_case"].values()), default=0) for block in blocks]
+    fewer = attacked and any(0 < count < block["clean"]["n_slices"] for count, block in zip(counts, blocks, strict=True))
+    return text + (f" ({_between(counts)} attacked)" if fewer else "")
 
 
 def _constant_line(axes: Axes, rows: list[StudyRow], protocol: str, vertical: bool = False) -> None:
@@ -262,7 +276,7 @@ def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="constant answer")
         _eps_axis(panel, list(record["attacks"]))
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_size_attacked(record)}")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of([record], attacked=True)}")
         if alone:
             _one_eps_panel(axes[1, column], model, record)
     handles = {label: handle for panel in axes[0] for handle,
@@ -518,8 +532,8 @@ def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="Constant answer")
         _eps_axis(panel, [eps for row in shown for eps in row.blocks[protocol]["worst_case"]])
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_size_attacked(shown[0].blocks[protocol])}\nbands: 95 % "
-                        "intervals")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of([row.blocks[protocol] for row in shown], attacked=True)}\n"
+                        "bands: 95 % intervals")
     axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
     handles = {label: handle for panel in axes[0] for handle,
                label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -534,13 +548,14 @@ def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     figure, axes = canvas(1, 2, (10, 4.9), "What adversarial training costs and buys", provenance(entries))
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         panel.set_title(PROTOCOL_TITLES[protocol])
-        places = {}
+        places, placed = {}, []
         for row in rows:
             block = row.blocks.get(protocol)
             worst = _point(block["worst_case"].get(eps), "balanced_accuracy_3") if block else None
             if worst and row.model != "Baselines":
                 clean = _point(block["clean"]["slice"], "balanced_accuracy_3")
                 places[row.name] = (clean[0], worst[0])
+                placed.append(block)
                 panel.errorbar(clean[0], worst[0], xerr=_bars(clean), yerr=_bars(worst), color=COLOURS[row.model],
                                marker=MARKERS[row.model], markersize=7, elinewidth=1, linestyle="", label=row.name,
                                zorder=3)
@@ -555,7 +570,7 @@ def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.text(97, 97, "nothing lost to the attack ", rotation=45, rotation_mode="anchor", ha="right", va="bottom",
                    fontsize=7.5, color=GREY)
         panel.set(xlim=(0, 102), ylim=(-2, 102), aspect="equal", xlabel="clean balanced accuracy, 3 classes (%)")
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(rows[0].blocks[protocol]['clean'])}")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of(placed)}")
     axes[0, 0].set_ylabel(f"worst case at eps {eps} (%)")
     handles = {label: handle for panel in axes[0] for handle,
                label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -624,15 +639,15 @@ def reliability_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
             if protocol not in row.blocks:
                 panel.text(60, 50, "no record yet", ha="center", color=GREY)
                 continue
-            text = _reliability_curves(panel, row, protocol)
+            clean = row.blocks[protocol]["clean"]
+            text = f"n = {clean['n_slices']:,} / {clean['n_people']:,}\n{_reliability_curves(panel, row, protocol)}"
             panel.text(0.97, 0.04, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=7.5)
         panels[0].set_ylabel(f"{protocol}\naccuracy (%)")
     for panel, row in zip(axes[0], shown, strict=True):
         panel.set_title(row.name, fontsize=8.5)
     for panel in axes[-1]:
         panel.set_xlabel("confidence (%)")
-    sizes = "; ".join(f"{p}: {size_of(shown[0].blocks[p]['clean'])}" for p in protocols if p in shown[0].blocks)
-    figure.text(0.01, 0.1 / figure.get_figheight(), f"{sizes}; bars: 95 % intervals", fontsize=7.5, color=GREY,
+    figure.text(0.01, 0.1 / figure.get_figheight(), "n slices / people; bars: 95 % intervals", fontsize=7.5, color=GREY,
                 va="bottom")
     return figure
 
@@ -733,8 +748,10 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         if not own:
             _absent(panel)
             continue
+        sizes = []
         for entry in own:
             found = pooled_probe(entry)
+            sizes.append((len(found["labels"]), len(np.unique(found["people"]))))
             eps = [name for name in found["right"] if name != "clean" and not name.startswith("noise")]
             eps = sorted(eps, key=parse_eps)
             for what, dashes, label in (("right", "-", f"{entry.model}: diagnosis right"), ("recognised", "--", f"{entry.model}: person recognised"),
@@ -748,7 +765,7 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
                                    alpha=0.08, linewidth=0)
         _eps_axis(panel, eps)
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\nn = {len(found['labels']):,} slices of {len(np.unique(found['people'])):,} people\nbands: 95 % intervals")
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes(sizes)}\nbands: 95 % intervals")
     axes[0, 0].set_ylabel("images (%)")
     _frequency_panel(axes[0, 2], shown)
     handles = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
