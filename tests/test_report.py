@@ -131,6 +131,15 @@ def test_metadata_of_units_is_merged(record: dict) -> None:
     assert [check["fold"] for check in record["sanity"]] == [0, 1]
 
 
+def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> None:
+    rows = study_rows(read_entries(tree))
+    assert report._failed_checks(rows, "patient") == ""
+    row = next(row for row in rows if row.trained)
+    check = row.entries["patient"].record["sanity"][1]
+    check["passed"], check["note"] = False, "the stronger attack does not work"
+    assert f"row {row.number}, `{row.model}`, fold 1, seed 0: the stronger attack does not work" in report._failed_checks(rows, "patient")
+
+
 def test_worst_case_is_the_mean_of_minima_not_the_minimum_of_means() -> None:
     rows, units = study()
     record = summarise(rows, units, n_boot=N_BOOT)
