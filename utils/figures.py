@@ -181,7 +181,7 @@ def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
                        color="white" if value > 0.6 and model.endswith("_atk") else BASE)
         people = [len(np.unique(entry.rows.people[entry.rows.labels == label])) for label in range(4)]
         panel.set(xticks=range(4), xticklabels=CLASSES, xlabel="decision", yticks=range(4), ylabel="true class",
-                  yticklabels=[f"{name}\n{n} people" for name, n in zip(CLASSES, people, strict=True)])
+                  yticklabels=[f"{name}\n{n} {'person' if n == 1 else 'people'}" for name, n in zip(CLASSES, people, strict=True)])
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(entry.record['clean'])}")
         panel.spines[["left", "bottom"]].set_visible(False)
         panel.tick_params(length=0)
@@ -593,7 +593,7 @@ def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
             if protocol not in row.blocks:
                 continue
             clean, worst = _class_shares(row, protocol, eps)
-            people = [f"{share['n_people']} people, {share['n_slices']:,} slices" for share in clean]
+            people = [f"{share['n_people']} {'person' if share['n_people'] == 1 else 'people'}, {share['n_slices']:,} slices" for share in clean]
             for shares, face in ((worst, "white"), (clean, COLOURS[row.model])):
                 for label, share in enumerate(shares):
                     point = _point({"share": share}, "share")
