@@ -101,7 +101,7 @@ def _folds(entry: Entry) -> str:
     """`, fold 0 of 5` where a record lacks folds that its profile has."""
     record = entry.record
     whole, have = len(folds_of(record["profile"], entry.protocol)), record["folds"]
-    return f", fold {', '.join(map(str, have))} of {whole}" if entry.model != "Baselines" and len(have) < whole else ""
+    return f", fold{'s' * (len(have) > 1)} {', '.join(map(str, have))} of {whole}" if entry.model != "Baselines" and len(have) < whole else ""
 
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
