@@ -42,6 +42,14 @@ def make_features(raw: str | None, path: Path) -> None:
     np.savez(path, vectors=c.features(images), levels=c.background(images))
 
 
+def draw(raw: Path, multiple: int) -> None:
+    """A drawn cohort `multiple` times the size of the real one."""
+    from utils.phantom import write_phantom
+
+    write_phantom(raw, people=tuple(multiple * count for count in (100, 70, 28, 2)), size=128, synthetic=4937 * multiple,
+                  duplicates=182 * multiple, seed=1)
+
+
 def measure(path: Path, multiple: int) -> dict:
     with np.load(path) as file:
         vectors, levels = file["vectors"], file["levels"]
@@ -65,11 +73,10 @@ def measure(path: Path, multiple: int) -> dict:
 
 def whole(multiple: int) -> str:
     """Time and peak memory of `python -m utils.cohort` on a drawn cohort N times the size of the real one."""
-    from utils.phantom import write_phantom
-
     with tempfile.TemporaryDirectory() as folder:
-        people = tuple(multiple * count for count in (100, 70, 28, 2))
-        raw = write_phantom(Path(folder) / "raw", people=people, size=128, synthetic=4937 * multiple, duplicates=182 * multiple, seed=1)
+        raw = Path(folder) / "raw"
+        # In a process of its own, like all that is large here: a child inherits its parent's peak memory.
+        subprocess.run([sys.executable, __file__, "--draw", str(raw), "--whole", str(multiple)], check=True)
         out, start = Path(folder) / "cohort.csv", time.monotonic()
         process = subprocess.Popen([sys.executable, "-m", "utils.cohort", str(raw), "--out", str(out)], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[2])
@@ -133,17 +140,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["ALZHEIMER_QUIET"] = "1"
     if options.features:
         make_features(options.raw, options.features)
+        return
+    if options.draw:
+        draw(options.draw, options.whole)
         return
     if options.one:
         print(json.dumps(measure(options.one, options.multiples[0])))
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.npz"
-        # In a process of its own: a child inherits its parent's peak memory.
         subprocess.run(
             [sys.executable, __file__, "--features", str(path), *(["--raw", options.raw] if options.raw else [])],
             check=True,
