@@ -69,8 +69,8 @@ def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig
             under `patient`, and the training set under `slice`, where the same people are in both.
 
     Returns:
-        {"rows", "gap", "recognised" and "neighbour": name → flags with a gap of `GAP` and of one slice, "right": name → flags, "bands": edges, "shares": (rows, bands),
-        "noise_shares": bands}; names are `clean`, an eps, and `noise` + an eps.
+        {"rows", "gap", "recognised" and "neighbour": name → flags with a gap of `GAP` and of one slice, "right": name → flags,
+        "bands": edges, "shares": (rows, bands), "noise_shares": bands}; names are `clean`, an eps, and `noise` + an eps.
     """
     rows = stratified_sample(test.labels.numpy(), test.people.numpy(), config.sample)
     sample, known = test.pick(rows), gallery.pick(np.flatnonzero(gallery.people.numpy() >= 0))
