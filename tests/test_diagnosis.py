@@ -9,9 +9,9 @@ import torch
 from utils import diagnosis, diagnosis_report, records, sequence
 from utils.config import make_config
 from utils.data import ImageSet
-from utils.experiment import Study
+from utils.experiment import Study, Unit
 from utils.metrics import to_half
-from utils.utils_funcs import ROOT
+from utils.utils_funcs import ROOT, StudyError
 
 
 def image_set(people: int = 12, each: int = 3) -> ImageSet:
@@ -46,6 +46,31 @@ def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, ca
         diagnosis.run_sequence(study)
     assert diagnosis.run_available(study, "Sequence") is None
     assert "is left out" in capsys.readouterr().out
+
+
+def a_unit(*variants: str, weights: dict[str, str], people: int = 6) -> Unit:
+    rows = {"file_sha256": np.arange(people * 32, dtype=np.uint8).reshape(people, 32), **{f"{name}/clean": np.ones((people, 4)) for name in variants}}
+    return Unit(rows, {"model": "Sequence", "fold": 0, "variants": {name: {} for name in variants}, "weights_sha256": weights, "sanity": [{"variant": name} for name in variants],
+                       "git_dirty": False, "git_commit": variants[0], "hardware": "here", "init": "random", "config": {"members": list(weights), "eps": "4/255"},
+                       "wall_seconds": {"train": 1.0, "attack": 2.0}})
+
+
+def test_a_unit_grows_by_the_sources_that_are_trained_later():
+    first, second = a_unit("Efficientnet gru", weights={"Efficientnet": "a"}), a_unit("Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"})
+    both = diagnosis.with_more_variants(first, second)
+    assert list(both.meta["variants"]) == ["Efficientnet gru", "Resnet gru", "Resnet + Efficientnet gru"]
+    assert [check["variant"] for check in both.meta["sanity"]] == list(both.meta["variants"])
+    assert both.meta["config"] == {"members": ["Efficientnet", "Resnet"], "eps": "4/255"} and both.meta["wall_seconds"] == {"train": 2.0, "attack": 4.0}
+    assert both.meta["git_commit"] == "Efficientnet gru + Resnet gru" and both.meta["hardware"] == "here"
+    assert {name for name in both.rows if "/" in name} == {"Efficientnet gru/clean", "Resnet gru/clean", "Resnet + Efficientnet gru/clean"}
+
+
+def test_a_unit_never_mixes_weights_or_people():
+    first = a_unit("Resnet gru", weights={"Resnet": "a"})
+    with pytest.raises(StudyError, match="Resnet has other weights now"):
+        diagnosis.with_more_variants(first, a_unit("Resnet + Resnet_atk gru", weights={"Resnet": "b", "Resnet_atk": "c"}))
+    with pytest.raises(StudyError, match="other people"):
+        diagnosis.with_more_variants(first, a_unit("Efficientnet gru", weights={"Efficientnet": "a"}, people=5))
 
 
 def a_study_evaluation():
@@ -103,6 +128,21 @@ def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path
     budgets, shares, count, eps = diagnosis_report.pooled_budgets(entry.record, "Resnet gru", "gradient")
     assert (budgets, count, eps) == ([0, 1, 32], 10, "4/255")
     assert [share["value"] for share in shares] == pytest.approx([1, 0.5, 0])
+
+
+def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
+    entry = sequence_entry(tmp_path)
+    whole = diagnosis_report.person_reliability(entry, "Resnet gru")
+    more = {name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values]) for name, values in entry.predictions.items()}
+    more["fold"] = np.repeat(np.array([0, 1], np.int8), 20)
+    other = {**entry.record["units"][0], "fold": 1, "variants": {}}
+    record = records.summarise(more, [entry.record["units"][0], other], n_boot=100)
+    records.write_record(tmp_path / "assets" / "Sequence" / "patient.json", record, more)
+    grown = records.read_entries(tmp_path)["Sequence", "patient"]
+    assert diagnosis_report.person_reliability(grown, "Resnet gru") == whole
+    assert record["variants"]["Resnet gru"]["clean"]["n_people"] == 20 and record["folds"] == [0, 1]
+    assert diagnosis_report.pooled_budgets(record, "Resnet gru", "gradient")[2] == 10
+    assert len(diagnosis_report.draw_figures(tmp_path)) == 2
 
 
 def test_coverage_falls_under_attack_at_the_thresholds_of_clean_studies(tmp_path):

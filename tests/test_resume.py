@@ -115,7 +115,7 @@ def recorded_units(root: Path) -> dict[str, dict]:
             path = killable.sharded_study(root).record(model, protocol)
             if path.is_file():
                 record, rows = report.read_record(path), report.read_predictions(path)
-                assert record == report.summarise(experiment._rows_of(rows, record["units"]), record["units"])
+                assert record == report.summarise(experiment.rows_of(rows, record["units"]), record["units"])
                 found |= {f"{model} {protocol} fold{meta['fold']}_seed{meta['seed']}": meta for meta in record["units"]}
     return found
 

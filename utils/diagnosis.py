@@ -28,7 +28,7 @@ from utils.attacks import ATTACKS
 from utils.backbones import load_model
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.data import ImageSet
-from utils.experiment import Study, Unit, describe, open_study, save, spread_out, suite_rows, unit_rows
+from utils.experiment import Study, Unit, describe, open_study, rows_of, save, spread_out, suite_rows, unit_rows
 from utils.metrics import to_half
 from utils.robustness import Stage, evaluate_suite, headline_of, model_digest, suite_plan
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
@@ -41,10 +41,11 @@ FORMS = (("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("we
 DEMO = dict(forms=(("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("stacking", "mixed")), backbones=("Efficientnet", "Resnet"), attacked=8)
 #: What a profile spends on whole persons: people of each set (None: all), eps, PGD steps, people attacked a fold, slice budgets.
 STUDY_BUDGETS = {"demo": dict(train=16, validation=8, test=10, eps=("4/255",), steps=3, attacked=4, budgets=(1, 4, 16), epochs=30),
-                 "cpu": dict(train=None, validation=None, test=None, eps=("4/255",), steps=10, attacked=6, budgets=(1, 2, 4, 8, 16), epochs=80),
+                 "cpu": dict(train=None, validation=None, test=None, eps=("4/255",), steps=10, attacked=10, budgets=(1, 2, 4, 8, 16), epochs=80),
                  "paper": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=20, attacked=None, budgets=(1, 2, 4, 8, 16), epochs=80)}
 #: Whose features the sequence models read; two members are read side by side.
-SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")), "cpu": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
+SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")),
+           "cpu": (("Efficientnet",), ("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
            "paper": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk"), ("Dinov2",), ("Dinov2_atk",))}
 
 
@@ -58,21 +59,26 @@ def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[
     Raises:
         MissingMembersError: a checkpoint is not on this machine.
     """
-    paths = {name: study.checkpoint(dataclasses.replace(config, model=name)) for name in names}
-    if missing := [name for name, path in paths.items() if not path.is_file()]:
+    if missing := untrained(study, config, names):
         raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} {config.unit} here: run "
                                   f"`python -m utils.experiment run --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
                                   f"--fold {config.fold}` first.")
-    return {name: load_model(path).to(choose_device()) for name, path in paths.items()}
+    return {name: load_model(study.checkpoint(dataclasses.replace(config, model=name))).to(choose_device()) for name in names}
 
 
-def recorded_unit(study: Study, model: Literal["Ensemble", "Sequence"], config: RunConfig) -> dict | None:
-    """The record, where it holds this fold and seed at this profile and of this cohort; else None."""
+def untrained(study: Study, config: RunConfig, names: tuple[str, ...]) -> list[str]:
+    """Which of these models have no checkpoint of this protocol, fold and seed here."""
+    return [name for name in names if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()]
+
+
+def recorded_unit(study: Study, model: Literal["Ensemble", "Sequence"], config: RunConfig) -> Unit | None:
+    """This fold and seed at this profile and of this cohort, as the record holds it; None where it does not."""
     path = study.record(model, config.protocol)
-    record = report.read_record(path) if path.is_file() else {"units": []}
     wanted = (config.fold, config.seed, config.profile, study.cohort_sha256)
-    held = any((unit["fold"], unit["seed"], unit["profile"], unit["cohort_sha256"]) == wanted for unit in record["units"])
-    return record if held else None
+    for meta in report.read_record(path)["units"] if path.is_file() else ():
+        if (meta["fold"], meta["seed"], meta["profile"], meta["cohort_sha256"]) == wanted:
+            return Unit(rows_of(report.read_predictions(path), [meta]), meta)
+    return None
 
 
 def run_available(study: Study, model: Literal["Ensemble", "Sequence"], protocol: Literal["slice", "patient"] = "patient", *,
@@ -126,8 +132,8 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
         backbones: whose models are members (None: all three; two of them in a rehearsal).
     """
     config = _config(study, protocol, fold, seed)
-    if not retrain and (known := recorded_unit(study, "Ensemble", config)) is not None:
-        return known
+    if not retrain and recorded_unit(study, "Ensemble", config) is not None:
+        return report.read_record(study.record("Ensemble", protocol))
     headline = headline_of(config)
     # The eps that the original project trained with beside the headline one; a rehearsal has time for one alone.
     config = (dataclasses.replace(config, eps=(headline,), sample=4) if study.profile == "demo"
@@ -239,11 +245,24 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
     """Trains, attacks and records every aggregator over every source of features of one fold; returns the record.
 
     Each row is a *person*. The backbones stay frozen; aggregators see training people, and their epoch is chosen on
-    validation people.
+    validation people. Sources whose members are not trained here are named and left out; once they are, the same command adds
+    them to the record.
+
+    Raises:
+        MissingMembersError: no source is trained here, and the record holds none.
     """
     config, sources = _config(study, "patient", fold, seed), sources or SOURCES[study.profile]
-    if not retrain and (known := recorded_unit(study, "Sequence", config)) is not None:
-        return known
+    known = None if retrain else recorded_unit(study, "Sequence", config)
+    wanted = [names for names in sources if known is None or _variant(names, sequence.AGGREGATORS[0]) not in known.meta["variants"]]
+    sources = [names for names in wanted if not untrained(study, config, names)]
+    if wanted and not sources and known is None:
+        members_of(study, config, wanted[-1])
+    for names in wanted:
+        if missing := untrained(study, config, names):
+            print(f"Sequence patient {config.unit}: the features of {' + '.join(names)} are left out, as {' and '.join(missing)} "
+                  f"{'is' if len(missing) == 1 else 'are'} not trained here.", flush=True)
+    if not sources:
+        return report.read_record(study.record("Sequence", "patient"))
     budget = STUDY_BUDGETS[study.profile]
     members = members_of(study, config, tuple(dict.fromkeys(name for names in sources for name in names)))
     meta = _origin(study, config, "Sequence", members)
@@ -263,7 +282,7 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
         centre, scale = seen.mean(0), seen.std(0).clamp_min(1e-6)
         standard = {name: dataclasses.replace(part, values=((part.values - centre) / scale) * part.mask[..., None]) for name, part in features.items()}
         for aggregator in sequence.AGGREGATORS:
-            variant, fit_started = f"{' + '.join(names)} {aggregator}", time.perf_counter()
+            variant, fit_started = _variant(names, aggregator), time.perf_counter()
             reader, told = sequence.fit_aggregator(aggregator, standard["train"], standard["validation"], epochs=budget["epochs"], seed=seed)
             seconds["train"] += time.perf_counter() - fit_started
             model = sequence.StudyModel(source, reader.to(device), centre.to(device), scale.to(device)).eval()
@@ -282,7 +301,36 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
                                  "least": {choice: found[f"least_{choice}"].tolist() for choice in ("gradient", "random")}}}
             meta["sanity"] += _study_checks(variant, people, chosen, clean, found, budget)
     meta["wall_seconds"] = {"train": round(seconds["train"], 1), "attack": round(time.perf_counter() - started - seconds["train"], 1)}
-    return save(study, Unit(rows, meta))
+    unit = Unit(rows, meta)
+    return save(study, unit if known is None else with_more_variants(known, unit))
+
+
+def _variant(names: tuple[str, ...], aggregator: str) -> str:
+    return f"{' + '.join(names)} {aggregator}"
+
+
+def with_more_variants(known: Unit, more: Unit) -> Unit:
+    """One unit that holds the variants of both, which are of the same people and, where they share members, of the same
+    weights.
+
+    Raises:
+        StudyError: the people differ, or a member was trained again since.
+    """
+    old, new = known.meta["weights_sha256"], more.meta["weights_sha256"]
+    if not np.array_equal(known.rows["file_sha256"], more.rows["file_sha256"]):
+        raise StudyError(f"The record of {more.meta['model']} holds other people for fold {more.meta['fold']} than its test set now: run it with "
+                         "--retrain to replace the unit.")
+    if changed := [name for name in new if old.get(name, new[name]) != new[name]]:
+        raise StudyError(f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when {more.meta['model']} fold "
+                         f"{more.meta['fold']} was recorded: run it with --retrain to replace the unit.")
+    both = (known.meta, more.meta)
+    meta = {**more.meta, "variants": known.meta["variants"] | more.meta["variants"], "weights_sha256": old | new,
+            "sanity": known.meta["sanity"] + more.meta["sanity"], "git_dirty": any(part["git_dirty"] for part in both),
+            "config": more.meta["config"] | {"members": list(dict.fromkeys(name for part in both for name in part["config"]["members"]))},
+            "wall_seconds": {phase: round(sum(part["wall_seconds"][phase] for part in both), 1) for phase in ("train", "attack")}}
+    for key in ("init", "git_commit", "hardware"):
+        meta[key] = " + ".join(dict.fromkeys(name for part in both for name in part[key].split(" + ")))
+    return Unit(known.rows | more.rows, meta)
 
 
 def few_people(part: ImageSet, count: int | None) -> ImageSet:
@@ -387,9 +435,9 @@ def ensemble_command(profile: Literal["demo", "cpu", "paper"] = "cpu", protocol:
     print(report.results_text([run_ensemble(open_study(profile, raw), protocol, fold, seed, backbones=backbones)]))
 
 
-def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None) -> None:
+def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None, retrain: bool = False) -> None:
     """Sequence models over one fold's people."""
-    print(report.results_text([run_sequence(open_study(profile, raw), fold, seed)]))
+    print(report.results_text([run_sequence(open_study(profile, raw), fold, seed, retrain=retrain)]))
 
 
 def main() -> None:

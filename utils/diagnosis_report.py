@@ -86,11 +86,12 @@ def person_reliability(entry: Entry, variant: str, alpha: float = ALPHA) -> dict
 
     Thresholds are of clean studies in every case: an attacker does not wait for a recalibration.
     """
-    rows, clean = entry.rows, clean_of(entry.predictions, variant).astype(np.float64)
-    thresholds = metrics.cross_conformal(clean, rows.labels, entry.predictions["fold"].astype(int), alpha)
+    declared = metrics.scored(clean_of(entry.predictions, variant))  # a fold whose members were not trained has no answers
+    rows, clean = entry.rows.take(declared), clean_of(entry.predictions, variant)[declared].astype(np.float64)
+    thresholds = metrics.cross_conformal(clean, rows.labels, entry.predictions["fold"][declared].astype(int), alpha)
     half = np.median(metrics.merge_classes(metrics.probabilities(clean)).max(axis=1))
     found = {}
-    studies = {"clean": clean} | {f"eps {eps}": logits for eps, own in attacks_of(entry.predictions, variant).items() for logits in own.values()}
+    studies = {"clean": clean} | {f"eps {eps}": logits[declared] for eps, own in attacks_of(entry.predictions, variant).items() for logits in own.values()}
     for name, logits in studies.items():
         inside = metrics.scored(logits)
         own, who = logits[inside].astype(np.float64), rows.take(inside)
@@ -104,8 +105,8 @@ def person_reliability(entry: Entry, variant: str, alpha: float = ALPHA) -> dict
 
 
 def pooled_budgets(record: dict, variant: str, choice: str) -> tuple[list[int], list[dict], int, str]:
-    """(budgets, share of people standing at each with its interval, n people, eps), all folds pooled."""
-    parts = [unit["variants"][variant]["slice_budget"] for unit in record["units"]]
+    """(budgets, share of people standing at each with its interval, n people, eps), pooled over the folds that have the form."""
+    parts = [unit["variants"][variant]["slice_budget"] for unit in record["units"] if variant in unit["variants"]]
     labels, people = (np.concatenate([part[key] for part in parts]) for key in ("labels", "people"))
     least, budgets = np.concatenate([part["least"][choice] for part in parts]), parts[0]["budgets"]
     return budgets, [metrics.share((least < 0) | (least > budget), labels, people) for budget in budgets], len(labels), parts[0]["eps"]

@@ -429,7 +429,7 @@ def recorded(study: Study, config: RunConfig) -> Unit | None:
     for meta in record["units"]:
         if (meta["fold"], meta["seed"], meta["profile"], meta["cohort_sha256"]) == wanted:
             _check_recorded(meta["config"], config, path)
-            return Unit(_rows_of(report.read_predictions(path), [meta]), meta)
+            return Unit(rows_of(report.read_predictions(path), [meta]), meta)
     return None
 
 
@@ -458,7 +458,7 @@ def save(study: Study, unit: Unit) -> dict:
                 return old  # shown from the record, not run again
             units = [known for known in old["units"] if known["profile"] == meta["profile"] and known["cohort_sha256"] == meta["cohort_sha256"]
                      and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])]
-            rows = _rows_of(report.read_predictions(path), units)
+            rows = rows_of(report.read_predictions(path), units)
         rows = _pool(rows, unit.rows)
         units = sorted([*units, meta], key=lambda known: (known["seed"], known["fold"]))
         record = report.summarise(rows, units)
@@ -466,7 +466,8 @@ def save(study: Study, unit: Unit) -> dict:
     return record
 
 
-def _rows_of(rows: dict[str, np.ndarray], units: list[dict]) -> dict[str, np.ndarray]:
+def rows_of(rows: dict[str, np.ndarray], units: list[dict]) -> dict[str, np.ndarray]:
+    """The rows of these units alone."""
     kept = np.zeros(len(rows["labels"]), bool)
     for meta in units:
         kept |= (rows["fold"] == meta["fold"]) & (rows["seed"] == meta["seed"])
