@@ -43,3 +43,11 @@ def test_an_eps_outside_the_pixel_range_is_refused(text):
 def test_the_published_split_has_one_fold_and_the_honest_one_five():
     assert folds_of("cpu", "slice") == (0,)
     assert folds_of("cpu", "patient") == (0, 1, 2, 3, 4)
+
+
+def test_the_small_adversarial_model_starts_from_its_twin_in_a_cpu_run_alone():
+    config = make_config("cpu", "Efficientnet_atk")
+    assert (config.method, config.warm_start) == ("trades", True)
+    assert make_config("cpu", "Efficientnet_atk", method="pgd").method == "pgd", "what the caller says goes first"
+    others = [make_config("paper", "Efficientnet_atk"), make_config("demo", "Efficientnet_atk"), make_config("cpu", "Resnet_atk")]
+    assert all((other.method, other.warm_start) == ("pgd", False) for other in others)

@@ -3,6 +3,7 @@
     python tests/benchmarks/defaults.py --raw RAW                          # which adversarial training, for Resnet_atk
     python tests/benchmarks/defaults.py --raw RAW --model Resnet           # which learning rate, from random weights
     python tests/benchmarks/defaults.py --raw RAW --model Efficientnet     # likewise
+    python tests/benchmarks/defaults.py --raw RAW --model Efficientnet_atk # which training does not end at one answer
 
 Goes on where it stopped; writes assets/<Model>/defaults.json. The ResNets see the images at 64 px, which makes their study
 four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch, chosen as every training chooses
@@ -45,10 +46,18 @@ CLEAN = {
     "learning rate 0.001, weaker augmentation": {"lr": 1e-3, "augmentation": 0.2},
     "learning rate 0.001, weight average, decay 0.99": {"lr": 1e-3, "ema_decay": 0.99},
 }
+FROM_TWIN = {
+    "PGD-AT from random weights": {},
+    "PGD-AT from the clean twin": {"warm_start": True},
+    "half clean, half adversarial, from the clean twin": {"warm_start": True, "clean_weight": 0.5},
+    "TRADES, beta 2, from the clean twin": {"warm_start": True, "method": "trades", "trades_beta": 2.0},
+    "TRADES, beta 6, from the clean twin": {"warm_start": True, "method": "trades", "trades_beta": 6.0},
+}
 #: Model → (lines, what all of them share).
 STUDIES = {"Resnet_atk": (ADVERSARIAL, dict(epochs=8, input_size=64, slice_stride=2)),
            "Resnet": (CLEAN, dict(epochs=12, input_size=64, slice_stride=4)),
-           "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2))}
+           "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2)),
+           "Efficientnet_atk": (FROM_TWIN, dict(epochs=8, input_size=None, slice_stride=4, method="pgd", warm_start=False))}
 
 
 def main() -> None:
@@ -69,7 +78,8 @@ def main() -> None:
         config = make_config("cpu", options.model, **{**shared, "lr": 3e-4, **changes})
         with tempfile.TemporaryDirectory() as folder:
             try:
-                fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device())
+                fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device(),
+                                   start=experiment.start_of(study, config))
                 best = {key: value for key, value in fit.history[fit.best_epoch - 1].items()}
                 done["rows"][name] = {"changes": changes, "best_epoch": fit.best_epoch, "one_class": fit.one_class, "best": best,
                                       "last": fit.history[-1], "seconds": fit.seconds, "init": fit.init,
