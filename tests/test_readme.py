@@ -39,7 +39,7 @@ def test_the_examples_run(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["Efficientnet"])
+@pytest.mark.parametrize("model", ["Efficientnet", "Efficientnet_atk"])
 def test_the_committed_models_are_those_of_the_records(model: str) -> None:
     """Of the slices shown, each file gives the probabilities that its unit gave, to what half precision leaves."""
     network = load_model(ROOT / "checkpoints" / model / "patient" / "fold0_seed0_fp16.safetensors")

@@ -615,7 +615,7 @@ def model_card(entries: Entries) -> str:
 
 
 MODEL_CARD = """- **What they are.** DINOv2 ViT-S/14, EfficientNet-B0 and ResNet-34 with four outputs (Non, Very mild, Mild, Moderate), from one grey
-  slice of a brain MRI, pixels in [0, 1]; resizing and normalisation happen inside. `_atk` was trained on adversarial images (PGD, L-infinity).
+  slice of a brain MRI, pixels in [0, 1]; resizing and normalisation happen inside. `_atk` was trained on adversarial images (PGD or TRADES, L-infinity).
 - **Trained on** the training people of one fold (`patient`) or the published training folder (`slice`); the epoch chosen on validation data alone.
   See the [data card](Baselines/data_card.md).
 - **For** research on evaluation, robustness and explanation. **Not for** diagnosis or any other clinical use, and not for images of other scanners,
