@@ -117,7 +117,7 @@ def slice_budget_figure(entry: Entry) -> Figure:
     """People whose diagnosis stands against the number of slices that an attacker may touch; one panel a backbone."""
     variants = list(entry.record["variants"])
     sources = list(dict.fromkeys(variant.rsplit(" ", 1)[0] for variant in variants))
-    figure, axes = canvas(1, len(sources), (3.6 * len(sources) + 1.8, 3.8), "How many slices must be touched to flip a person's diagnosis",
+    figure, axes = canvas(1, len(sources), (max(7.6, 3.6 * len(sources) + 1.8), 3.8), "How many slices must be touched to flip a person's diagnosis",
                            provenance([entry]), sharey=True)
     for panel, source in zip(axes[0], sources, strict=True):
         for variant in (name for name in variants if name.rsplit(" ", 1)[0] == source):
@@ -140,7 +140,7 @@ def abstention_figure(entry: Entry) -> Figure:
     """Error against the share of people answered, clean and under the study attack; one panel a backbone."""
     variants = list(entry.record["variants"])
     sources = list(dict.fromkeys(variant.rsplit(" ", 1)[0] for variant in variants))
-    figure, axes = canvas(1, len(sources), (3.6 * len(sources) + 1.8, 3.8), "Answer only when sure: error among the people answered", provenance([entry]), sharey=True)
+    figure, axes = canvas(1, len(sources), (max(7.6, 3.6 * len(sources) + 1.8), 3.8), "Answer only when sure: error among the people answered", provenance([entry]), sharey=True)
     for panel, source in zip(axes[0], sources, strict=True):
         for variant in (name for name in variants if name.rsplit(" ", 1)[0] == source):
             colour = AGGREGATOR_COLOURS[variant.rsplit(" ", 1)[1]]
