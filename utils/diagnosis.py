@@ -257,10 +257,8 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
     sources = [names for names in wanted if not untrained(study, config, names)]
     if wanted and not sources and known is None:
         members_of(study, config, wanted[-1])
-    for names in wanted:
-        if missing := untrained(study, config, names):
-            print(f"Sequence patient {config.unit}: the features of {' + '.join(names)} are left out, as {' and '.join(missing)} "
-                  f"{'is' if len(missing) == 1 else 'are'} not trained here.", flush=True)
+    if left := [" + ".join(names) for names in wanted if names not in sources]:
+        print(f"Sequence patient {config.unit}: without the features of {', '.join(left)}, whose models are not trained here.", flush=True)
     if not sources:
         return report.read_record(study.record("Sequence", "patient"))
     budget = STUDY_BUDGETS[study.profile]
