@@ -502,3 +502,8 @@ def test_the_model_card_gives_every_trained_model_with_its_interval(tree: Path) 
 
 def test_the_committed_model_card_follows_the_records() -> None:
     assert (ROOT / "assets" / "model_card.md").read_text(encoding="utf-8") == report.model_card(read_entries(ROOT))
+
+
+@pytest.mark.parametrize("interval, verdict", [((0.40, 0.5), "above"), ((1 / 3, 0.36), "not distinguishable from"), ((0.2, 0.3), "below"), ((0.3, 0.4), "not distinguishable from")])
+def test_an_interval_that_touches_the_constant_is_not_above_it(interval, verdict):
+    assert report._against(1 / 3, *interval) == verdict

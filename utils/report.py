@@ -443,12 +443,22 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
     if attacked:
         best = max(attacked, key=lambda row: value(row, "patient", worst))
         low, high = _score(best, "patient", worst)["ci"]
-        verdict = "above" if low > constant else "below" if high < constant else "not distinguishable from"
+        verdict = _against(constant, low, high)
         said.append(f"At eps {eps}, in the worst case over all attacks, the most robust model under `patient` is "
                     f"`{best.name}` (row {best.number}) with {_cell(best, 'patient', worst)} % "
                     f"({_attacked_size(best)}): {verdict} the constant answer.")
         said.append(_beside_its_twin(best, rows))
+        for row in attacked:
+            verdict = _against(constant, *_score(row, "patient", worst)["ci"])
+            if row.model.endswith("_atk") and row is not best and verdict != "above":
+                said.append(f"Adversarially trained `{row.name}` (row {row.number}), with {_cell(row, 'patient', worst)} % ({_attacked_size(row)}), "
+                            f"is {verdict} the constant answer there.")
     return " ".join(filter(None, said))
+
+
+def _against(constant: float, low: float, high: float) -> str:
+    """Where an interval lies; one that only touches the constant is not beyond it."""
+    return "above" if low > constant + 1e-4 else "below" if high < constant - 1e-4 else "not distinguishable from"
 
 
 def _without_search_people(rows: list[StudyRow]) -> str:
