@@ -156,7 +156,7 @@ PROFILES: dict[str, dict] = {
 #: Learning rates of a model, or of a backbone, where the default is not theirs.
 LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3, "Efficientnet_atk": 3e-4}
 #: From random weights and in a `cpu` run's few hundred steps, PGD adversarial training of EfficientNet-B0 ends at one answer
-#: for every image; TRADES from the clean twin's weights keeps the clean task (assets/Efficientnet_atk/defaults.json).
+#: for every image; TRADES from the clean twin's weights keeps the clean task (tests/benchmarks/defaults.py asks which).
 CPU_RECIPES = {"Efficientnet_atk": dict(method="trades", trades_beta=2.0, warm_start=True)}
 #: DINOv2's patch is 14 pixels and it silently ignores the remainder, so its sizes are multiples of 14.
 VIT_INPUT = {48: 56, None: 126, 128: 126}
