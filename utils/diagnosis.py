@@ -28,7 +28,7 @@ from utils.attacks import ATTACKS
 from utils.backbones import load_model
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.data import ImageSet
-from utils.experiment import Study, Unit, describe, open_study, rows_of, save, spread_out, suite_rows, unit_rows
+from utils.experiment import Study, Unit, describe, open_study, recorded_as, save, spread_out, suite_rows, unit_rows
 from utils.metrics import to_half
 from utils.robustness import Stage, evaluate_suite, headline_of, model_digest, suite_plan
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
@@ -69,16 +69,6 @@ def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[
 def untrained(study: Study, config: RunConfig, names: tuple[str, ...]) -> list[str]:
     """Which of these models have no checkpoint of this protocol, fold and seed here."""
     return [name for name in names if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()]
-
-
-def recorded_unit(study: Study, model: Literal["Ensemble", "Sequence"], config: RunConfig) -> Unit | None:
-    """This fold and seed at this profile and of this cohort, as the record holds it; None where it does not."""
-    path = study.record(model, config.protocol)
-    wanted = (config.fold, config.seed, config.profile, study.cohort_sha256)
-    for meta in report.read_record(path)["units"] if path.is_file() else ():
-        if (meta["fold"], meta["seed"], meta["profile"], meta["cohort_sha256"]) == wanted:
-            return Unit(rows_of(report.read_predictions(path), [meta]), meta)
-    return None
 
 
 def run_available(study: Study, model: Literal["Ensemble", "Sequence"], protocol: Literal["slice", "patient"] = "patient", *,
@@ -132,7 +122,7 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
         backbones: whose models are members (None: all three; two of them in a rehearsal).
     """
     config = _config(study, protocol, fold, seed)
-    if not retrain and recorded_unit(study, "Ensemble", config) is not None:
+    if not retrain and recorded_as(study, "Ensemble", config) is not None:
         return report.read_record(study.record("Ensemble", protocol))
     headline = headline_of(config)
     # The eps that the original project trained with beside the headline one; a rehearsal has time for one alone.
@@ -252,11 +242,11 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
         MissingMembersError: no source is trained here, and the record holds none.
     """
     config, sources = _config(study, "patient", fold, seed), sources or SOURCES[study.profile]
-    known = None if retrain else recorded_unit(study, "Sequence", config)
+    known = None if retrain else recorded_as(study, "Sequence", config)
     wanted = [names for names in sources if known is None or _variant(names, sequence.AGGREGATORS[0]) not in known.meta["variants"]]
     sources = [names for names in wanted if not untrained(study, config, names)]
-    if wanted and not sources and known is None:
-        members_of(study, config, wanted[-1])
+    if not sources and known is None:
+        members_of(study, config, wanted[-1])  # raises, and names the command that trains them
     if left := [" + ".join(names) for names in wanted if names not in sources]:
         print(f"Sequence patient {config.unit}: without the features of {', '.join(left)}, whose models are not trained here.", flush=True)
     if not sources:

@@ -420,15 +420,20 @@ def label_of(study: Study, config: RunConfig) -> str:
 
 
 def recorded(study: Study, config: RunConfig) -> Unit | None:
-    """The unit as its record holds it; None where no record does."""
-    path = study.record(config.model, config.protocol)
-    if not path.is_file():
-        return None
-    record = report.read_record(path)
+    """The unit as its record holds it; None where no record does. Other training settings than `config`'s are an error."""
+    found = recorded_as(study, config.model, config)
+    if found is not None:
+        _check_recorded(found.meta["config"], config, study.record(config.model, config.protocol))
+    return found
+
+
+def recorded_as(study: Study, model: str, config: RunConfig) -> Unit | None:
+    """What the record of `model` (one of them, Ensemble or Sequence) holds of this fold and seed at this profile and of this
+    cohort; None where it holds nothing."""
+    path = study.record(model, config.protocol)
     wanted = (config.fold, config.seed, config.profile, study.cohort_sha256)
-    for meta in record["units"]:
+    for meta in report.read_record(path)["units"] if path.is_file() else ():
         if (meta["fold"], meta["seed"], meta["profile"], meta["cohort_sha256"]) == wanted:
-            _check_recorded(meta["config"], config, path)
             return Unit(rows_of(report.read_predictions(path), [meta]), meta)
     return None
 
