@@ -7,7 +7,6 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.planted_evidence import EXPLAINED_SIDE, LIMIT, accuracy, energy, fit, stripes_in_patch, trained_backbone
 from utils import grad_cam
 from utils.backbones import PixelClassifier, build_model
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError
@@ -59,28 +59,11 @@ def small_model() -> PixelClassifier:
     return PixelClassifier(SmallNet(), name="SmallNet", init="random", input_size=None).eval()
 
 
-def fit(model: nn.Module, *, count: int, epochs: int, lr: float, phantom: Callable = planted, batch: int = 32,
-        half: bool = False) -> nn.Module:
-    images, labels = phantom(count, seed=0)[:2]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (count // batch))
-    model.train()
-    for _ in range(epochs):
-        for rows in torch.randperm(count)[: count // batch * batch].split(batch):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):  # a step each: it keeps cast weights until it is left
-                loss = F.cross_entropy(model(images[rows]).float(), labels[rows])
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def trained() -> PixelClassifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return fit(small_model(), count=512, epochs=8, lr=3e-3)
+        return fit(small_model(), count=512, epochs=8, lr=3e-3, phantom=planted)
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -591,69 +574,49 @@ def test_few_people_make_a_verdict_a_hint():
     assert not any("hint" in line for line in concluded(told())["may"])
 
 
+def test_the_verdict_on_planted_evidence_follows_the_record(tmp_path):
+    def written(*shares: float) -> str:
+        rows = [{"side": 128 * 2**i, "cells": 4 * 2**i, "noise": True, "area": 0.25, "trained_on": 960, "accuracy": 1.0,
+                 "inside": {"gradcam": {"value": share, "ci": [share, share], "n": 48}, "layercam": {"value": 0.9, "ci": [0.9, 0.9], "n": 48}}}
+                for i, share in enumerate(shares)]
+        (tmp_path / "planted.json").write_text(json.dumps({"limit": 0.7, "n_images": 48, "backbones": {"Resnet": rows}}))
+        return grad_cam.planted_text("Resnet_atk", tmp_path / "planted.json")
+
+    assert "kept from 8 cells a side on" in written(0.5, 0.7)
+    assert "0.50 [0.50, 0.50] (n = 48)" in written(0.5, 0.7)
+    assert "No row keeps the limit" in written(0.5, 0.69)
+    assert "Every row keeps the limit" in written(0.7, 0.8)
+    assert "not measured" in grad_cam.planted_text("Dinov2", tmp_path / "planted.json")
+    assert "not measured" in grad_cam.planted_text("Dinov2", tmp_path / "nothing.json")
+
+
 # --- The real backbones, trained --------------------------------------------------------------------------------------
 
-#: 256 px, so that a ResNet or EfficientNet has 8 × 8 cells, and a patch of half the width on their 32 px grid: a quarter of
-#: the area, as above. With 128 px images (4 × 4 cells) and a 64 px patch a trained ResNet-34 gave 0.59 over nine places, 0.45
-#: in the middle and 0.72–0.77 in one corner. The map is not at fault: the cells around the patch, alone, also named the
-#: class, so evidence is in them; and enlarging by straight lines leaves 0.56–0.77 of even a perfect block of 2 × 2 cells.
-LARGE, HALF = 256, 128
-
-
-def planted_in_noise(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and the patch (N, H, W): noise of the stripes' own frequency everywhere, and in one patch, anywhere on
-    the grid, stripes that fade in towards its middle and whose orientation is the class.
-
-    The patch moves, because a network that may know its place by the image's border spreads its evidence at no cost (0.51
-    for a fixed corner); it has no edge, because an edge is evidence and reaches into every cell beside it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(count) % 4
-    y, x = torch.meshgrid(torch.arange(float(LARGE)), torch.arange(float(LARGE)), indexing="ij")
-    angle = (labels * np.pi / 4)[:, None, None]
-    phase = 2 * np.pi * torch.rand(count, 1, 1, generator=generator)
-    stripes = 2**0.5 * torch.sin(2 * np.pi / 12 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase)
-    frequency = torch.fft.fftfreq(LARGE)
-    ring = torch.exp(-((12 * (frequency[:, None]**2 + frequency**2).sqrt() - 1) / 0.15)**2 / 2)
-    noise = torch.fft.ifft2(torch.fft.fft2(torch.randn(count, LARGE, LARGE, generator=generator)) * ring).real
-    noise /= noise.std(dim=(1, 2), keepdim=True)
-    fade = torch.sin(np.pi * (torch.arange(HALF) + 0.5) / HALF)
-    share, patch = torch.zeros(count, LARGE, LARGE), torch.zeros(count, LARGE, LARGE, dtype=torch.bool)
-    for i, (top, left) in enumerate((32 * torch.randint(5, (count, 2), generator=generator)).tolist()):
-        share[i, top:top + HALF, left:left + HALF] = fade[:, None] * fade
-        patch[i, top:top + HALF, left:left + HALF] = True
-    images = 0.5 + 0.2 * (share * stripes + (1 - share**2).sqrt() * noise)
-    return images.clamp(0, 1)[:, None], labels, patch
-
-
-def energy(model: nn.Module, images: Tensor, labels: Tensor, patch: Tensor, method: str) -> float:
-    maps = grad_cam.explain(model, images, labels, method=method, batch_size=16)
-    return float(np.nanmean(grad_cam.anatomy_shares(maps, {"patch": patch})["patch"]))
-
-
-#: Passes over fresh images: as many as the network takes to learn the task from random weights, learning rate, bfloat16.
-BUDGETS = {"Resnet": (960, 1e-3, True), "Efficientnet": (960, 2e-3, False), "Dinov2": (1600, 3e-4, True)}
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Resnet", "Efficientnet"])
+def test_a_trained_backbone_is_explained_by_the_planted_patch(name):
+    model = trained_backbone(name)
+    images, labels, patch = stripes_in_patch(48, seed=9, side=EXPLAINED_SIDE)
+    assert accuracy(model, images, labels) > 0.9
+    found = {method: energy(model, images, labels, patch, method) for method in GRADIENT_METHODS}
+    assert min(found.values()) >= LIMIT, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_trained_backbone_is_explained_by_the_planted_patch(name):
-    count, lr, half = BUDGETS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = fit(build_model(name, pretrained=False), count=count, epochs=1, lr=lr, phantom=planted_in_noise, batch=8, half=half)
-    images, labels, patch = planted_in_noise(48, seed=9)
-    assert (grad_cam._predict(model, images, 16).argmax(1) == labels).float().mean() > 0.9
+def test_a_transformer_from_random_weights_is_not_explained_by_the_planted_patch():
+    """The limit that the notebooks of DINOv2 state; should its maps find the patch one day, they must say so."""
+    model = trained_backbone("Dinov2")
+    images, labels, patch = stripes_in_patch(48, seed=9, noise=False)
+    assert accuracy(model, images, labels) > 0.9
     found = {method: energy(model, images, labels, patch, method) for method in GRADIENT_METHODS}
-    print(name, found)
-    assert min(found.values()) >= 0.7, found
+    assert max(found.values()) < LIMIT, found
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_random_backbone_does_not_favour_the_planted_patch(name):
-    images, labels, patch = planted_in_noise(4, seed=11)
+    images, labels, patch = stripes_in_patch(4, seed=11)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         models = [build_model(name, pretrained=False) for _ in range(2)]
     for method in GRADIENT_METHODS:
-        assert np.mean([energy(model, images, labels, patch, method) for model in models]) <= 2 * HALF**2 / LARGE**2, method
+        assert np.mean([energy(model, images, labels, patch, method) for model in models]) <= 2 * patch.float().mean(), method

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from utils.backbones import DinoClassifier, PixelClassifier, build_model
 from utils.metrics import score_standing, share_by_class
-from utils.utils_funcs import CLASSES, StudyError, atomic_path
+from utils.utils_funcs import CLASSES, ROOT, StudyError, atomic_path, read_json
 
 #: Class-activation maps of the `grad-cam` package, by our names: Grad-CAM (Selvaraju et al. 2017), Grad-CAM++
 #: (Chattopadhay et al. 2018), Layer-CAM (Jiang et al. 2021), Score-CAM (Wang et al. 2020: one forward pass a channel,
@@ -761,6 +761,34 @@ def _mark(method: str, first: dict) -> str:
         return "ok" if first["ci"][1] < SANITY_LIMIT else "ok on average, but the interval reaches the limit"
     reason = " (rollout never reads that layer)" if method == "rollout" else ""
     return f"FAILS: this map hardly changes when the last layer is random{reason}: do not read it as evidence"
+
+
+def planted_text(model: str, path: Path | str = ROOT / "assets" / "planted_evidence.json") -> str:
+    """How well this backbone's maps find evidence whose place is known, as a table and one sentence for a notebook.
+
+    The record is of phantom images and random weights (`tests/benchmarks/planted_evidence.py`): what it says is about the
+    method on this architecture, not about a model of the study.
+    """
+    record = read_json(path) if Path(path).is_file() else {"backbones": {}}
+    rows = record["backbones"].get(model.removesuffix("_atk"), [])
+    if not rows:
+        return "Planted evidence: not measured for this backbone (`python tests/benchmarks/planted_evidence.py`)."
+    limit, methods = record["limit"], list(rows[0]["inside"])
+    table = [["image", "cells a side", "accuracy", *methods]]
+    for row in rows:
+        table.append([f"{row['side']} px", str(row["cells"]), f"{row['accuracy']:.2f}",
+                      *(f"{_shown(row['inside'][method])} (n = {row['inside'][method]['n']})" for method in methods)])
+    kept = [row["cells"] for row in rows
+            if row["accuracy"] > 0.9 and min(row["inside"][method]["value"] for method in methods) >= limit]
+    if not kept:
+        verdict = "No row keeps the limit: the bright part of such a network's map need not be where its evidence is."
+    elif len(kept) == len(rows):
+        verdict = "Every row keeps the limit: a map of this network is bright where its evidence is."
+    else:
+        verdict = (f"The limit is kept from {min(kept)} cells a side on: the map is bright where the evidence is, but no finer than a cell and "
+                   f"its neighbours. A slice of 128 px has {rows[0]['cells']} cells a side.")
+    return (f"Planted evidence (phantom, random init, {rows[0]['trained_on']:,} training images): share of a map inside the patch that alone decides "
+            f"the class, limit {limit:.2f}, {rows[0]['area']:.2f} for an even map; n counts maps that are not empty, of {record['n_images']}\n{_aligned(table)}\n{verdict}")
 
 
 def explanation_conclusion(numbers: Mapping[str, dict]) -> str:

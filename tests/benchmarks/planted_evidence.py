@@ -1,0 +1,72 @@
+"""How much of a map lies on the evidence, where it is known: backbones trained from random weights on planted stripes.
+
+    python tests/benchmarks/planted_evidence.py                        all three, about 25 minutes on one core
+    python tests/benchmarks/planted_evidence.py --models Efficientnet  one; the others' rows stay as they are
+
+Writes `assets/planted_evidence.json`, which the closing cell of every model's notebook cites, and prints it. A ResNet or
+EfficientNet reads images of any size, so the same network is asked at several: its map has one cell in 32 px. DINOv2's grid
+is its own. The patch is half as wide as the image everywhere, so an even map has 0.25 of itself inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.planted_evidence import BUDGETS, LIMIT, SIDE, accuracy, stripes_in_patch, trained_backbone  # noqa: E402
+from utils import grad_cam  # noqa: E402
+from utils.utils_funcs import atomic_path, hardware  # noqa: E402
+
+METHODS, SIDES, COUNT = ("gradcam", "gradcam++", "layercam"), (128, 256, 512), 48
+
+
+def rows_of(name: str) -> list[dict]:
+    """A row for each side: accuracy on fresh images, and each method's share inside the patch with its 95% interval."""
+    model, noise = trained_backbone(name), BUDGETS[name]["noise"]
+    rows = []
+    for side in SIDES if noise else (SIDE,):
+        images, labels, patch = stripes_in_patch(COUNT, seed=9, side=side, noise=noise)
+        cells = side // 32 if noise else BUDGETS[name]["input_size"] // 14
+        inside = {method: interval(grad_cam.anatomy_shares(grad_cam.explain(model, images, labels, method=method, batch_size=8),
+                                                           {"patch": patch})["patch"]) for method in METHODS}
+        rows.append({"side": side, "cells": cells, "noise": noise, "area": 0.25, "trained_on": BUDGETS[name]["count"],
+                     "accuracy": accuracy(model, images, labels), "inside": inside})
+    return rows
+
+
+def interval(values: np.ndarray) -> dict:
+    """The mean over images with a 95% percentile bootstrap; every phantom image is drawn by itself."""
+    values = values[np.isfinite(values)]
+    drawn = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
+    return {"value": float(values.mean()), "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))], "n": len(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = ROOT / "assets" / "planted_evidence.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    record |= {"data": "phantom", "init": "random", "limit": LIMIT, "n_images": COUNT, "hardware": hardware()}
+    for name in args.models:
+        record.setdefault("backbones", {})[name] = rows_of(name)
+        for row in record["backbones"][name]:
+            print(f"{name:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
+                  + "   ".join(f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['n']})" for method, found in row["inside"].items())
+                  + f"   (n maps not empty, of {COUNT})", flush=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
