@@ -1,7 +1,7 @@
 """What a full Grad-CAM set costs beside the forward and backward passes that it needs, and its peak memory by batch size.
 
-    python tests/benchmarks/grad_cam.py --images 1279 > tests/benchmarks/grad_cam.txt     the committed file (ResNet-34)
-    python tests/benchmarks/grad_cam.py --images 64 --models Resnet Efficientnet Dinov2    a look, minutes
+    python tests/benchmarks/grad_cam.py --models Resnet Efficientnet Dinov2 --rounds 1 > tests/benchmarks/grad_cam.txt    the committed file
+    python tests/benchmarks/grad_cam.py --images 64                                                                    a look at ResNet-34, minutes
 
 Two costs over the same images in the same batches, in float32: `needed` is one forward pass and one backward pass from
 the logits down to the explained layer, which no gradient map can do without; `full` goes on down to the pixels, as one
