@@ -3,7 +3,7 @@
     python tests/benchmarks/planted_evidence.py                        all three, about 25 minutes on one core
     python tests/benchmarks/planted_evidence.py --models Efficientnet  one; the others' rows stay as they are
 
-Writes `assets/planted_evidence.json`, which the closing cell of every model's notebook cites, and prints it. A ResNet or
+Writes `assets/planted_evidence.json`, which every model's notebook and README cite, and prints it. A ResNet or
 EfficientNet reads images of any size, so the same network is asked at several: its map has one cell in 32 px. DINOv2's grid
 is its own. The patch is half as wide as the image everywhere, so an even map has 0.25 of itself inside.
 """
