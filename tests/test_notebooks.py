@@ -78,7 +78,8 @@ def test_a_committed_notebook_shows_a_run_on_real_data_and_no_error(path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs, f"{path} was committed without its outputs"
     assert not any(output.output_type == "error" for output in outputs)
-    assert "data: real" in printed(notebook) and "phantom" not in printed(notebook)
+    # How maps do on planted evidence is a record of phantom images, and says so, whatever the data of the run.
+    assert "data: real" in printed(notebook) and "phantom" not in printed(notebook).replace("Planted evidence (phantom,", "")
     assert str(Path.home()) not in json.dumps(outputs) and str(ROOT) not in json.dumps(outputs)
 
 
