@@ -15,13 +15,13 @@ from utils.backbones import PixelClassifier, build_model
 #: Side of the training images in px; the patch is half as wide, a quarter of the area, and lies on the 32 px grid of a
 #: ResNet's or EfficientNet's cells.
 SIDE = 256
-#: The side at which a convolutional backbone is held to `LIMIT`: 16 × 16 cells. A cell next to the patch sees into it and
-#: also names the class by itself, so evidence *is* there; that border is about two thirds of a cell wide, and a coarse grid
-#: is mostly border (0.56 of EfficientNet's maps lie in a patch of 4 × 4 cells, 0.75 in one of 8 × 8).
+#: The side at which EfficientNet is held to `LIMIT`: 16 × 16 cells (ResNet keeps it at `SIDE`). A cell next to the patch sees
+#: into it and also names the class by itself, so evidence *is* there, and a coarse grid is mostly border: 0.56 of
+#: EfficientNet's maps lie in a patch of 4 × 4 cells, 0.75 in one of 8 × 8 (`assets/planted_evidence.json`).
 EXPLAINED_SIDE = 512
 LIMIT = 0.7
 #: What each backbone takes to learn the task from random weights in one pass over fresh images. DINOv2 does not learn it in
-#: noise within minutes (accuracy 0.62 after 1,600 images): its stripes lie on plain grey.
+#: noise within minutes: its stripes lie on plain grey.
 BUDGETS: dict[str, dict] = {
     "Resnet": dict(count=960, lr=1e-3, half=True, noise=True, input_size=None),
     "Efficientnet": dict(count=1600, lr=2e-3, half=False, noise=True, input_size=None),
@@ -33,8 +33,8 @@ def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = T
     middle of a patch anywhere on the grid, and whose orientation is the class; around it noise of the stripes' own frequency
     or plain grey.
 
-    The patch moves, because a network that may know its place by the image's border spreads its evidence at no cost (0.51
-    for a fixed corner); it has no edge, because an edge is evidence and reaches into every cell beside it.
+    The patch moves, because a network that may know its place by the image's border spreads its evidence at no cost; it
+    has no edge, because an edge is evidence and reaches into every cell beside it.
     """
     generator = torch.Generator().manual_seed(seed)
     labels, half = torch.arange(count) % 4, side // 2

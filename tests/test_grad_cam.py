@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.planted_evidence import EXPLAINED_SIDE, LIMIT, accuracy, energy, fit, stripes_in_patch, trained_backbone
+from tests.planted_evidence import BUDGETS, EXPLAINED_SIDE, LIMIT, SIDE, accuracy, energy, fit, stripes_in_patch, trained_backbone
 from utils import grad_cam
 from utils.backbones import PixelClassifier, build_model
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError
@@ -592,24 +592,19 @@ def test_the_verdict_on_planted_evidence_follows_the_record(tmp_path):
 
 # --- The real backbones, trained --------------------------------------------------------------------------------------
 
+#: DINOv2 from random weights misses the limit, as README and its notebooks say; once it keeps it, this mark and they must go.
+MISSED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="attention moves evidence between tokens below the layer that is read")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Resnet", "Efficientnet"])
-def test_a_trained_backbone_is_explained_by_the_planted_patch(name):
+@pytest.mark.parametrize("name, side", [("Resnet", SIDE), ("Efficientnet", EXPLAINED_SIDE), pytest.param("Dinov2", SIDE, marks=MISSED)])
+def test_a_trained_backbone_is_explained_by_the_planted_patch(name, side):
     model = trained_backbone(name)
-    images, labels, patch = stripes_in_patch(48, seed=9, side=EXPLAINED_SIDE)
-    assert accuracy(model, images, labels) > 0.9
+    images, labels, patch = stripes_in_patch(48, seed=9, side=side, noise=BUDGETS[name]["noise"])
+    if accuracy(model, images, labels) <= 0.9:
+        pytest.fail(f"{name} did not learn the stripes")  # no assertion, so that the mark above does not hide it
     found = {method: energy(model, images, labels, patch, method) for method in GRADIENT_METHODS}
     assert min(found.values()) >= LIMIT, found
-
-
-@pytest.mark.slow
-def test_a_transformer_from_random_weights_is_not_explained_by_the_planted_patch():
-    """The limit that the notebooks of DINOv2 state; should its maps find the patch one day, they must say so."""
-    model = trained_backbone("Dinov2")
-    images, labels, patch = stripes_in_patch(48, seed=9, noise=False)
-    assert accuracy(model, images, labels) > 0.9
-    found = {method: energy(model, images, labels, patch, method) for method in GRADIENT_METHODS}
-    assert max(found.values()) < LIMIT, found
 
 
 @pytest.mark.parametrize("name", BACKBONES)

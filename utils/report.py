@@ -608,7 +608,7 @@ def _planted(root: Path) -> str:
         row = max(rows, key=lambda row: row["cells"])
         method, share = min(row["inside"].items(), key=lambda item: item[1]["value"])
         found.append(f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}] for `{name}` ({method}, {row['cells']} × {row['cells']} cells, "
-                     f"n = {share['n']})")
+                     f"{'noise' if row['noise'] else 'plain grey'} around the patch, n = {share['n']})")
     return (f" On phantom images in which one patch, {record['backbones'][name][0]['area']:.2f} of the area, alone decides the class, the weakest kind "
             f"of map of a network trained from {record['init']} weights has this share of itself inside (n: maps that are not empty, of "
             f"{record['n_images']}; [record](assets/planted_evidence.json), `python tests/benchmarks/planted_evidence.py`): {'; '.join(found)}. "

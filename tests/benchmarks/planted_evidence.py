@@ -37,7 +37,7 @@ def rows_of(name: str) -> list[dict]:
         cells = side // 32 if noise else BUDGETS[name]["input_size"] // 14
         inside = {method: interval(grad_cam.anatomy_shares(grad_cam.explain(model, images, labels, method=method, batch_size=8),
                                                            {"patch": patch})["patch"]) for method in METHODS}
-        rows.append({"side": side, "cells": cells, "noise": noise, "area": 0.25, "trained_on": BUDGETS[name]["count"],
+        rows.append({"side": side, "cells": cells, "noise": noise, "area": float(patch.float().mean()), "trained_on": BUDGETS[name]["count"],
                      "accuracy": accuracy(model, images, labels), "inside": inside})
     return rows
 
