@@ -1,12 +1,14 @@
 """`utils/diagnosis.py` and its report: who is taken, what is refused, and what a record of whole persons must satisfy."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from utils import diagnosis, diagnosis_report, records, sequence
+from utils import diagnosis, diagnosis_report, experiment, records, sequence
+from utils.backbones import build_model, save_half, save_model
 from utils.config import make_config
 from utils.data import ImageSet
 from utils.experiment import Study, Unit
@@ -40,12 +42,59 @@ def test_a_persons_row_has_the_hash_of_the_slices_in_order():
 
 def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     study = Study(tmp_path, "phantom", "demo", tmp_path, "")
-    with pytest.raises(diagnosis.MissingMembersError, match="utils.experiment run --profile demo --model Efficientnet --protocol patient --fold 0"):
+    with pytest.raises(diagnosis.MissingMembersError, match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0"):
         diagnosis.run_ensemble(study)
     with pytest.raises(diagnosis.MissingMembersError, match="Resnet_atk"):
         diagnosis.run_sequence(study)
     assert diagnosis.run_available(study, "Sequence") is None
     assert "is left out" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_raw, tmp_path_factory):
+    """A rehearsal on the phantom in which untrained networks stand for the trained members; Efficientnet's is an fp16 copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALZHEIMER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        study = dataclasses.replace(experiment.open_study("demo", phantom_raw), data="phantom")
+        for name in ("Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"):
+            path = study.checkpoint(make_config("demo", name))
+            save_model(build_model(name, pretrained=False, input_size=32), path)
+            if name == "Efficientnet":
+                save_half(path, experiment.half_of(path))
+                path.unlink()
+        yield study
+
+
+def test_an_ensemble_grows_form_by_form_and_runs_none_twice(trained, monkeypatch):
+    first = diagnosis.run_ensemble(trained, forms=("uniform mixed",))
+    assert list(first["variants"]) == ["uniform mixed"] and first["units"][0]["config"]["fp16_members"] == ["Efficientnet"]
+    ran, evaluated = [], diagnosis._evaluated_form
+    monkeypatch.setattr(diagnosis, "_evaluated_form", lambda study, config, form, *rest, **more: ran.append(form) or evaluated(study, config, form, *rest, **more))
+    second = diagnosis.run_ensemble(trained, forms=("uniform mixed", "uniform clean"))
+    assert ran == ["uniform clean"] and list(second["variants"]) == ["uniform clean", "uniform mixed"]
+    assert second["variants"]["uniform mixed"] == first["variants"]["uniform mixed"]
+    assert {check["variant"] for check in second["sanity"]} == set(second["variants"])
+    assert diagnosis.run_ensemble(trained, forms=("uniform clean",)) == second and ran == ["uniform clean"]
+    assert "Members alone" in diagnosis_report.ensemble_text(second) and set(second["units"][0]["members"]) == {"Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"}
+
+
+def test_ensembles_of_other_members_are_never_pooled(trained):
+    diagnosis.run_ensemble(trained, forms=("uniform mixed",))
+    with pytest.raises(StudyError, match="holds ensembles of Efficientnet, Resnet, and these are of Resnet"):
+        diagnosis.run_ensemble(trained, fold=1, backbones=("Resnet",))
+    with pytest.raises(StudyError, match="Unknown form 'uniform fixed'"):
+        diagnosis.run_ensemble(trained, forms=("uniform fixed",))
+
+
+def test_an_ensemble_without_its_members_shows_what_is_recorded(trained, capsys):
+    before = diagnosis.run_ensemble(trained, forms=("uniform mixed",))
+    path = trained.checkpoint(make_config("demo", "Resnet"))
+    hidden = path.rename(path.with_suffix(".hidden"))
+    try:
+        assert diagnosis.run_ensemble(trained)["variants"].keys() >= before["variants"].keys()
+        assert "stacking mixed, since Resnet is not trained here" in capsys.readouterr().out
+    finally:
+        hidden.rename(path)
 
 
 def a_unit(*variants: str, weights: dict[str, str], people: int = 6) -> Unit:
@@ -60,9 +109,13 @@ def test_a_unit_grows_by_the_sources_that_are_trained_later():
     both = diagnosis.with_more_variants(first, second)
     assert list(both.meta["variants"]) == ["Efficientnet gru", "Resnet gru", "Resnet + Efficientnet gru"]
     assert [check["variant"] for check in both.meta["sanity"]] == list(both.meta["variants"])
-    assert both.meta["config"] == {"members": ["Efficientnet", "Resnet"], "eps": "4/255"} and both.meta["wall_seconds"] == {"train": 2.0, "attack": 4.0}
+    assert both.meta["config"] == {"members": ["Efficientnet", "Resnet"], "fp16_members": [], "eps": "4/255"} and both.meta["wall_seconds"] == {"train": 2.0, "attack": 4.0}
     assert both.meta["git_commit"] == "Efficientnet gru + Resnet gru" and both.meta["hardware"] == "here"
     assert {name for name in both.rows if "/" in name} == {"Efficientnet gru/clean", "Resnet gru/clean", "Resnet + Efficientnet gru/clean"}
+
+    turned = diagnosis.with_more_variants(first, second, order=("Resnet + Efficientnet gru", "Resnet gru"))
+    assert list(turned.meta["variants"]) == ["Resnet + Efficientnet gru", "Resnet gru", "Efficientnet gru"]
+    assert [name for name in turned.rows if "/" in name] == [f"{name}/clean" for name in turned.meta["variants"]]
 
 
 def test_a_unit_never_mixes_weights_or_people():

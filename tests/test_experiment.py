@@ -77,6 +77,30 @@ def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(s
     assert experiment.start_of(study, config) == whole
 
 
+def test_weights_are_the_checkpoint_or_its_half_copy(tmp_path):
+    study, config = experiment.Study(tmp_path, "phantom", "demo", tmp_path, ""), tiny()
+    assert study.weights(config) is None
+    whole = study.checkpoint(config)
+    whole.parent.mkdir(parents=True)
+    experiment.half_of(whole).touch()
+    assert study.weights(config) == experiment.half_of(whole)
+    whole.touch()
+    assert study.weights(config) == whole
+
+
+def test_lost_weights_are_trained_again_and_the_record_stays(study, record, monkeypatch):
+    checkpoint, config = study.checkpoint(tiny()), tiny()
+    hidden, path = checkpoint.rename(checkpoint.with_suffix(".hidden")), study.record("Efficientnet", "patient")
+    before = path.read_bytes()
+    monkeypatch.setattr(experiment, "make_config", lambda *_, **__: config)
+    monkeypatch.setattr(experiment, "open_study", lambda *_: study)
+    try:
+        experiment.train_command("Efficientnet", profile="demo")
+        assert checkpoint.is_file() and path.read_bytes() == before
+    finally:
+        hidden.replace(checkpoint)
+
+
 def test_a_record_is_shown_without_its_weights(study, record, monkeypatch):
     checkpoint = study.checkpoint(tiny())
     hidden = checkpoint.rename(checkpoint.with_suffix(".hidden"))

@@ -1,16 +1,18 @@
 """Units made of trained models: ensembles of members, and the diagnosis of whole persons, from checkpoints to record.
 
-    python -m utils.diagnosis ensemble --profile cpu --protocol patient --fold 0
+    python -m utils.diagnosis ensemble --profile cpu --backbones Efficientnet Resnet --fold 0
     python -m utils.diagnosis sequence --profile cpu --fold 0
 
-Both need the members' checkpoints of the same protocol, fold and seed on this machine, and leave a part of
-`assets/Ensemble/<protocol>.json` or `assets/Sequence/patient.json`, in which each form is a variant. What is finished is
-kept under checkpoints/, so that a killed command goes on where it stopped.
+Both need the members' weights of the same protocol, fold and seed on this machine (`python -m utils.experiment train`), and
+leave a part of `assets/Ensemble/<protocol>.json` or `assets/Sequence/patient.json`, in which each form is a variant. Each
+form is recorded as it finishes, and what is finished of one is kept under checkpoints/, so that a killed command goes on
+where it stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import sys
 import time
@@ -29,7 +31,7 @@ from utils.backbones import load_model
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.data import ImageSet
 from utils.experiment import Study, Unit, describe, open_study, recorded_as, save, spread_out, suite_rows, unit_rows
-from utils.metrics import to_half
+from utils.metrics import score, to_half
 from utils.robustness import Stage, evaluate_suite, headline_of, model_digest, suite_plan
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
 
@@ -50,25 +52,25 @@ SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")),
 
 
 class MissingMembersError(StudyError):
-    """A member has no checkpoint on this machine."""
+    """A member's weights are not on this machine."""
 
 
 def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[str, nn.Module]:
     """The trained models of one protocol, fold and seed, by name.
 
     Raises:
-        MissingMembersError: a checkpoint is not on this machine.
+        MissingMembersError: a member's weights are not on this machine.
     """
     if missing := untrained(study, config, names):
         raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} {config.unit} here: run "
-                                  f"`python -m utils.experiment run --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
+                                  f"`python -m utils.experiment train --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
                                   f"--fold {config.fold}` first.")
-    return {name: load_model(study.checkpoint(dataclasses.replace(config, model=name))).to(choose_device()) for name in names}
+    return {name: load_model(study.weights(dataclasses.replace(config, model=name))).to(choose_device()) for name in names}
 
 
 def untrained(study: Study, config: RunConfig, names: tuple[str, ...]) -> list[str]:
-    """Which of these models have no checkpoint of this protocol, fold and seed here."""
-    return [name for name in names if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()]
+    """Which of these models have no weights of this protocol, fold and seed here."""
+    return [name for name in names if study.weights(dataclasses.replace(config, model=name)) is None]
 
 
 def run_available(study: Study, model: Literal["Ensemble", "Sequence"], protocol: Literal["slice", "patient"] = "patient", *,
@@ -100,7 +102,8 @@ def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, n
     settings = {key: value for key, value in meta["config"].items() if key in ("protocol", "fold", "seed", "profile", "input_size", "eps",
                                                                                "headline_eps", "pgd_steps", "attack_stride", "sample")}
     inits = dict.fromkeys(member.init for member in members.values())
-    return {**meta, "model": model, "regime": "both", "init": " + ".join(inits), "config": settings | {"members": list(members)},
+    halved = [name for name in members if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()]
+    return {**meta, "model": model, "regime": "both", "init": " + ".join(inits), "config": settings | {"members": list(members), "fp16_members": halved},
             "weights_sha256": {name: model_digest(member) for name, member in members.items()}}
 
 
@@ -112,58 +115,101 @@ def _folder(study: Study, model: str, config: RunConfig) -> Path:
 
 
 def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0, *,
-                 backbones: tuple[str, ...] | None = None, retrain: bool = False) -> dict:
+                 backbones: tuple[str, ...] | None = None, forms: tuple[str, ...] | None = None, retrain: bool = False) -> dict:
     """Builds, attacks and records every form of `FORMS` of one fold; returns the record.
 
     Weights are fitted on the fold's validation people. Each ensemble is attacked as the one model it is, through each of
-    its members and by transfer from every other model, and its worst case counts all of them.
+    its members and by transfer from every other model, and its worst case counts all of them. A form that the record holds
+    is not run again, and several processes may share the forms.
 
     Args:
-        backbones: whose models are members (None: all three; two of them in a rehearsal).
+        backbones: whose models are members (None: those of the record's other forms and folds; in a new record all three,
+            two of them in a rehearsal).
+        forms: which of `FORMS`, as "uniform mixed" (None: all).
+
+    Raises:
+        StudyError: an unknown form, or a record whose ensembles are of other backbones.
+        MissingMembersError: a member's weights are not here, and the record holds no form of this fold.
     """
     config = _config(study, protocol, fold, seed)
-    if not retrain and recorded_as(study, "Ensemble", config) is not None:
+    known = None if retrain else recorded_as(study, "Ensemble", config)
+    backbones = _backbones_of(study, protocol, backbones)
+    every = {f"{combiner} {membership}": (combiner, tuple(name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones))
+             for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)}
+    if unknown := set(forms or ()) - set(every):
+        raise StudyError(f"Unknown form {sorted(unknown)[0]!r} of an ensemble: expected one of {', '.join(every)}.")
+    wanted = [form for form in forms or every if known is None or form not in known.meta["variants"]]
+    names = tuple(dict.fromkeys(name for _, own in every.values() for name in own))
+    if known is not None and wanted and (missing := untrained(study, config, names)):
+        print(f"Ensemble {protocol} {config.unit}: without {', '.join(wanted)}, since {', '.join(missing)} "
+              f"{'is' if len(missing) == 1 else 'are'} not trained here.", flush=True)
+        wanted = []
+    if known is not None and not wanted:
         return report.read_record(study.record("Ensemble", protocol))
     headline = headline_of(config)
     # The eps that the original project trained with beside the headline one; a rehearsal has time for one alone.
     config = (dataclasses.replace(config, eps=(headline,), sample=4) if study.profile == "demo"
               else dataclasses.replace(config, eps=("0.005", headline), suite="standard"))
-    backbones = backbones or (DEMO["backbones"] if study.profile == "demo" else BACKBONES)
-    forms = [(combiner, membership, tuple(name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones))
-             for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)]
-    members = members_of(study, config, tuple(dict.fromkeys(name for _, _, names in forms for name in names)))
+    members = members_of(study, config, names)
     meta = _origin(study, config, "Ensemble", members)
-    started = time.perf_counter()
     sets = data.load_sets(study.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test)
+    test = sets["test"]
     answers = {part: {name: training.predict(member, sets[part].images, choose_device()).log_softmax(1) for name, member in members.items()}
                for part in ("validation", "test")}
-    chosen = data.spread(sets["test"], DEMO["attacked"]) if study.profile == "demo" else data.every_nth(sets["test"], config.attack_stride)
-    attacked = sets["test"].pick(chosen)
-    rows, meta["variants"], meta["sanity"] = unit_rows(sets["test"], config), {}, []
-    for combiner, membership, names in forms:
-        own, variant = {name: members[name] for name in names}, f"{combiner} {membership}"
-        model = _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device())
-        print(f"{variant}: {_weights_text(model)}", flush=True)
-        stages = suite_plan(config, () if config.suite == "quick" else tuple(members))
-        if config.suite == "quick":
-            stages += [Stage("transfer", f"transfer_{name}", eps="headline", budget=dict(steps=config.pgd_steps), source=name) for name in names]
-        result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=members,
-                                state_dir=_folder(study, "Ensemble", config) / variant.replace(" ", "_"))
-        with torch.no_grad():
-            clean = model.combine(torch.stack([answers["test"][name] for name in names]).to(choose_device())).cpu().numpy()
-        own_rows, attacks = suite_rows(sets["test"], config, result, chosen, clean)
-        if combiner == "uniform":
-            for eps, found in _relaxations(model, attacked, config, _folder(study, "Ensemble", config) / variant.replace(" ", "_")).items():
-                for name, logits in found.items():
-                    own_rows[f"{eps}:{name}"] = spread_out(logits, chosen, np.full_like(clean, np.nan))
-                    attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
-        rows |= {f"{variant}/{name}": values for name, values in own_rows.items() if name == "clean" or ":" in name}
-        meta["variants"][variant] = {"attacks": attacks, "members": list(names), "weights": _weights_of(model)}
-        meta["sanity"] += [{**check, "variant": variant} for check in result.sanity]
-    meta["diversity"] = ensemble.diversity({name: values.cpu().numpy() for name, values in answers["test"].items()},
-                                           sets["test"].labels.numpy(), sets["test"].people.numpy())
-    meta["wall_seconds"] = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
-    return save(study, Unit(rows, meta))
+    chosen = data.spread(test, DEMO["attacked"]) if study.profile == "demo" else data.every_nth(test, config.attack_stride)
+    meta["diversity"] = ensemble.diversity({name: values.cpu().numpy() for name, values in answers["test"].items()}, test.labels.numpy(), test.people.numpy())
+    size = {"n_slices": len(test), "n_people": len(test.people.unique())}
+    meta["members"] = {name: score(values.cpu().numpy(), test.labels.numpy(), test.people.numpy())["balanced_accuracy_3"] | size
+                       for name, values in answers["test"].items()}
+    record, grow = {}, None if retrain else functools.partial(with_more_variants, order=tuple(every))
+    for form in wanted:
+        combiner, own = every[form][0], {name: members[name] for name in every[form][1]}
+        started = time.perf_counter()
+        rows, told, sanity = _evaluated_form(study, config, form, _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
+                                             members, test, answers["test"], chosen, relaxed=combiner == "uniform")
+        seconds = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
+        record = save(study, Unit(unit_rows(test, config) | rows, {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds}), grow)
+        grow = functools.partial(with_more_variants, order=tuple(every))
+    return record
+
+
+def _backbones_of(study: Study, protocol: str, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Whose models an ensemble is made of: those of the record's ensembles of this profile and cohort, if it holds any.
+
+    Raises:
+        StudyError: `given` are others, whose scores would be pooled with theirs.
+    """
+    path = study.record("Ensemble", protocol)
+    for unit in report.read_record(path)["units"] if path.is_file() else ():
+        if (unit["profile"], unit["cohort_sha256"]) == (study.profile, study.cohort_sha256):
+            held = tuple(name for name in BACKBONES if name in unit["config"]["members"])
+            if given is not None and set(given) != set(held):
+                raise StudyError(f"{path} holds ensembles of {', '.join(held)}, and these are of {', '.join(given)}: give the same --backbones, "
+                                 "or delete that record to begin another.")
+            return held
+    return tuple(name for name in BACKBONES if name in given) if given else DEMO["backbones"] if study.profile == "demo" else BACKBONES
+
+
+def _evaluated_form(study: Study, config: RunConfig, form: str, model: nn.Module, sources: Mapping[str, nn.Module], test: ImageSet,
+                    answers: Mapping[str, Tensor], chosen: np.ndarray, *, relaxed: bool) -> tuple[dict[str, np.ndarray], dict, list[dict]]:
+    """One form under every attack: (columns of its predictions, what was done, sanity checks)."""
+    print(f"{form}: {_weights_text(model)}", flush=True)
+    attacked, names = test.pick(chosen), list(model.members)
+    folder = _folder(study, "Ensemble", config) / form.replace(" ", "_")
+    stages = suite_plan(config, () if config.suite == "quick" else tuple(sources))
+    if config.suite == "quick":
+        stages += [Stage("transfer", f"transfer_{name}", eps="headline", budget=dict(steps=config.pgd_steps), source=name) for name in names]
+    result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=dict(sources), state_dir=folder)
+    with torch.no_grad():
+        clean = model.combine(torch.stack([answers[name] for name in names]).to(choose_device())).cpu().numpy()
+    rows, attacks = suite_rows(test, config, result, chosen, clean)
+    if relaxed:
+        for eps, found in _relaxations(model, attacked, config, folder).items():
+            for name, logits in found.items():
+                rows[f"{eps}:{name}"] = spread_out(logits, chosen, np.full_like(clean, np.nan))
+                attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
+    rows = {f"{form}/{name}": values for name, values in rows.items() if name == "clean" or ":" in name}
+    return rows, {"attacks": attacks, "members": names, "weights": _weights_of(model)}, [{**check, "variant": form} for check in result.sanity]
 
 
 #: How the infeasible attacks of `_relaxations` were run, and what they are.
@@ -289,17 +335,17 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
                                  "least": {choice: found[f"least_{choice}"].tolist() for choice in ("gradient", "random")}}}
             meta["sanity"] += _study_checks(variant, people, chosen, clean, found, budget)
     meta["wall_seconds"] = {"train": round(seconds["train"], 1), "attack": round(time.perf_counter() - started - seconds["train"], 1)}
-    unit = Unit(rows, meta)
-    return save(study, unit if known is None else with_more_variants(known, unit))
+    order = tuple(_variant(names, aggregator) for names in SOURCES[study.profile] for aggregator in sequence.AGGREGATORS)
+    return save(study, Unit(rows, meta), None if retrain else functools.partial(with_more_variants, order=order))
 
 
 def _variant(names: tuple[str, ...], aggregator: str) -> str:
     return f"{' + '.join(names)} {aggregator}"
 
 
-def with_more_variants(known: Unit, more: Unit) -> Unit:
+def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> Unit:
     """One unit that holds the variants of both, which are of the same people and, where they share members, of the same
-    weights.
+    weights; those of `order` first and in this order.
 
     Raises:
         StudyError: the people differ, or a member was trained again since.
@@ -312,13 +358,17 @@ def with_more_variants(known: Unit, more: Unit) -> Unit:
         raise StudyError(f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when {more.meta['model']} fold "
                          f"{more.meta['fold']} was recorded: run it with --retrain to replace the unit.")
     both = (known.meta, more.meta)
-    meta = {**more.meta, "variants": known.meta["variants"] | more.meta["variants"], "weights_sha256": old | new,
-            "sanity": known.meta["sanity"] + more.meta["sanity"], "git_dirty": any(part["git_dirty"] for part in both),
-            "config": more.meta["config"] | {"members": list(dict.fromkeys(name for part in both for name in part["config"]["members"]))},
+    variants = known.meta["variants"] | more.meta["variants"]
+    place = {name: number for number, name in enumerate(dict.fromkeys((*order, *variants)))}
+    members = {key: list(dict.fromkeys(name for part in both for name in part["config"].get(key, ()))) for key in ("members", "fp16_members")}
+    meta = {**more.meta, "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])), "weights_sha256": old | new,
+            "sanity": sorted(known.meta["sanity"] + more.meta["sanity"], key=lambda check: place[check["variant"]]),
+            "git_dirty": any(part["git_dirty"] for part in both), "config": more.meta["config"] | members,
             "wall_seconds": {phase: round(sum(part["wall_seconds"][phase] for part in both), 1) for phase in ("train", "attack")}}
     for key in ("init", "git_commit", "hardware"):
         meta[key] = " + ".join(dict.fromkeys(name for part in both for name in part[key].split(" + ")))
-    return Unit(known.rows | more.rows, meta)
+    columns = known.rows | more.rows
+    return Unit({name: columns[name] for name in sorted(columns, key=lambda name: place[name.split("/")[0]] if "/" in name else -1)}, meta)
 
 
 def few_people(part: ImageSet, count: int | None) -> ImageSet:
@@ -418,9 +468,10 @@ def _person_rows(test: ImageSet, people: sequence.Studies, config: RunConfig) ->
 
 
 def ensemble_command(profile: Literal["demo", "cpu", "paper"] = "cpu", protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0,
-                     backbones: tuple[str, ...] | None = None, raw: str | None = None) -> None:
-    """Ensembles of one fold's trained models."""
-    print(report.results_text([run_ensemble(open_study(profile, raw), protocol, fold, seed, backbones=backbones)]))
+                     backbones: tuple[str, ...] | None = None, forms: tuple[str, ...] | None = None, raw: str | None = None) -> None:
+    """Ensembles of one fold's trained models; `--forms "uniform mixed" "stacking mixed"` takes some of the forms, so that several
+    processes share them."""
+    print(report.results_text([run_ensemble(open_study(profile, raw), protocol, fold, seed, backbones=backbones, forms=forms)]))
 
 
 def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None, retrain: bool = False) -> None:

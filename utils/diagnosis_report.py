@@ -23,12 +23,16 @@ ATTACK_COLOURS = {"one_image": "#CC79A7", "separate_images": "#8C8C8C", "origina
 
 
 def ensemble_text(record: dict) -> str:
-    """Weights of each form by fold, the members' diversity, and what one image and several leave standing."""
+    """Weights of each form by fold, the members' own scores and diversity, and what one image and several leave standing."""
     lines = ["Weights, fitted on validation people (pools: coefficients of the members' log-probabilities)"]
     for unit in record["units"]:
         for variant, own in unit["variants"].items():
             weights = own["weights"].get("weights") or own["weights"]["coefficients"]
             lines.append(f"  fold {unit['fold']}  {variant:<17} " + "  ".join(f"{name} {value:.2f}" for name, value in weights.items()))
+    lines.append("\nMembers alone on the same clean test slices: balanced accuracy over three classes (%)")
+    for unit in record["units"]:
+        for name, own in unit.get("members", {}).items():
+            lines.append(f"  fold {unit['fold']}  {name:<17} {show(own):<20} n = {own['n_slices']:,} / {own['n_people']:,}")
     lines.append("\nDiversity on clean test slices: share of different answers, correlation of errors")
     for unit in record["units"]:
         for pair, own in unit["diversity"].items():

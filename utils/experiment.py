@@ -69,6 +69,11 @@ class Study:
     def checkpoint(self, config: RunConfig) -> Path:
         return self.root / "checkpoints" / config.model / config.protocol / f"{config.unit}.safetensors"
 
+    def weights(self, config: RunConfig) -> Path | None:
+        """The unit's checkpoint, or else the fp16 copy of it that git keeps; None where neither is on this machine."""
+        path = self.checkpoint(config)
+        return next((kept for kept in (path, half_of(path)) if kept.is_file()), None)
+
     def record(self, model: str, protocol: str) -> Path:
         return self.root / "assets" / model / f"{protocol}.json"
 
@@ -210,10 +215,8 @@ def start_of(study: Study, config: RunConfig) -> Path | None:
     if not (config.adversarial and config.warm_start):
         return None
     twin = make_config(config.profile, config.backbone, protocol=config.protocol, fold=config.fold, seed=config.seed)
-    path = study.checkpoint(twin)
-    for kept in (path, half_of(path)):
-        if kept.is_file():
-            return kept
+    if (kept := study.weights(twin)) is not None:
+        return kept
     say(f"{config.model} {config.protocol} {config.unit} starts from the clean {twin.model}, which is trained first.")
     return _fit(study, search(study, twin)).checkpoint
 
@@ -268,13 +271,13 @@ def attack_plan(study: Study, config: RunConfig, model: torch.nn.Module,
                 attacked: data.ImageSet) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor], list[Stage]]:
     """(models that transfer attacks are made on, regions for Kryptonite, stages) of a unit's evaluation.
 
-    The sources are the other models of the same protocol, fold and seed whose checkpoints lie on this machine; the region
+    The sources are the other models of the same protocol, fold and seed whose weights lie on this machine; the region
     is the fifth of each image that Grad-CAM of the clean image lights up most.
     """
     if config.suite == "quick":
         return {}, {}, suite_plan(config)
-    paths = {name: study.checkpoint(dataclasses.replace(config, model=name)) for name in MODELS if name != config.model}
-    sources = {name: load_model(path).to(choose_device()) for name, path in paths.items() if path.is_file()}
+    paths = {name: study.weights(dataclasses.replace(config, model=name)) for name in MODELS if name != config.model}
+    sources = {name: load_model(path).to(choose_device()) for name, path in paths.items() if path is not None}
     maps = grad_cam.explain(model, data.pixels(attacked.images, choose_device())).flatten(1)
     region = (maps >= maps.quantile(0.8, dim=1, keepdim=True)).float().view(attacked.images.shape).cpu()
     stages = suite_plan(config, tuple(sources), ("gradcam",))
@@ -430,10 +433,15 @@ def recorded(study: Study, config: RunConfig) -> Unit | None:
 def recorded_as(study: Study, model: str, config: RunConfig) -> Unit | None:
     """What the record of `model` (one of them, Ensemble or Sequence) holds of this fold and seed at this profile and of this
     cohort; None where it holds nothing."""
-    path = study.record(model, config.protocol)
-    wanted = (config.fold, config.seed, config.profile, study.cohort_sha256)
+    return _held(study, {"model": model, "protocol": config.protocol, "fold": config.fold, "seed": config.seed, "profile": config.profile,
+                         "cohort_sha256": study.cohort_sha256})
+
+
+def _held(study: Study, wanted: dict) -> Unit | None:
+    """The unit of a record whose model, protocol, fold, seed, profile and cohort are those of `wanted`."""
+    path = study.record(wanted["model"], wanted["protocol"])
     for meta in report.read_record(path)["units"] if path.is_file() else ():
-        if (meta["fold"], meta["seed"], meta["profile"], meta["cohort_sha256"]) == wanted:
+        if all(meta[key] == wanted[key] for key in ("fold", "seed", "profile", "cohort_sha256")):
             return Unit(rows_of(report.read_predictions(path), [meta]), meta)
     return None
 
@@ -446,10 +454,13 @@ def _check_recorded(found: dict, config: RunConfig, path: Path) -> None:
                          "to replace it.")
 
 
-def save(study: Study, unit: Unit) -> dict:
-    """Adds a unit's rows to its record (replacing the same unit's older ones) and returns the record, recomputed.
+def save(study: Study, unit: Unit, grow: Callable[[Unit, Unit], Unit] | None = None) -> dict:
+    """Adds a unit's rows to its record and returns the record, recomputed.
 
     A lock lets the shards of a grid finish at the same time.
+
+    Args:
+        grow: makes one unit of what the record holds of it already and of this one (None: this one replaces it).
     """
     meta = unit.meta
     path = study.record(meta["model"], meta["protocol"])
@@ -461,6 +472,9 @@ def save(study: Study, unit: Unit) -> dict:
             old = report.read_record(path)
             if meta in old["units"]:
                 return old  # shown from the record, not run again
+            if grow is not None and (known := _held(study, meta)) is not None:
+                unit = grow(known, unit)
+                meta = unit.meta
             units = [known for known in old["units"] if known["profile"] == meta["profile"] and known["cohort_sha256"] == meta["cohort_sha256"]
                      and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])]
             rows = rows_of(report.read_predictions(path), units)
@@ -683,6 +697,15 @@ def run(arguments: list[str]) -> None:
         print(report.results_text([record]))
 
 
+def train_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, profile: Literal["demo", "cpu", "paper"] = "cpu",
+                  raw: str | None = None) -> None:
+    """Trains a model, or goes on, and leaves its weights under checkpoints/: evaluates nothing and changes no record. For the
+    weights of a unit that a record holds already."""
+    study = open_study(profile, raw)
+    config = search(study, make_config(profile, model, protocol=protocol, fold=fold))
+    print(f"{model} {protocol} {config.unit}: {_fit(study, config)}")
+
+
 def grid(profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None, shard: str = "1/1",
          models: tuple[str, ...] = GRID_MODELS, protocols: tuple[str, ...] = ("patient", "slice"), seeds: tuple[int, ...] = (0,)) -> None:
     """Runs every unit of the grid that no record holds yet; `--shard i/n` takes every n-th, starting from the i-th."""
@@ -756,7 +779,7 @@ def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient"
     elif model in MODELS:
         study = open_study(profile, raw)
         config = make_config(profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite)
-        test, network = load_sets(study, config)["test"], load_model(study.checkpoint(config))
+        test, network = load_sets(study, config)["test"], load_model(study.weights(config) or study.checkpoint(config))
         origin = {"model": model, "protocol": protocol, "data": study.data, "init": network.init, "search": "none",
                   "cohort_sha256": study.cohort_sha256}
     else:
@@ -782,7 +805,7 @@ def _everything_in(raw: str | None) -> data.ImageSet:
 
 def main() -> None:
     torch.set_float32_matmul_precision("high")
-    commands = {"prepare": prepare, "search": search_command, "run": run, "grid": grid, "export": export, "attack": attack_command}
+    commands = {"prepare": prepare, "search": search_command, "run": run, "train": train_command, "grid": grid, "export": export, "attack": attack_command}
     try:
         if sys.argv[1:2] == ["run"]:
             run(sys.argv[2:])
