@@ -210,7 +210,7 @@ def read_metadata(path: Path | str) -> dict:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise StudyError(f"No checkpoint at {path}: train it first (`python -m utils.experiment run --help`).")
+        raise StudyError(f"No checkpoint at {path}: train it first (`python -m utils.experiment train --help`).")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("alzheimer")
