@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.backbones import build_model, load_model, read_metadata, save_half, save_model
+from utils.backbones import Depthwise, build_model, load_model, read_metadata, save_half, save_model
 from utils.utils_funcs import BACKBONES, MODELS, StudyError
 
 
@@ -134,3 +134,55 @@ def test_checkpoints_that_do_not_fit_say_so(tmp_path):
     save_model(model, tmp_path / "wrong.safetensors", state=build_model("Efficientnet", pretrained=False).state_dict())
     with pytest.raises(StudyError, match="does not fit Resnet"):
         load_model(tmp_path / "wrong.safetensors")
+
+
+def test_fast_layers_change_neither_names_nor_weights_nor_answers():
+    import timm
+
+    torch.manual_seed(0)
+    ours = build_model("Efficientnet", pretrained=False, input_size=64)
+    torch.manual_seed(0)
+    delivered = timm.create_model("efficientnet_b0", num_classes=4).eval()
+    fast = [layer for layer in ours.modules() if isinstance(layer, Depthwise)]
+    assert len(fast) == 11 and all(layer.groups == layer.in_channels for layer in fast)
+    mine, theirs = ours.body.state_dict(), delivered.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine if not name.startswith("classifier"))
+    delivered.load_state_dict(mine)
+    images = torch.rand(2, 1, 64, 64)
+    assert torch.allclose(ours(images), delivered(ours.pixels_to_input(images)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Dinov2", "Efficientnet"])
+def test_bfloat16_on_a_cpu_agrees_with_float32_forwards_and_backwards(name):
+    torch.manual_seed(0)
+    model = build_model(name, pretrained=False, input_size=56 if name == "Dinov2" else 64).train()
+    images, found = torch.rand(16, 1, 64, 64), {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(1)  # stochastic depth, where there is any
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        gradient = torch.autograd.grad(logits.float().square().sum(), list(model.parameters()))
+        found[precision] = logits.float().detach(), torch.cat([part.flatten() for part in gradient])
+    (logits, gradient), (low_logits, low_gradient) = found["fp32"], found["bf16"]
+    assert logits.dtype == torch.float32 and not torch.equal(logits, low_logits)
+    # Wide limits: BatchNorm over random features makes much of a rounding; a layer that computes something else is far outside.
+    assert (low_logits - logits).norm() < 0.2 * logits.norm()
+    assert torch.cosine_similarity(low_gradient, gradient, dim=0) > 0.9
+
+
+def test_attention_is_plain_in_bfloat16_and_fused_in_float32(monkeypatch):
+    from transformers.integrations import sdpa_attention
+    from transformers.models.dinov2 import modeling_dinov2
+
+    used = []
+    for module, function in ((sdpa_attention, "sdpa_attention_forward"), (modeling_dinov2, "eager_attention_forward")):
+        inner = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *given, inner=inner, function=function, **more: used.append(function) or inner(*given, **more))
+    model, images = build_model("Dinov2", pretrained=False, input_size=28), torch.rand(1, 1, 28, 28)
+    model(images)
+    assert set(used) == {"sdpa_attention_forward"}
+    used.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    assert set(used) == {"eager_attention_forward"}

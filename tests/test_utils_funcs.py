@@ -1,6 +1,7 @@
 """utils_funcs: files are whole or absent, lesser runs never reach the committed tree."""
 
 import json
+import platform
 
 import pytest
 
@@ -38,3 +39,13 @@ def test_lesser_runs_write_under_runs(profile, data, monkeypatch):
 @pytest.mark.parametrize("profile", ["cpu", "paper"])
 def test_only_full_runs_on_real_data_write_the_repository(profile):
     assert result_root(profile, "real") == ROOT
+
+
+def test_freed_memory_is_kept_where_the_c_library_can_and_never_an_error(monkeypatch):
+    import ctypes
+
+    from utils.utils_funcs import keep_freed_memory
+
+    assert keep_freed_memory.__wrapped__() is (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
+    assert keep_freed_memory.__wrapped__() is False

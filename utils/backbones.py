@@ -54,6 +54,28 @@ class PixelClassifier(nn.Module):
         return self.body.forward_head(self.body.forward_features(inputs), pre_logits=True)
 
 
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution with stride or a large kernel that stays in float32 under bfloat16 autocast on a CPU: there its
+    backward pass in bfloat16 is several times slower, and what surrounds it faster (tests/benchmarks/training.py). Elsewhere
+    a plain `nn.Conv2d`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(inputs)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(inputs.float()).to(inputs.dtype)
+
+
+def _attention(module: nn.Module, query: Tensor, *rest, **options) -> tuple[Tensor, Tensor | None]:
+    """Fused attention, but plain products in bfloat16 on a CPU: there the fused backward pass took a third of a training
+    step (tests/benchmarks/training.py)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.dinov2.modeling_dinov2 import eager_attention_forward
+
+    plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return (eager_attention_forward if plain else sdpa_attention_forward)(module, query, *rest, **options)
+
+
 class DinoClassifier(nn.Module):
     """DINOv2 ViT-S/14 with the linear head of its authors' evaluation: CLS token and mean of the patch tokens
     (Oquab et al. 2023, arXiv:2304.07193)."""
@@ -147,40 +169,55 @@ def _build_timm(backbone: str, folder: Path | None, load: bool) -> nn.Module:
 
     timm_name = TIMM_NAMES[backbone]
     if folder is None:
-        return _small_head(timm.create_model(timm_name if load else timm_name.split(".")[0], pretrained=load, num_classes=len(CLASSES)))
+        return _tuned(timm.create_model(timm_name if load else timm_name.split(".")[0], pretrained=load, num_classes=len(CLASSES)))
     files = sorted(folder.glob(f"{timm_name}*.safetensors")) + sorted((folder / timm_name).glob("*.safetensors"))
     if not files:
         raise StudyError(f"{folder} holds no {timm_name}*.safetensors: download it from its hub or unset ALZHEIMER_WEIGHTS.")
     overlay = dict(file=str(files[0]))
-    return _small_head(timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASSES)))
+    return _tuned(timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASSES)))
 
 
-def _small_head(body: nn.Module) -> nn.Module:
-    """EfficientNet with a head near zero, all classes alike. timm draws it from ±1/sqrt(classes), which for four classes
+def _tuned(body: nn.Module) -> nn.Module:
+    """EfficientNet with fast layers, which compute the same, and with a head near zero, all classes alike. timm draws it from ±1/sqrt(classes), which for four classes
     instead of a thousand makes logits of several units: a loss far above that of not knowing, and epochs spent on
     unlearning it. ResNet's head starts small by itself."""
     if hasattr(body, "conv_head"):
+        for layer in body.modules():
+            if isinstance(layer, nn.SiLU):
+                layer.inplace = False  # in place, autograd copies the input first
+            for name, child in layer.named_children():
+                if isinstance(child, nn.Conv2d) and child.groups > 1 and (child.stride, child.kernel_size) != ((1, 1), (3, 3)):
+                    setattr(layer, name, _as_depthwise(child))
         nn.init.trunc_normal_(body.classifier.weight, std=0.02)
         nn.init.zeros_(body.classifier.bias)
     return body
 
 
-def _build_dinov2(folder: Path | None, load: bool) -> nn.Module:
-    from transformers import Dinov2Config, Dinov2Model
+def _as_depthwise(layer: nn.Conv2d) -> Depthwise:
+    # Without drawing weights: what a seed gives stays what it was.
+    own = nn.utils.skip_init(Depthwise, layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
+                             dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None)
+    own.load_state_dict(layer.state_dict())
+    return own
 
+
+def _build_dinov2(folder: Path | None, load: bool) -> nn.Module:
+    from transformers import AttentionInterface, Dinov2Config, Dinov2Model
+
+    AttentionInterface.register("fastest", _attention)
     # The mask token takes part in pretraining alone: left in, several processes would wait for its gradient.
     # Attention rollout needs the attention matrices, which only the eager implementation returns; it is switched on
-    # there (`grad_cam.py`), everything else runs the faster fused one.
+    # there (`grad_cam.py`), everything else runs the faster one of `_attention`.
     if not load:
         config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=518,
-                              use_mask_token=False)
+                              use_mask_token=False, attn_implementation="fastest")
         return DinoClassifier(Dinov2Model(config))
     if folder is None:
-        return DinoClassifier(Dinov2Model.from_pretrained(DINOV2_NAME, use_mask_token=False))
+        return DinoClassifier(Dinov2Model.from_pretrained(DINOV2_NAME, use_mask_token=False, attn_implementation="fastest"))
     local = folder / DINOV2_NAME.split("/")[1]
     if not (local / "config.json").is_file():
         raise StudyError(f"{local} holds no DINOv2 (config.json is missing): put the hub's files there or unset ALZHEIMER_WEIGHTS.")
-    return DinoClassifier(Dinov2Model.from_pretrained(local, local_files_only=True, use_mask_token=False))
+    return DinoClassifier(Dinov2Model.from_pretrained(local, local_files_only=True, use_mask_token=False, attn_implementation="fastest"))
 
 
 def save_model(model: PixelClassifier, path: Path | str, metadata: dict[str, object] | None = None,

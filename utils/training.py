@@ -25,7 +25,7 @@ from utils.attacks import perturb_for_training
 from utils.backbones import PixelClassifier, build_model, load_model, load_weights, read_metadata, save_model
 from utils.config import RunConfig
 from utils.data import ImageSet, apply_augmentation, draw_augmentation, epoch_rows, every_nth, join_last, pixels, spread
-from utils.utils_funcs import CLASSES, StudyError, atomic_path, progress, say, seed_everything
+from utils.utils_funcs import CLASSES, StudyError, atomic_path, keep_freed_memory, progress, say, seed_everything
 
 #: PGD steps of the adversarial validation score. More than training uses, so that it can notice a masked gradient.
 VALIDATION_STEPS = 5
@@ -343,6 +343,8 @@ class _Trainer:
         self.weights = class_weights(train.labels).to(device) if config.class_weights else None
         self.history: list[dict] = []
         self.skipped_in_a_row = 0
+        if device.type == "cpu":
+            keep_freed_memory()
         self.precision = config.precision
         if self.precision == "auto":
             state = {key: value.clone() for key, value in self.model.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import platform
@@ -106,6 +107,25 @@ def choose_device() -> "torch.device":  # noqa: F821
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Has the C library keep what a freed tensor leaves for the next one, for the rest of this process; False where it is
+    not glibc, and nothing is changed.
+
+    By default every tensor of more than 32 MB goes back to the system when it is freed, and the next one is paid for again,
+    page by page: of an EfficientNet's training step at 224 px that was a quarter (tests/benchmarks/training.py). In return
+    the process holds on to the most memory that it ever needed.
+    """
+    import ctypes
+
+    trim_threshold, mmap_max = -1, -4  # the numbers of <malloc.h>
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return bool(library.mallopt(mmap_max, 0) and library.mallopt(trim_threshold, -1))
+    except (OSError, AttributeError):
+        return False
 
 
 def hardware() -> str:
