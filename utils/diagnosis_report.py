@@ -65,7 +65,7 @@ def relaxation_figure(entry: Entry) -> Figure:
         size = next(block for _, own, _, block in found if own == eps)
         panel.set(xticks=range(len(variants)), xticklabels=variants, ylim=(0, 100), title=f"eps {eps} · n = {size['n_slices']:,} slices of {size['n_people']:,} people")
     axes[0][0].set_ylabel("accuracy left (%)")
-    axes[0][-1].legend(loc="upper right")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower left")
     return figure
 
 

@@ -302,9 +302,11 @@ def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
 
 
 def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
-    """Writes and returns the figures that compare models, path → figure."""
-    entries = without_rehearsals(read_entries(root))
-    rows, drawn = study_rows(entries), {}
+    """Writes and returns the figures that compare models, path → figure. Rows that count persons have figures of their own
+    (`utils/diagnosis_report.py`) and do not crowd these."""
+    every = without_rehearsals(read_entries(root))
+    entries = {key: entry for key, entry in every.items() if entry.model != "Sequence"}
+    rows, drawn = [row for row in study_rows(every) if row.model != "Sequence"], {}
     for name, draw in figures.STUDY_FIGURES.items():
         if name in _drawable(entries, rows):
             figure = draw(rows, list(entries.values()))
@@ -497,6 +499,14 @@ def _notice(entries: Entries) -> list[str]:
             "runs on the real cohort to say."]
 
 
+#: Model → figure of ensembles and whole persons that README shows → what it says.
+UNIT_CAPTIONS = {
+    "Ensemble": {"relaxation": "Ensembles under one image that all members see, and under an image of its own for each member, which is no input. "
+                               "The original project attacked the second way, with steps of 0.0001."},
+    "Sequence": {"slice_budget": "Whole persons: whose diagnosis is right and stands, against the number of slices that an attacker may touch; n stands above "
+                                 "each panel."}}
+
+
 def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
     """README's generated part: findings, headline figure and table, commands, full tables, figures.
 
@@ -510,7 +520,7 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
     protocols = list(rows[0].blocks)
     eps = headline_eps(list(entries.values())[-1].record)
     sizes = "; ".join(f"`{protocol}` {figures.size_of(rows[0].blocks[protocol]['clean'])}" for protocol in protocols)
-    parts = [*_notice(entries), _findings(rows, eps), "![Clean and worst-case balanced accuracy of every row, by "
+    parts = [*_notice(entries), _findings(rows, eps), "![Clean and worst-case balanced accuracy of every row that counts slices, by "
              "protocol](assets/results/headline.png)", _headline_table(rows, protocols, eps),
              "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % "
              f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>",
@@ -522,6 +532,8 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(entries, rows)]
+        parts += [f"![{model}, {protocol}: {name.replace('_', ' ')}](assets/{model}/{name}_{protocol}.png)\n\n<sub>{caption}</sub>"
+                  for model, protocol in entries for name, caption in UNIT_CAPTIONS.get(model, {}).items()]
         parts += [*_explanations(Path(root)), _model_links(everything)]
     return "\n\n".join(part for part in parts if part)
 
