@@ -4,7 +4,8 @@
                                                                  holds, with Dinov2:70 Dinov2_atk:70 --epochs 5
     python tests/benchmarks/pgd_throughput.py [--n 64] --models Resnet_atk:64                          the same on the phantom cohort
     python tests/benchmarks/pgd_throughput.py --raw RAW --checkpoints FILE …
-    python tests/benchmarks/pgd_throughput.py … --precision bf16           our search in bfloat16, on processors that have it
+    python tests/benchmarks/pgd_throughput.py --raw RAW --models Dinov2:70 Dinov2_atk:70 --epochs 5 --precision bf16
+                                                                 our search in bfloat16, on processors that have it: its last block
 
 Same model, same images, same eps, step and number of steps, random start. Both take their turns in the same run,
 `--rounds` times; the ratio is that of the medians. Success counts in float32 alone, for both. Ours leaves an image alone
