@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import diagnosis, diagnosis_report, experiment, records, sequence
+from utils import diagnosis, diagnosis_report, experiment, records, report, sequence
 from utils.backbones import build_model, save_half, save_model
 from utils.config import make_config
 from utils.data import ImageSet
@@ -210,6 +210,10 @@ def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     assert diagnosis_report.person_reliability(grown, "Resnet gru") == whole
     assert record["variants"]["Resnet gru"]["clean"]["n_people"] == 20 and record["folds"] == [0, 1]
     assert diagnosis_report.pooled_budgets(record, "Resnet gru", "gradient")[2] == 10
+    grown.record["sanity"] = [{"check": "any", "passed": True, "variant": name, "fold": 0, "seed": 0} for name in ("Resnet gru", "Resnet mean")]
+    grown.record["profile"] = "cpu"
+    row = next(row for row in records.study_rows({("Sequence", "patient"): grown}) if row.variant)
+    assert row.folds("patient") == [0] and report._runs(row).endswith(", fold 0 of 5") and report._checks(row, "patient") == "1/1"
     assert len(diagnosis_report.draw_figures(tmp_path)) == 2
 
 
@@ -222,7 +226,8 @@ def test_coverage_falls_under_attack_at_the_thresholds_of_clean_studies(tmp_path
 
 def test_the_committed_ensembles_leave_no_more_standing_under_several_images_than_under_one():
     record = json.loads((ROOT / "assets" / "Ensemble" / "patient.json").read_text(encoding="utf-8"))
-    assert record["data"] == "real" and {"uniform clean", "uniform robust", "uniform mixed"} <= set(record["variants"])
+    assert record["data"] == "real"
+    assert {"uniform clean", "uniform robust", "uniform mixed"} <= set(record["variants"])
     compared = 0
     for variant, blocks in record["variants"].items():
         assert blocks["variant"] == variant

@@ -56,8 +56,7 @@ class PixelClassifier(nn.Module):
 
 class Depthwise(nn.Conv2d):
     """A depthwise convolution with stride or a large kernel that stays in float32 under bfloat16 autocast on a CPU: there its
-    backward pass in bfloat16 is several times slower, and what surrounds it faster (tests/benchmarks/training.py). Elsewhere
-    a plain `nn.Conv2d`."""
+    backward pass in bfloat16 is the slower one, while what surrounds it gains. Elsewhere a plain `nn.Conv2d`."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         if inputs.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -67,8 +66,7 @@ class Depthwise(nn.Conv2d):
 
 
 def _attention(module: nn.Module, query: Tensor, *rest, **options) -> tuple[Tensor, Tensor | None]:
-    """Fused attention, but plain products in bfloat16 on a CPU: there the fused backward pass took a third of a training
-    step (tests/benchmarks/training.py)."""
+    """Fused attention, but plain products in bfloat16 on a CPU, where the fused backward pass is the slower one."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.models.dinov2.modeling_dinov2 import eager_attention_forward
 

@@ -161,15 +161,15 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
     size = {"n_slices": len(test), "n_people": len(test.people.unique())}
     meta["members"] = {name: score(values.cpu().numpy(), test.labels.numpy(), test.people.numpy())["balanced_accuracy_3"] | size
                        for name, values in answers["test"].items()}
-    record, grow = {}, None if retrain else functools.partial(with_more_variants, order=tuple(every))
+    record, grow = {}, functools.partial(with_more_variants, order=tuple(every))
     for form in wanted:
         combiner, own = every[form][0], {name: members[name] for name in every[form][1]}
         started = time.perf_counter()
         rows, told, sanity = _evaluated_form(study, config, form, _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
                                              members, test, answers["test"], chosen, relaxed=combiner == "uniform")
         seconds = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
-        record = save(study, Unit(unit_rows(test, config) | rows, {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds}), grow)
-        grow = functools.partial(with_more_variants, order=tuple(every))
+        record = save(study, Unit(unit_rows(test, config) | rows, {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds}),
+                      None if retrain and form == wanted[0] else grow)
     return record
 
 

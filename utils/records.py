@@ -387,6 +387,15 @@ class StudyRow:
     def trained(self) -> bool:
         return self.model not in (CONSTANT, "Baselines")
 
+    def checks(self, protocol: str) -> list[dict]:
+        """The sanity checks of this row's evaluation, and of no other form in the same record."""
+        return [check for check in self.entries[protocol].record["sanity"] if self.variant is None or check.get("variant") == self.variant]
+
+    def folds(self, protocol: str) -> list[int]:
+        """The folds that this row was scored on: a form may be missing from some of its record's."""
+        return sorted({unit["fold"] for unit in self.entries[protocol].record["units"]
+                       if self.variant is None or self.variant in unit.get("variants", {})})
+
 
 def headline_eps(record: dict) -> str:
     eps = record.get("config", {}).get("headline_eps", RunConfig.headline_eps)

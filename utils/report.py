@@ -83,25 +83,26 @@ def _number(row: StudyRow, protocol: str) -> str:
 
 
 def _checks(row: StudyRow, protocol: str) -> str:
-    checks = row.entries[protocol].record["sanity"] if row.trained else []
+    checks = row.checks(protocol) if row.trained else []
     return f"{sum(bool(check['passed']) for check in checks)}/{len(checks)}" if checks else MISSING
 
 
 def _runs(row: StudyRow) -> str:
     if row.model == CONSTANT:
         return "control"
-    runs = {protocol: f"{entry.record['data']} · {entry.record['profile']} · {entry.record['init']}{_folds(entry)}"
+    runs = {protocol: f"{entry.record['data']} · {entry.record['profile']} · {entry.record['init']}{_folds(row, protocol)}"
             for protocol, entry in row.entries.items()}
     if len(set(runs.values())) == 1:
         return next(iter(runs.values()))
     return "; ".join(f"{protocol}: {run}" for protocol, run in runs.items())
 
 
-def _folds(entry: Entry) -> str:
-    """`, fold 0 of 5` where a record lacks folds that its profile has."""
-    record = entry.record
-    whole, have = len(folds_of(record["profile"], entry.protocol)), record["folds"]
-    return f", fold{'s' * (len(have) > 1)} {', '.join(map(str, have))} of {whole}" if entry.model != "Baselines" and len(have) < whole else ""
+def _folds(row: StudyRow, protocol: str) -> str:
+    """`, fold 0 of 5` where a row lacks folds that its profile has."""
+    if not row.trained:
+        return ""
+    whole, have = len(folds_of(row.entries[protocol].record["profile"], protocol)), row.folds(protocol)
+    return f", fold{'s' * (len(have) > 1)} {', '.join(map(str, have))} of {whole}" if len(have) < whole else ""
 
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
@@ -114,8 +115,8 @@ def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]
 
 def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
     """What each check that did not pass says, by row and fold, as a note beneath the table; empty where all passed."""
-    failed = [f"row {row.number}, `{row.model}`, fold {check['fold']}, seed {check['seed']}: {check['note']}" for row in rows if row.trained and protocol in row.blocks
-              for check in row.entries[protocol].record["sanity"] if not check["passed"]]
+    failed = [f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: {check['note']}" for row in rows if row.trained and protocol in row.blocks
+              for check in row.checks(protocol) if not check["passed"]]
     if not failed:
         return ""
     return ("\n\n<sub>Checks that did not pass: " + "; ".join(failed) + ". Whatever attack fells an image, the worst case counts it as "
@@ -302,16 +303,20 @@ def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
 
 
 def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
-    """Writes and returns the figures that compare models, path → figure. Rows that count persons have figures of their own
-    (`utils/diagnosis_report.py`) and do not crowd these."""
-    every = without_rehearsals(read_entries(root))
-    entries = {key: entry for key, entry in every.items() if entry.model != "Sequence"}
-    rows, drawn = [row for row in study_rows(every) if row.model != "Sequence"], {}
+    """Writes and returns the figures that compare models, path → figure."""
+    entries, rows = _compared(without_rehearsals(read_entries(root)))
+    drawn = {}
     for name, draw in figures.STUDY_FIGURES.items():
         if name in _drawable(entries, rows):
             figure = draw(rows, list(entries.values()))
             drawn[save_figure(figure, Path(root) / "assets" / "results" / f"{name}.png")] = figure
     return drawn
+
+
+def _compared(entries: Entries) -> tuple[Entries, list[StudyRow]]:
+    """What the comparing figures show: rows that count persons have figures of their own (`utils/diagnosis_report.py`)."""
+    return ({key: entry for key, entry in entries.items() if entry.model != "Sequence"},
+            [row for row in study_rows(entries) if row.model != "Sequence"])
 
 
 def explained_path(record: Path | str) -> Path:
@@ -387,13 +392,13 @@ CAPTIONS = {
 
 def _clean_size(row: StudyRow, protocol: str) -> str:
     """`n = 1,280 slices of 40 people, fold 0 of 5`: what the row's clean score under a protocol rests on."""
-    return figures.size_of(row.blocks[protocol]["clean"]) + _folds(row.entries[protocol])
+    return figures.size_of(row.blocks[protocol]["clean"]) + _folds(row, protocol)
 
 
 def _attacked_size(row: StudyRow) -> str:
     """`n = 80 slices of 40 people, fold 0 of 5`: what the row's worst case under `patient` was scored on."""
     entry = row.entries["patient"]
-    return f"{figures.size_of(row.blocks['patient']['worst_case'][headline_eps(entry.record)])}{_folds(entry)}"
+    return f"{figures.size_of(row.blocks['patient']['worst_case'][headline_eps(entry.record)])}{_folds(row, 'patient')}"
 
 
 def _beside_its_twin(row: StudyRow, rows: list[StudyRow]) -> str:
@@ -531,7 +536,7 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
                      f"{_markdown(_full_table(rows, protocol, eps))}{_failed_checks(rows, protocol)}\n\n</details>")
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
-                  if name in _drawable(entries, rows)]
+                  if name in _drawable(*_compared(entries))]
         parts += [f"![{model}, {protocol}: {name.replace('_', ' ')}](assets/{model}/{name}_{protocol}.png)\n\n<sub>{caption}</sub>"
                   for model, protocol in entries for name, caption in UNIT_CAPTIONS.get(model, {}).items()]
         parts += [*_explanations(Path(root)), _model_links(everything)]

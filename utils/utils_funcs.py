@@ -115,8 +115,7 @@ def keep_freed_memory() -> bool:
     not glibc, and nothing is changed.
 
     By default every tensor of more than 32 MB goes back to the system when it is freed, and the next one is paid for again,
-    page by page: of an EfficientNet's training step at 224 px that was a quarter (tests/benchmarks/training.py). In return
-    the process holds on to the most memory that it ever needed.
+    page by page. In return the process holds on to the most memory that it ever needed.
     """
     import ctypes
 
