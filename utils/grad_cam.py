@@ -144,8 +144,8 @@ def _rollout_batch(model: nn.Module, images: Tensor, _targets: object, _method: 
     """The product of the layers' attention, half of each the skip connection (Abnar and Zuidema 2020), read where the
     head reads: half at the CLS token, half at the mean of the patch tokens."""
     wrapper, dino = _dino(model)
-    with torch.no_grad(), _eager_attention(dino):
-        layers = dino.backbone(pixel_values=wrapper.pixels_to_input(images), output_attentions=True).attentions
+    with torch.no_grad(), _attention_matrices(dino) as layers:
+        dino.backbone(pixel_values=wrapper.pixels_to_input(images))
         read = torch.zeros(len(images), 1, layers[0].shape[-1], device=images.device)
         read[:, :, 0] = 0.5
         read[:, :, 1:] = 0.5 / (layers[0].shape[-1] - 1)
@@ -224,6 +224,25 @@ def _eager_attention(dino: DinoClassifier) -> Iterator[None]:
         yield
     finally:
         dino.backbone.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _attention_matrices(dino: DinoClassifier) -> Iterator[list[Tensor]]:
+    """A list to which every forward pass inside adds each layer's attention, (N, heads, tokens, tokens).
+
+    `output_attentions=True` gives the same, but its first call leaves hooks of transformers in the network for good.
+    """
+    from transformers.models.dinov2.modeling_dinov2 import Dinov2Attention
+
+    matrices: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _module, _inputs, output: matrices.append(output[1]))
+             for module in dino.modules() if isinstance(module, Dinov2Attention)]
+    try:
+        with _eager_attention(dino):
+            yield matrices
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager
