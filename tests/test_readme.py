@@ -10,7 +10,7 @@ import torch
 
 from utils import report
 from utils.backbones import load_model
-from utils.records import read_entries
+from utils.records import read_entries, study_rows, without_rehearsals
 from utils.utils_funcs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +20,14 @@ PROSE = README.split(report.BEGIN)[0] + README.split(report.END)[1]
 
 def test_readme_equals_the_records() -> None:
     assert report.results_markdown(read_entries(ROOT)) == GENERATED, "run `python -m utils.report readme`"
+
+
+def test_persons_and_slices_are_never_rows_of_one_headline_table() -> None:
+    before, _, after = README.split("<details>")[0].partition("**Whole persons**")
+    names = {row.name: row.counts_persons for row in study_rows(without_rehearsals(read_entries(ROOT)))}
+    assert any(names.values())
+    for name, counts_persons in names.items():
+        assert (f"| {name} |" in before, f"| {name} |" in after) == (not counts_persons, counts_persons), name
 
 
 def test_every_relative_link_and_figure_exists() -> None:

@@ -387,6 +387,11 @@ class StudyRow:
     def trained(self) -> bool:
         return self.model not in (CONSTANT, "Baselines")
 
+    @property
+    def counts_persons(self) -> bool:
+        """Whether a decision of this row is a person's, not a slice's."""
+        return self.model == "Sequence"
+
     def checks(self, protocol: str) -> list[dict]:
         """The sanity checks of this row's evaluation, and of no other form in the same record."""
         return [check for check in self.entries[protocol].record["sanity"] if self.variant is None or check.get("variant") == self.variant]

@@ -316,7 +316,7 @@ def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
 def _compared(entries: Entries) -> tuple[Entries, list[StudyRow]]:
     """What the comparing figures show: rows that count persons have figures of their own (`utils/diagnosis_report.py`)."""
     return ({key: entry for key, entry in entries.items() if entry.model != "Sequence"},
-            [row for row in study_rows(entries) if row.model != "Sequence"])
+            [row for row in study_rows(entries) if not row.counts_persons])
 
 
 def explained_path(record: Path | str) -> Path:
@@ -484,14 +484,26 @@ def _without_search_people(rows: list[StudyRow]) -> str:
     return "\n".join([title, *lines]) if lines else ""
 
 
-def _headline_table(rows: list[StudyRow], protocols: list[str], eps: str) -> str:
+def _headline_table(rows: list[StudyRow], protocols: list[str], eps: str, size: bool = False) -> str:
+    """Clean and worst-case scores in few columns; `size` adds what each row under the last protocol counts."""
     short = {HEADLINE[0]: "balanced accuracy (%)", HEADLINE[1]: "AUROC", HEADLINE[2]: f"worst case at {eps} (%)"}
     table = [["#", "row", *(f"`{protocol}`: {short[column]}" for column in HEADLINE for protocol in protocols),
-              "data · profile · init"]]
+              *["n"] * size, "data · profile · init"]]
     for row in rows:
         cells = [_cell(row, protocol, column, brief=True) for column in HEADLINE for protocol in protocols]
-        table.append([str(row.number), row.name, *cells, _runs(row)])
+        table.append([str(row.number), row.name, *cells, *[_number(row, protocols[-1])] * size, _runs(row)])
     return _markdown(table)
+
+
+def _persons_table(rows: list[StudyRow], eps: str) -> list[str]:
+    """The rows that count persons, whose numbers must not stand in one column with those that count slices."""
+    persons = [row for row in rows if row.counts_persons]
+    if not persons:
+        return []
+    protocols = [protocol for protocol in PROTOCOLS if any(protocol in row.blocks for row in persons)]
+    return ["**Whole persons**, diagnosed from their ordered slices by a model over a backbone's features; the attacker may change every "
+            f"slice. Row 1 by person: {_cell(rows[0], protocols[-1], 'by person: balanced accuracy, 3 classes (%)')} %. n counts persons:",
+            _headline_table(persons, protocols, eps, size=True)]
 
 
 def _notice(entries: Entries) -> list[str]:
@@ -526,9 +538,9 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
     eps = headline_eps(list(entries.values())[-1].record)
     sizes = "; ".join(f"`{protocol}` {figures.size_of(rows[0].blocks[protocol]['clean'])}" for protocol in protocols)
     parts = [*_notice(entries), _findings(rows, eps), "![Clean and worst-case balanced accuracy of every row that counts slices, by "
-             "protocol](assets/results/headline.png)", _headline_table(rows, protocols, eps),
+             "protocol](assets/results/headline.png)", _headline_table([row for row in rows if not row.counts_persons], protocols, eps),
              "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % "
-             f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>",
+             f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>", *_persons_table(rows, eps),
              "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows)), _still_to_run(everything, entries)]
     parts += _comparisons(entries, rows, eps)
     for protocol in protocols:
