@@ -379,11 +379,12 @@ def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path,
     for path, figure in drawn.items():
         words = " ".join(text.get_text() for text in figure.findobj(match=lambda x: hasattr(x, "get_text")))
         assert path.is_file() and "data: real · profile demo · random init" in words and figure.get_figwidth() <= 12.5
-        assert any(size in words for size in ("n = 92 slices of 23 people", "10 people, 40 slices", "2 runs",
+        assert any(size in words for size in ("n = 92 slices of 23 people", "10 people,\n40 slices", "2 runs",
                                                    "n = 46 slices of 23 people", "]\nn = 92", "n = 92 / 23"))
 
 
 def test_models_of_other_sizes_are_not_given_one_n() -> None:
+    assert figures._of_class({(640, 20), (3200, 100)}) == "20 to 100 people,\n640 to 3,200 slices"
     assert figures._sizes([(92, 23), (92, 23)]) == "n = 92 slices of 23 people"
     assert figures._sizes([(2560, 80), (1280, 40)]) == "n = 1,280 to 2,560 slices of 40 to 80 people a model"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -25,6 +26,8 @@ COLOURS = {"Dinov2": "#56B4E9", "Dinov2_atk": "#0072B2", "Efficientnet": "#E69F0
            "Resnet": "#6FCFB0", "Resnet_atk": "#00785A", "Ensemble": "#CC79A7", "Sequence": "#882255",
            "Baselines": "#8C8C8C", "Constant answer": "#222222"}
 MARKERS = {name: "D" if name.endswith("_atk") else "o" for name in COLOURS} | {"Constant answer": "X", "Baselines": "s"}
+#: Ensembles share one hue, so each form has a shape of its own.
+FORM_MARKERS = {"uniform clean": "v", "uniform robust": "^", "uniform mixed": "P", "weighted mixed": "<", "stacking mixed": ">", "blending mixed": "h"}
 PROTOCOL_TITLES = {"slice": "slice: published split, people on both sides",
                    "patient": "patient: no person on both sides"}
 GREY, BASE = "#6b6b6b", "#222222"
@@ -91,6 +94,10 @@ def styled(draw):
             return draw(*arguments, **options)
     wrapped.__name__, wrapped.__doc__, wrapped.__wrapped__ = draw.__name__, draw.__doc__, draw
     return wrapped
+
+
+def marker_of(row: StudyRow) -> str:
+    return FORM_MARKERS.get(row.variant, MARKERS[row.model])
 
 
 def size_of(block: dict) -> str:
@@ -501,7 +508,7 @@ def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str, whole: in
     """`whole`: the n of the panel's title; a row of another n says its own."""
     if block["clean"]["n_slices"] != whole:
         panel.text(102.5, row.number + 0.42, f"n = {block['clean']['n_slices']:,} / {block['clean']['n_people']:,}", ha="right", fontsize=6.5, color=GREY)
-    colour, marker = COLOURS[row.model], MARKERS[row.model]
+    colour, marker = COLOURS[row.model], marker_of(row)
     clean = _point(block["clean"]["slice"], "balanced_accuracy_3")
     worst = _point(block["worst_case"].get(eps), "balanced_accuracy_3") if row.trained and clean else None
     apart = 0.13 if worst else 0.0  # the two intervals side by side, where they overlap
@@ -517,25 +524,32 @@ def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str, whole: in
 
 @styled
 def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
-    """Worst case against eps, one curve a trained row, under both protocols."""
-    figure, axes = canvas(1, 2, (10, 4.5), "Worst case over all L∞ attacks", provenance(entries), sharey=True)
-    for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
-        shown = [row for row in rows if row.trained and row.blocks.get(protocol, {}).get("worst_case")]
-        if not shown:
-            panel.set_title(PROTOCOL_TITLES[protocol])
+    """Worst case against eps, one curve a trained row: models under both protocols, then ensembles, which share a hue."""
+    groups = [[row for row in rows if row.trained and (row.variant is not None) == ensembles] for ensembles in (False, True)]
+    groups = [group for group in groups if group] or [[]]
+    figure, axes = canvas(len(groups), 2, (10, 0.6 + 3.9 * len(groups)), "Worst case over all L∞ attacks", provenance(entries), sharey=True)
+    for panel, (group, protocol) in zip(axes.flat, itertools.product(groups, PROTOCOLS), strict=True):
+        own = [row for row in group if row.blocks.get(protocol, {}).get("worst_case")]
+        title = f"ensembles, {protocol}" if any(row.variant for row in group) else PROTOCOL_TITLES[protocol]
+        if not own and group is not groups[0]:
+            panel.set_axis_off()
+            continue
+        panel.set_title(title)
+        if not own:
             _absent(panel)
             continue
-        for row in shown:
+        panel.tick_params(labelleft=True)
+        panel.set_ylabel("balanced accuracy, 3 classes (%)")
+        for row in own:
             _worst_case_curve(panel, row.blocks[protocol], COLOURS[row.model],
-                              "-" if row.model.endswith("_atk") else "--", row.name, MARKERS[row.model])
+                              "-" if row.model.endswith("_atk") or row.variant == "uniform robust" else "--", row.name, marker_of(row))
         _constant_line(panel, rows, protocol)
         panel.plot([], [], color=BASE, linestyle=":", linewidth=1.1, label="Constant answer")
-        _eps_axis(panel, [eps for row in shown for eps in row.blocks[protocol]["worst_case"]])
+        _eps_axis(panel, [eps for row in own for eps in row.blocks[protocol]["worst_case"]])
         panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of([row.blocks[protocol] for row in shown], attacked=True)}\n"
-                        "bands: 95 % intervals")
-    axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
-    handles = {label: handle for panel in axes[0] for handle,
+        sizes = _sizes_of([row.blocks[protocol] for row in own], attacked=True).replace(" (", "\n(")
+        panel.set_title(f"{title}\n{sizes}; bands: 95 % intervals")
+    handles = {label: handle for panel in axes.flat for handle,
                label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center")
     return figure
@@ -557,7 +571,7 @@ def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
                 places[row.name] = (clean[0], worst[0])
                 placed.append(block)
                 panel.errorbar(clean[0], worst[0], xerr=_bars(clean), yerr=_bars(worst), color=COLOURS[row.model],
-                               marker=MARKERS[row.model], markersize=7, elinewidth=1, linestyle="", label=row.name,
+                               marker=marker_of(row), markersize=7, elinewidth=1, linestyle="", label=row.name,
                                zorder=3)
         if not places:
             _absent(panel)
@@ -588,28 +602,37 @@ def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
                            sharey=True)
     offsets = np.linspace(-0.32, 0.32, len(shown)) if len(shown) > 1 else [0.0]
     for panel, protocol in zip(axes[:, 0], protocols, strict=True):
-        people = ["?"] * 4
+        counted: list[set[tuple[int, int]]] = [set() for _ in CLASSES]
         for row, offset in zip(shown, offsets, strict=True):
             if protocol not in row.blocks:
                 continue
             clean, worst = _class_shares(row, protocol, eps)
-            people = [f"{share['n_people']} {'person' if share['n_people'] == 1 else 'people'}, {share['n_slices']:,} slices" for share in clean]
+            for counts, share in zip(counted, clean, strict=True):
+                counts.add((share["n_slices"], share["n_people"]))
             for shares, face in ((worst, "white"), (clean, COLOURS[row.model])):
                 for label, share in enumerate(shares):
                     point = _point({"share": share}, "share")
                     if point:
                         panel.errorbar(label + offset, point[0], yerr=_bars(point), color=COLOURS[row.model],
                                        elinewidth=1,
-                                       marker=MARKERS[row.model], markersize=5.5, markerfacecolor=face, linestyle="")
-        panel.set_xticks(range(4), [f"{name}\n{n}" for name, n in zip(CLASSES, people, strict=True)])
+                                       marker=marker_of(row), markersize=5.5, markerfacecolor=face, linestyle="")
+        panel.set_xticks(range(4), [f"{name}\n{_of_class(counts)}" for name, counts in zip(CLASSES, counted, strict=True)])
         panel.set(xlim=(-0.5, 3.5), ylim=(-3, 103), ylabel="right (%)")
         panel.grid(axis="x", visible=False)
         panel.set_title(PROTOCOL_TITLES[protocol] + ("   (Moderate: too few people for any claim)"
                                                      if protocol == "patient" else ""))
-    handles = [Line2D([], [], color=COLOURS[row.model], marker=MARKERS[row.model], linestyle="", label=row.name)
+    handles = [Line2D([], [], color=COLOURS[row.model], marker=marker_of(row), linestyle="", label=row.name)
                for row in shown]
     figure.legend(handles=handles, loc="outside right center")
     return figure
+
+
+def _of_class(counts: set[tuple[int, int]]) -> str:
+    """(slices, people) of one class in every model shown: `20 to 100 people,` and `640 to 3,200 slices`."""
+    if not counts:
+        return "?"
+    slices, people = zip(*counts, strict=True)
+    return f"{_between(people)} {'person' if set(people) == {1} else 'people'},\n{_between(slices)} slices"
 
 
 def _class_shares(row: StudyRow, protocol: str, eps: str) -> tuple[list[dict], list[dict]]:
@@ -629,24 +652,25 @@ def _class_shares(row: StudyRow, protocol: str, eps: str) -> tuple[list[dict], l
 @styled
 def reliability_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Confidence against accuracy on clean images; open marks after temperature scaling on validation."""
-    shown, protocols = [row for row in rows if row.trained], _protocols(rows)
-    figure, axes = canvas(len(protocols), len(shown), (max(4.0, 1.75 * len(shown) + 0.6), 0.9 + 2.2 * len(protocols)),
-                           "Does confidence mean accuracy?", provenance(entries), sharex=True, sharey=True)
-    for panels, protocol in zip(axes, protocols, strict=True):
-        for panel, row in zip(panels, shown, strict=True):
-            panel.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle="--")
-            panel.set(xlim=(20, 102), ylim=(0, 102), xticks=[25, 50, 75, 100])
-            if protocol not in row.blocks:
-                panel.text(60, 50, "no record yet", ha="center", color=GREY)
-                continue
-            clean = row.blocks[protocol]["clean"]
-            text = f"n = {clean['n_slices']:,} / {clean['n_people']:,}\n{_reliability_curves(panel, row, protocol)}"
-            panel.text(0.97, 0.04, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=7.5)
-        panels[0].set_ylabel(f"{protocol}\naccuracy (%)")
-    for panel, row in zip(axes[0], shown, strict=True):
-        panel.set_title(row.name, fontsize=8.5)
-    for panel in axes[-1]:
-        panel.set_xlabel("confidence (%)")
+    shown = [(protocol, row) for protocol in _protocols(rows) for row in rows if row.trained and protocol in row.blocks]
+    columns = min(len(shown), 6)
+    lines = -(-len(shown) // columns)
+    figure, axes = canvas(lines, columns, (max(4.0, 1.85 * columns + 0.6), 0.9 + 2.3 * lines), "Does confidence mean accuracy?",
+                          provenance(entries), sharex=True, sharey=True)
+    for panel in axes.flat[len(shown):]:
+        panel.set_axis_off()
+    for place, (panel, (protocol, row)) in enumerate(zip(axes.flat, shown, strict=False)):
+        panel.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle="--")
+        panel.set(xlim=(20, 102), ylim=(0, 102), xticks=[25, 50, 75, 100])
+        clean = row.blocks[protocol]["clean"]
+        text = f"n = {clean['n_slices']:,} / {clean['n_people']:,}\n{_reliability_curves(panel, row, protocol)}"
+        panel.text(0.97, 0.04, text, transform=panel.transAxes, ha="right", va="bottom", fontsize=7.5)
+        panel.set_title(f"{row.name}\n{protocol}", fontsize=8.5)
+        if place % columns == 0:
+            panel.set_ylabel("accuracy (%)")
+        if place + columns >= len(shown):
+            panel.set_xlabel("confidence (%)")
+            panel.tick_params(labelbottom=True)
     figure.text(0.01, 0.1 / figure.get_figheight(), "n slices / people; bars: 95 % intervals", fontsize=7.5, color=GREY,
                 va="bottom")
     return figure
