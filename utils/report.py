@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 import shutil
@@ -78,8 +79,19 @@ def _number(row: StudyRow, protocol: str) -> str:
     block = row.blocks[protocol]
     worst = block["worst_case"].get(headline_eps(row.entries[protocol].record), {}).get("n_slices",
                                                                                         block["clean"]["n_slices"])
-    slices = block["clean"]["n_slices"]
-    return f"{slices:,} / {block['clean']['n_people']:,}{_attacked(slices, worst)}"
+    counted = block["clean"]["n_slices"]
+    people = "" if row.counts_persons else f" / {block['clean']['n_people']:,}"
+    return f"{counted:,}{people}{_attacked(counted, worst)}"
+
+
+def _counted(rows: list[StudyRow]) -> str:
+    return "n persons" if rows[-1].counts_persons else "n slices / people"
+
+
+def _apart(rows: list[StudyRow]) -> list[list[StudyRow]]:
+    """Rows that count slices and rows that count persons, which share no table; persons alone keep their constant answer."""
+    slices, persons = ([row for row in rows if row.counts_persons == counted] for counted in (False, True))
+    return [group for group in (slices, persons) if group] if any(row.model != CONSTANT for row in slices) else [rows]
 
 
 def _checks(row: StudyRow, protocol: str) -> str:
@@ -106,8 +118,7 @@ def _folds(row: StudyRow, protocol: str) -> str:
 
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
-    titles = ["#", "row", *(column.format(eps=eps) for column in COLUMNS), "n slices / people", "checks passed",
-              "data · profile · init"]
+    titles = ["#", "row", *(column.format(eps=eps) for column in COLUMNS), _counted(rows), "checks passed", "data · profile · init"]
     return [titles,
             *([str(row.number), row.name, *(_cell(row, protocol, column) for column in COLUMNS), _number(row, protocol),
                        _checks(row, protocol), _runs(row)] for row in rows if protocol in row.blocks)]
@@ -167,11 +178,14 @@ def results_text(records: list[dict]) -> str:
         return "No records yet: run `python reproduce.py`."
     eps = headline_eps(records[-1])
     parts = []
-    for protocol in rows[0].blocks:
-        table = [["#", protocol, *TEXT_COLUMNS, "n slices / people", "checks"]]
+    for protocol, group in itertools.product(rows[0].blocks, _apart(rows)):
+        shown = [row for row in group if protocol in row.blocks]
+        if not shown:
+            continue
+        table = [["#", protocol, *TEXT_COLUMNS, _counted(shown), "checks"]]
         table += [[str(row.number), row.name,
                    *(_narrow(_score(row, protocol, column), COLUMNS[column][2]) for column in TEXT_COLUMNS.values()),
-                   _number(row, protocol), _checks(row, protocol)] for row in rows if protocol in row.blocks]
+                   _number(row, protocol), _checks(row, protocol)] for row in shown]
         parts.append(_plain(table))
     parts.append(f"{provenance([Entry(Path(), record) for record in records])}\n"
                  "Percent, but AUROC and kappa; [95 % interval over resampled people]; bal.acc. over 3 classes (Mild "
@@ -485,10 +499,10 @@ def _without_search_people(rows: list[StudyRow]) -> str:
 
 
 def _headline_table(rows: list[StudyRow], protocols: list[str], eps: str, size: bool = False) -> str:
-    """Clean and worst-case scores in few columns; `size` adds what each row under the last protocol counts."""
+    """Clean and worst-case scores in few columns; `size` adds how many persons each row under the last protocol counts."""
     short = {HEADLINE[0]: "balanced accuracy (%)", HEADLINE[1]: "AUROC", HEADLINE[2]: f"worst case at {eps} (%)"}
     table = [["#", "row", *(f"`{protocol}`: {short[column]}" for column in HEADLINE for protocol in protocols),
-              *["n"] * size, "data · profile · init"]]
+              *["n persons"] * size, "data · profile · init"]]
     for row in rows:
         cells = [_cell(row, protocol, column, brief=True) for column in HEADLINE for protocol in protocols]
         table.append([str(row.number), row.name, *cells, *[_number(row, protocols[-1])] * size, _runs(row)])
@@ -502,7 +516,7 @@ def _persons_table(rows: list[StudyRow], eps: str) -> list[str]:
         return []
     protocols = [protocol for protocol in PROTOCOLS if any(protocol in row.blocks for row in persons)]
     return ["**Whole persons**, diagnosed from their ordered slices by a model over a backbone's features; the attacker may change every "
-            f"slice. Row 1 by person: {_cell(rows[0], protocols[-1], 'by person: balanced accuracy, 3 classes (%)')} %. n counts persons:",
+            f"slice. Row 1 by person: {_cell(rows[0], protocols[-1], 'by person: balanced accuracy, 3 classes (%)')} %:",
             _headline_table(persons, protocols, eps, size=True)]
 
 
@@ -543,9 +557,11 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
              f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>", *_persons_table(rows, eps),
              "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows)), _still_to_run(everything, entries)]
     parts += _comparisons(entries, rows, eps)
-    for protocol in protocols:
-        parts.append(f"<details><summary>Every score under <code>{protocol}</code></summary>\n\n"
-                     f"{_markdown(_full_table(rows, protocol, eps))}{_failed_checks(rows, protocol)}\n\n</details>")
+    for protocol, group in itertools.product(protocols, _apart(rows)):
+        if shown := [row for row in group if protocol in row.blocks]:
+            whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
+            parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
+                         f"{_markdown(_full_table(shown, protocol, eps))}{_failed_checks(shown, protocol)}\n\n</details>")
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(*_compared(entries))]
