@@ -20,8 +20,8 @@ SIDE = 256
 #: EfficientNet's maps lie in a patch of 4 × 4 cells, 0.75 in one of 8 × 8 (`assets/planted_evidence.json`).
 EXPLAINED_SIDE = 512
 LIMIT = 0.7
-#: What each backbone takes to learn the task from random weights in one pass over fresh images. DINOv2 takes several times as
-#: many images in noise: its stripes lie on plain grey.
+#: What each backbone takes to learn the task from random weights in one pass over fresh images. DINOv2's stripes lie on plain
+#: grey, not in noise.
 BUDGETS: dict[str, dict] = {
     "Resnet": dict(count=960, lr=1e-3, half=True, noise=True, input_size=None),
     "Efficientnet": dict(count=1600, lr=2e-3, half=False, noise=True, input_size=None),

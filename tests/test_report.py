@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from utils import figures, metrics, records, report
+from utils import diagnosis, figures, metrics, records, report
 from utils.records import attacks_of, read_entries, standing, study_rows, summarise, variants_of, write_record
 from utils.utils_funcs import ROOT, StudyError
 
@@ -387,6 +387,11 @@ def test_models_of_other_sizes_are_not_given_one_n() -> None:
     assert figures._of_class({(640, 20), (3200, 100)}) == "20 to 100 people,\n640 to 3,200 slices"
     assert figures._sizes([(92, 23), (92, 23)]) == "n = 92 slices of 23 people"
     assert figures._sizes([(2560, 80), (1280, 40)]) == "n = 1,280 to 2,560 slices of 40 to 80 people a model"
+
+
+def test_every_form_of_ensemble_has_a_shape_of_its_own() -> None:
+    assert set(figures.FORM_MARKERS) == {" ".join(form) for form in diagnosis.FORMS}
+    assert len(set(figures.FORM_MARKERS.values())) == len(diagnosis.FORMS)
 
 
 def test_redrawing_changes_no_byte(tree: Path, tmp_path: Path) -> None:

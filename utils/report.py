@@ -121,12 +121,12 @@ def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]
     titles = ["#", "row", *(column.format(eps=eps) for column in COLUMNS), _counted(rows), "checks passed", "data · profile · init"]
     return [titles,
             *([str(row.number), row.name, *(_cell(row, protocol, column) for column in COLUMNS), _number(row, protocol),
-                       _checks(row, protocol), _runs(row)] for row in rows if protocol in row.blocks)]
+                       _checks(row, protocol), _runs(row)] for row in rows)]
 
 
 def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
     """What each check that did not pass says, by row and fold, as a note beneath the table; empty where all passed."""
-    failed = [f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: {check['note']}" for row in rows if row.trained and protocol in row.blocks
+    failed = [f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: {check['note']}" for row in rows if row.trained
               for check in row.checks(protocol) if not check["passed"]]
     if not failed:
         return ""
