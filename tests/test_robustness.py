@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests import fixtures_attacks as zoo
@@ -368,6 +369,41 @@ def test_every_stage_of_the_suites_keeps_the_contract():
         assert meta["largest_perturbation"] <= parse_eps(key[0]) + 1e-6
     assert result.meta["4/255", "apgd_t"]["package"].startswith("pyautoattack ")
     assert result.meta["4/255", "apgd_t"]["n_attacked"] < len(LABELS)
+
+
+class BlindInBfloat16(zoo.Wrapped):
+    """Right, but without a slope or a change of margin to follow, as soon as it computes in bfloat16."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images).float()
+        return 10 * F.one_hot(logits.argmax(1), 4).float() if torch.is_autocast_enabled("cpu") else logits
+
+
+@pytest.mark.parametrize("model", [zoo.honest_model, BlindInBfloat16])
+def test_a_suite_in_bfloat16_ends_with_a_search_in_float32_and_tells_what_that_found(model):
+    config = dataclasses.replace(CONFIG, suite="standard", eps=("2/255", "4/255"))
+    plan = [stage for stage in suite_plan(config) if stage.attack in ("pgd", "fgsm") and stage.view != "binary"]
+    result = evaluate_suite(model(), IMAGES, LABELS, PEOPLE, config, stages=plan, precision="bf16")
+    check = next(row for row in result.sanity if row["check"] == "float32_finds_no_more")
+    assert list(check["figure"]) == ["apgd_t_float32", "apgd_t_float32_merged"]
+    assert check["passed"] == (model is zoo.honest_model) and ("float32" in verdict(result.sanity)) == (not check["passed"])
+    assert {name: meta["precision"] for (eps, name), meta in result.meta.items() if eps == "4/255"} == {
+        "fgsm": "bf16", "pgd8": "bf16", "pgd8_8bit": "bf16", "pgd8_merged": "bf16",
+        "apgd_t_float32": "fp32", "apgd_t_float32_merged": "fp32"}
+    fell, asked = check["figure"]["apgd_t_float32"]
+    assert result.meta["4/255", "apgd_t_float32"]["n_attacked"] == asked > 0
+    standing = {name: (~fallen(rows, LABELS))[~np.isnan(rows).any(1)].sum() for (eps, name), rows in result.logits.items() if eps == "4/255"}
+    assert fell <= asked and worst_case(result.logits, LABELS, "4/255").sum() <= (~fallen(result.clean_logits, LABELS)).sum() - fell
+    assert standing["apgd_t_float32"] == asked - fell
+
+
+def test_a_state_of_another_precision_is_not_continued(tmp_path):
+    plan = [Stage("fgsm", "fgsm")]
+    for precision in ("fp32", "bf16", "fp32"):
+        evaluate(zoo.honest_model(), plan, state_dir=tmp_path, precision=precision)
+    files = [path.name for path in tmp_path.glob("*/*fgsm*")]
+    once = evaluate(zoo.honest_model(), plan)
+    assert len(files) == 2 * sum(name == "fgsm" for _, name in once.logits) * 2, files
 
 
 def test_skipped_images_carry_the_logits_that_felled_them():

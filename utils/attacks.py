@@ -1,10 +1,11 @@
 """Perturbations of a batch of images in pixel space, and the registry of named attacks.
 
-Every attack is `(model, images, labels, eps, *, seed=0, targets=None, …budget) -> adversarial images`: images `float32`
-(N, 1, H, W) in [0, 1], labels `int64` (N,), eps in units of the [0, 1] pixel range and in the attack's own norm
-(`ATTACKS[name].norm`). `model` is any `nn.Module` from such images to logits (N, C). What an attack may never do is
-ensured here once, by `_untouched`: it leaves weights, buffers, gradients, every module's mode and all global random
-states as they were, also when it raises.
+Every attack is `(model, images, labels, eps, *, seed=0, targets=None, precision="fp32", …budget) -> adversarial images`:
+images `float32` (N, 1, H, W) in [0, 1], labels `int64` (N,), eps in units of the [0, 1] pixel range and in the attack's
+own norm (`ATTACKS[name].norm`). `model` is any `nn.Module` from such images to logits (N, C). What an attack may never do
+is ensured here once, by `_untouched`: it leaves weights, buffers, gradients, every module's mode and all global random
+states as they were, also when it raises. `precision="bf16"` lets any of them search in bfloat16, faster on processors that
+have it; what fell counts in float32 alone (`_search_in_bfloat16`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Attack(Protocol):
     package: str | None
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                 targets: Tensor | None = None, **budget: object) -> Tensor: ...
+                 targets: Tensor | None = None, precision: Precision = "fp32", **budget: object) -> Tensor: ...
 
 
 #: Name → attack.
@@ -161,12 +162,13 @@ def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
     def wrap(function: Callable[..., Tensor]) -> Attack:
         @functools.wraps(function)
         def guarded(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                    targets: Tensor | None = None, **budget: object) -> Tensor:
+                    targets: Tensor | None = None, precision: Precision = "fp32", **budget: object) -> Tensor:
             _check_input(images, labels, eps, targets)
             if eps == 0 or len(images) == 0:
                 return images.clone()
+            attack = function if precision == "fp32" else functools.partial(_search_in_bfloat16, function)
             with _untouched(model):
-                adversarial = function(model, images.detach(), labels, float(eps), seed=seed, targets=targets, **budget)
+                adversarial = attack(model, images.detach(), labels, float(eps), seed=seed, targets=targets, **budget)
             return _checked(name, norm, images, adversarial.detach(), eps)
 
         guarded.norm, guarded.kind, guarded.package = norm, kind, package
@@ -174,6 +176,20 @@ def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
         return guarded
 
     return wrap
+
+
+def _search_in_bfloat16(attack: Callable[..., Tensor], model: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
+                        targets: Tensor | None, mask: Tensor | None = None, **budget: object) -> Tensor:
+    """What `attack` finds against the model computed in bfloat16. An image that fell there and stands in float32 was felled
+    by rounding: it is attacked again in float32."""
+    masked = {} if mask is None else {"mask": mask}
+    adversarial = attack(_InBfloat16(model), images, labels, eps, targets=targets, **masked, **budget)
+    claimed = _succeeded(_InBfloat16(model), adversarial, labels, targets)[1]
+    rows = (claimed & ~_succeeded(model, adversarial, labels, targets)[1]).nonzero().squeeze(1)
+    if len(rows):
+        masked = {} if mask is None else {"mask": _of_rows(mask, rows)}
+        adversarial[rows] = attack(model, images[rows], labels[rows], eps, targets=_rows(targets, rows), **masked, **budget)
+    return adversarial
 
 
 def _check_input(images: Tensor, labels: Tensor, eps: float, targets: Tensor | None) -> None:
@@ -304,7 +320,7 @@ def _random_start(images: Tensor, eps: float, norm: Norm, seed: int) -> Tensor:
 def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start: Tensor, *, steps: int,
             step_size: float, targets: Tensor | None = None, norm: Norm = "linf", loss: Loss = "ce",
             momentum: float | None = None, mask: Tensor | None = None, push: bool = False,
-            aim: Tensor | None = None, precision: Precision = "fp32") -> tuple[Tensor, Tensor, Tensor]:
+            aim: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from `start`, keeping each image's best iterate.
 
     An image leaves the batch at its first success, so that later steps cost only the images that still stand; with
@@ -315,7 +331,6 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
         aim: class to climb towards while any wrong answer is a success.
         momentum: decay of the accumulated gradient (None: no accumulation).
         mask: 1 where a pixel may change, broadcastable to `images`.
-        precision: arithmetic of the search; whatever it is, success counts in float32 alone.
 
     Returns:
         Best iterate (N, 1, H, W), its distance to success (N,), and whether it succeeded (N,).
@@ -325,17 +340,14 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
     done = torch.zeros_like(labels).bool()
     rows, current = torch.arange(len(images), device=images.device), start
     velocity = torch.zeros_like(images) if momentum is not None else None
-    search = model if precision == "fp32" else _InBfloat16(model)
     for step in range(steps + 1):
         y, t, g = labels[rows], _rows(targets, rows), _rows(goal, rows)
         if step < steps:
-            gradient, logits = _pixel_gradient(search, current, lambda logits: _objective(logits, y, g, loss))
+            gradient, logits = _pixel_gradient(model, current, lambda logits: _objective(logits, y, g, loss))
         else:
             with torch.no_grad():
                 logits = model(current).float()
         remaining, hit = _distance_to_success(logits, y, t)
-        if search is not model and step < steps and bool(hit.any()):
-            remaining[hit], hit[hit.clone()] = _succeeded(model, current[hit], y[hit], _rows(t, hit))
         better = (hit & ~done[rows]) | (remaining < distance[rows])
         best[rows[better]], distance[rows[better]] = current[better], remaining[better]
         done[rows[hit]] = True
@@ -379,8 +391,7 @@ def _succeeded(model: nn.Module, images: Tensor, labels: Tensor,
 
 def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int, targets: Tensor | None,
                steps: int, attempts: int, step_size: float | None, norm: Norm, loss: Loss, random_start: bool,
-               momentum: float | None = None, mask: Tensor | None = None, push: bool = False,
-               precision: Precision = "fp32") -> Tensor:
+               momentum: float | None = None, mask: Tensor | None = None, push: bool = False) -> Tensor:
     """`attempts` ascents, each on the images that still stand after those before. With a margin loss and no targets the
     k-th climbs towards the k-th nearest class."""
     aims = None
@@ -405,7 +416,7 @@ def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
         found, remaining, hit = _ascend(
             model, part, labels[rows], eps, start, steps=steps, step_size=step_size or 2.5 * eps / steps,
             targets=_rows(targets, rows), norm=norm, loss=loss, momentum=momentum, mask=own_mask, push=push,
-            aim=None if aims is None else aims[rows, attempt % aims.shape[1]], precision=precision)
+            aim=None if aims is None else aims[rows, attempt % aims.shape[1]])
         better = (hit & ~done[rows]) | (remaining < distance[rows])
         adversarial[rows[better]], distance[rows[better]] = found[better], remaining[better]
         done[rows[hit]] = True
@@ -566,8 +577,7 @@ def mifgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed
 @_register("pgd")
 def pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
         steps: int = 20, restarts: int = 1, step_size: float | None = None, loss: Loss = "ce",
-        random_start: bool = True, push: bool = False, mask: Tensor | None = None,
-        precision: Precision = "fp32") -> Tensor:
+        random_start: bool = True, push: bool = False, mask: Tensor | None = None) -> Tensor:
     """Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), keeping the best iterate: any successful one
     counts, and an image is left alone once it fell. Towards `targets` where they are given.
 
@@ -576,11 +586,9 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: i
         loss: `ce`, or `margin`, which climbs towards the nearest other class (the next nearest at each restart).
         push: go on after success to the lowest margin (what a rank statistic like AUROC asks of an attacker).
         mask: 1 where a pixel may change.
-        precision: `bf16` searches in bfloat16, faster on processors that have it; every success is verified in float32.
     """
     return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
-                      step_size=step_size, norm="linf", loss=loss, random_start=random_start, push=push, mask=mask,
-                      precision=precision)
+                      step_size=step_size, norm="linf", loss=loss, random_start=random_start, push=push, mask=mask)
 
 
 @_register("pgd_targeted")

@@ -97,6 +97,9 @@ class RunConfig:
     attack_stride: int = 1
     """Attack one in so many test slices of each person; clean scores are always of every test slice."""
     attack_batch: int = 64
+    attack_as_trained: bool = False
+    """Attacks search in the arithmetic that `precision` came to, so in bfloat16 where that was the faster; what fell is always
+    decided in float32."""
     suite: Literal["quick", "standard", "full"] = "standard"
     """`quick`: noise, FGSM, PGD; `standard`: also targeted, APGD-T and Square on what still stands, and transfer; `full`:
     also other norms, decisions alone, and AutoAttack on a stratified sample."""
@@ -149,7 +152,8 @@ PROFILES: dict[str, dict] = {
     "demo": dict(max_train=64, max_test=24, precision="fp32", input_size=48, epochs=2, batch_size=16, train_steps=2,
                  trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, suite="quick", sample=8),
     # Everybody is attacked, on two slices each: the number of people decides how wide the intervals are.
-    "cpu": dict(slice_stride=4, epochs=12, train_steps=2, trials=0, suite="full", attack_stride=16, sweep_steps=20, sample=32),
+    "cpu": dict(slice_stride=4, epochs=12, train_steps=2, trials=0, suite="full", attack_stride=16, sweep_steps=20, sample=32,
+                attack_as_trained=True),
     "paper": dict(input_size=224, epochs=40, batch_size=64, train_steps=10, trials=20, search_epochs=8, suite="full",
                   attack_batch=256, sample=512, pgd_steps=50),
 }

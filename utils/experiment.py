@@ -240,7 +240,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     attacked = test.pick(chosen)
     sources, masks, stages = attack_plan(study, config, model, attacked)
     result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, state_dir=state, stages=stages,
-                            sources=sources, masks=masks)
+                            sources=sources, masks=masks, precision=fit.precision if config.attack_as_trained else "fp32")
     clean = training.predict(model, test.images, choose_device()).numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
     measures = _kept_json(state / "measures.json", lambda: sample_measures(model, attacked.images, attacked.labels.numpy(),

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.attacks import (ATTACKS, BINARY, THREE, GroupedClasses, Groups, group_labels, group_logits, margin,
+from utils.attacks import (ATTACKS, BINARY, THREE, GroupedClasses, Groups, Precision, group_labels, group_logits, margin,
                            nearest_adversarial, no_parameter_gradients, perturbation_size)
 from utils.config import RunConfig, parse_eps
 from utils.utils_funcs import CLASSES, StudyError, atomic_path, progress
@@ -41,7 +41,8 @@ class Stage:
 
     `scope`: `all` images; those still `standing` in this view and norm; or the standing ones of the fixed stratified
     `sample`. `eps`: at `every` eps of the sweep, only at the `headline` one, or one of its own, as written ("0.5" of an
-    L2 attack). `source`, `mask`: names of what `evaluate_suite` was given.
+    L2 attack). `source`, `mask`: names of what `evaluate_suite` was given. `precision`: arithmetic of the search where it is not
+    the run's.
     """
 
     attack: str
@@ -52,6 +53,7 @@ class Stage:
     budget: dict = field(default_factory=dict)
     source: str | None = None
     mask: str | None = None
+    precision: Precision | None = None
 
 
 @dataclass
@@ -114,6 +116,14 @@ def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[s
 def headline_of(config: RunConfig) -> str:
     """The eps that the dear attacks run at: `config.headline_eps`, or the largest of a sweep that does not hold it."""
     return config.headline_eps if config.headline_eps in config.eps else max(config.eps, key=parse_eps)
+
+
+def float32_stages(config: RunConfig) -> list[Stage]:
+    """What is added to a suite that searches in bfloat16, after all else at the headline eps: APGD-T in float32 on the
+    standing part of the fixed sample, so that the worst case holds what rounding hid, and a check counts it."""
+    budget = dict(steps=100)
+    return [Stage("apgd_t", "apgd_t_float32" + VIEWS[view][1], view, "sample", "headline", budget, precision="fp32")
+            for view in ("four", "three")] if config.suite != "quick" else []
 
 
 def other_norms_plan(config: RunConfig) -> list[Stage]:
@@ -212,7 +222,8 @@ def _reversed_bits(number: int, bits: int = 12) -> int:
 def evaluate_suite(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: np.ndarray | Tensor,
                    people: np.ndarray | Tensor, config: RunConfig, *, state_dir: Path | None = None,
                    stages: Sequence[Stage] | None = None, sources: Mapping[str, nn.Module] | None = None,
-                   masks: Mapping[str, Tensor] | None = None, time_limit: float | None = None) -> SuiteResult:
+                   masks: Mapping[str, Tensor] | None = None, time_limit: float | None = None,
+                   precision: Precision = "fp32") -> SuiteResult:
     """Attacks `model` with a suite at every eps of `config.eps`, then checks the evaluation itself.
 
     Args:
@@ -223,14 +234,17 @@ def evaluate_suite(model: nn.Module, images_uint8: np.ndarray | Tensor, labels: 
         sources: other models, by name, that transfer attacks are made on.
         masks: regions, by name, that Kryptonite is confined to, 1 inside, (N, 1, H, W).
         time_limit: seconds that one batch of one attack may take before the evaluation fails.
+        precision: `bf16` lets the attacks search in bfloat16, faster on processors that have it. What fell is always
+            decided in float32, and `float32_stages` are added.
 
     Raises:
         StudyError: an attack raised, ran out of time, or changed no image: a failed run, never a robust model.
     """
     labels, people = np.asarray(labels).astype(np.int64), np.asarray(people)
     run = _Run(model, as_pixels(images_uint8), labels, people, config, state_dir, time_limit, dict(sources or {}),
-               dict(masks or {}))
+               dict(masks or {}), precision)
     plan = list(suite_plan(config, tuple(run.sources), tuple(run.masks)) if stages is None else stages)
+    plan += float32_stages(config) if precision != "fp32" else []
     sweep = sorted(config.eps, key=parse_eps)
     # Ascending, so that what fell at a smaller eps, a point of every larger ball, need not be attacked again.
     work = sorted([(eps_text, stage) for stage in plan for eps_text in run.eps_of(stage, sweep)],
@@ -263,12 +277,13 @@ class _Run:
 
     def __init__(self, model: nn.Module, pixels: Tensor, labels: np.ndarray, people: np.ndarray, config: RunConfig,
                  state_dir: Path | None, time_limit: float | None, sources: dict[str, nn.Module],
-                 masks: dict[str, Tensor]) -> None:
+                 masks: dict[str, Tensor], precision: Precision) -> None:
         if not (len(pixels) == len(labels) == len(people)) or not len(pixels):
             raise StudyError(f"The evaluation got {len(pixels)} images, {len(labels)} labels and {len(people)} people: "
                              "give one of each for every image, and at least one.")
         self.model, self.pixels, self.labels, self.people, self.config = model, pixels, labels, people, config
         self.sources, self.masks, self.time_limit, self.device = sources, masks, time_limit, _device(model)
+        self.precision: Precision = precision
         self.digest, self.modes = model_digest(model), [module.training for module in model.modules()]
         self.headline = headline_of(config)
         self.nonfinite = 0
@@ -344,6 +359,7 @@ class _Run:
         self.meta[key] = {
             "n_attacked": count, "n_set": int((~np.isnan(logits).any(1)).sum()), "norm": attack.norm,
             "kind": attack.kind, "view": stage.view, "scope": stage.scope, "seed": self.config.seed,
+            "precision": stage.precision or self.precision,
             "standing_before": round(before, 4),
             "standing_after": round(self.share_standing(stage), 4), "seconds": round(totals["seconds"], 2),
             "queries": round(totals["queries"] / max(count, 1), 1), "n_unchanged": int(totals["unchanged"]),
@@ -390,7 +406,7 @@ class _Run:
         try:
             with _warnings_of_official_code() as flags:
                 adversarial = ATTACKS[stage.attack](counted, self.pixels[rows].to(self.device), labels,
-                                                    parse_eps(eps_text), seed=seed, **budget).cpu()
+                                                    parse_eps(eps_text), seed=seed, precision=stage.precision or self.precision, **budget).cpu()
         except Exception as error:
             kind = "ran out of time" if isinstance(error, TimeoutError) else f"failed ({type(error).__name__}: {error})"
             raise StudyError(f"Attack {stage.name} at eps {eps_text} {kind} on images {rows[0]}-{rows[-1]}: this is a "
@@ -399,8 +415,9 @@ class _Run:
         return adversarial, counted.images, flags
 
     def _given(self, stage: Stage) -> str:
-        """Identity of what a stage was given beside its budget: the source's weights, the mask."""
-        source = model_digest(self.sources[stage.source]) if stage.source else ""
+        """Identity of what a stage was given beside its budget: the precision, the source's weights, the mask."""
+        source = "" if (stage.precision or self.precision) == "fp32" else self.precision
+        source += model_digest(self.sources[stage.source]) if stage.source else ""
         if not stage.mask:
             return source
         return source + hashlib.sha256(np.ascontiguousarray(torch.as_tensor(self.masks[stage.mask]))).hexdigest()
@@ -521,6 +538,7 @@ def sanity_table(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> list
     rows = [check(run) for check in model_checks]
     rows += [*_ordered(run, sweep), _falls_with_eps(run, plan, sweep), _eps_one(run), *_converged(run)]
     rows += [_masking(run, sweep), _inside_ball(run), _moved(run), _denominator(run, plan), _worst_by_image(run)]
+    rows += [_search_precision(run)] if any(stage.precision for stage in plan) else []
     return [*rows, _kept_rescore(run), _untouched_model(run)]
 
 
@@ -738,6 +756,20 @@ def _converged(run: _Run) -> list[dict]:
             f"twice the {what} fells {base - more:.1%} more: give PGD a larger budget"
         rows.append(_row(f"converged_in_{what}", passed, [_figure(base), _figure(more)], note))
     return rows
+
+
+def _search_precision(run: _Run) -> dict:
+    """What the faster arithmetic of the search may have cost: how many of the sample's images that everything else left
+    standing fell when APGD-T searched in float32, `[fallen, attacked]` by attack."""
+    found = {}
+    for stage in float32_stages(run.config):
+        key = run.headline, stage.name
+        own = run.attacked[key]
+        found[stage.name] = [int(fallen(run.logits[key][own], run.labels[own], stage.view).sum()), int(own.sum())]
+    passed = all(fell <= max(CHANCE * len(run.sample), 1) for fell, _ in found.values())
+    note = f"a search in float32 fells no more than the one in {run.precision}" if passed else \
+        f"a search in float32 fells images that the one in {run.precision} left standing: attack this model in float32"
+    return _row("float32_finds_no_more", passed, found, note)
 
 
 def _masking(run: _Run, sweep: Sequence[str]) -> dict:

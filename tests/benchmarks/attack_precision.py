@@ -1,0 +1,108 @@
+"""Whether attacks that search in bfloat16 are as strong as in float32, and how much faster, on a unit of the real grid.
+
+    python -m utils.experiment train --profile cpu --raw RAW --model Dinov2 --fold 0        leaves the weights
+    python tests/benchmarks/attack_precision.py --raw RAW --model Dinov2 --fold 0           what `attack_precision.txt` holds
+
+The unit's record holds the answers of a float32 search. Its suite is run again at the headline eps with a search in
+bfloat16 on the same weights, which must give the recorded clean answers; transfer and the region of Grad-CAM are left out
+of both. What fell is decided in float32 on both sides. `only fp32` and `only bf16` count images that fell to one search
+and stand against the other; the last lines do so for the worst case over all attacks, without and with the two float32
+stages that such a suite ends with. Times are processor seconds of APGD-T on the same standing images, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils import data  # noqa: E402
+from utils.attacks import ATTACKS  # noqa: E402
+from utils.backbones import load_model  # noqa: E402
+from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
+from utils.experiment import load_sets, open_study, recorded  # noqa: E402
+from utils.robustness import VIEWS, SuiteResult, as_pixels, evaluate_suite, fallen, headline_of, suite_plan  # noqa: E402
+from utils.utils_funcs import hardware  # noqa: E402
+
+FLOAT32 = "apgd_t_float32"
+
+
+def compared(name: str, view: str, fp32: np.ndarray, bf16: np.ndarray, seconds: tuple[float, float] | None = None) -> str:
+    """A line about which images stand, bool (N,), after each search."""
+    times = f"   {seconds[0]:6.0f} s / {seconds[1]:6.0f} s" if seconds else ""
+    return (f"  {name:24} {view:7} {fp32.sum():4} / {bf16.sum():4}   only fp32 {(bf16 & ~fp32).sum():3}   "
+            f"only bf16 {(fp32 & ~bf16).sum():3}{times}")
+
+
+def stands(logits: list[np.ndarray], labels: np.ndarray, view: str) -> np.ndarray:
+    return ~np.any([fallen(rows, labels, view) for rows in logits], axis=0)
+
+
+def lines(result: SuiteResult, rows: dict[str, np.ndarray], meta: dict, labels: np.ndarray, eps: str) -> list[str]:
+    shared = [name for at, name in result.logits if at == eps and f"{eps}:{name}" in rows and not name.endswith("_8bit")]
+    found = []
+    for name in shared:
+        view = result.meta[eps, name]["view"]
+        seconds = meta["attacks"][eps][name]["seconds"], result.meta[eps, name]["seconds"]
+        found.append(compared(name, view, ~fallen(rows[f"{eps}:{name}"], labels, view), ~fallen(result.logits[eps, name], labels, view), seconds))
+    for view in VIEWS:
+        fp32 = stands([rows[f"{eps}:{name}"] for name in shared], labels, view)
+        ours = {name: result.logits[eps, name] for name in shared}
+        found.append(compared("worst case", view, fp32, stands(list(ours.values()), labels, view)))
+        ours |= {name: logits for (at, name), logits in result.logits.items() if at == eps and name.startswith(FLOAT32)}
+        found.append(compared("worst case, fp32 added", view, fp32, stands(list(ours.values()), labels, view)))
+    return found
+
+
+def ratio(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float, rounds: int = 3) -> str:
+    seconds = {"fp32": [], "bf16": []}
+    for _ in range(rounds):
+        for precision, spent in seconds.items():
+            started = time.process_time()
+            ATTACKS["apgd_t"](model, images, labels, eps, steps=5, precision=precision)
+            spent.append(time.process_time() - started)
+    medians = {precision: statistics.median(spent) for precision, spent in seconds.items()}
+    return (f"APGD-T, 5 steps, {len(images)} images: fp32 {medians['fp32']:.1f} s, bf16 {medians['bf16']:.1f} s, "
+            f"ratio {medians['fp32'] / medians['bf16']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", required=True, help="folder or zip of the real cohort")
+    parser.add_argument("--model", default="Dinov2")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--weights", help="the unit's weights where they do not lie in checkpoints/")
+    parser.add_argument("--state", help="folder for finished batches, to go on after an interruption")
+    options = parser.parse_args()
+    study = open_study("cpu", options.raw)
+    config: RunConfig = make_config("cpu", options.model, protocol="patient", fold=options.fold)
+    unit, test = recorded(study, config), load_sets(study, config)["test"]
+    chosen = data.every_nth(test, config.attack_stride)
+    attacked, eps = test.pick(chosen), headline_of(config)
+    labels = attacked.labels.numpy()
+    config = make_config("cpu", options.model, protocol="patient", fold=options.fold, eps=(eps,))
+    model = load_model(options.weights or study.checkpoint(config))
+    result = evaluate_suite(model, attacked.images, labels, attacked.people, config, stages=suite_plan(config), precision="bf16",
+                            state_dir=Path(options.state) if options.state else None)
+    rows = {name: values[chosen].astype(np.float32) for name, values in unit.rows.items() if name == "clean" or ":" in name}
+    gap = np.abs(rows["clean"] - result.clean_logits).max()
+    if gap > 0.02 * max(1.0, np.abs(result.clean_logits).max()):
+        raise SystemExit(f"The weights' clean logits differ from the record's by {gap:.3f}: they are not that unit's weights.")
+    print(f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of {len(np.unique(attacked.people))} people; "
+          f"{torch.get_num_threads()} thread(s), {hardware()}, data: real, init: random\n"
+          f"  {'attack':24} {'view':7} standing fp32 / bf16{'':34}seconds fp32 (of the record) / bf16")
+    print("\n".join(lines(result, rows, unit.meta, labels, eps)))
+    print("  checks:", "; ".join(f"{row['check']} {row['figure']}" for row in result.sanity if not row["passed"] or "float32" in row["check"]))
+    standing = np.flatnonzero(~fallen(result.logits[eps, f"pgd{config.pgd_steps}"], labels))[:16]
+    print(" ", ratio(model, as_pixels(attacked.images)[standing], torch.as_tensor(labels[standing]), parse_eps(eps)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
