@@ -140,6 +140,16 @@ def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> Non
     assert f"row {row.number}, `{row.model}`, fold 1, seed 0: the stronger attack does not work" in report._failed_checks(rows, "patient")
 
 
+def test_a_search_in_bfloat16_is_named_beneath_the_table_with_what_float32_still_found(tree: Path) -> None:
+    rows = study_rows(read_entries(tree))
+    assert report._bfloat16_searches(rows, "patient") == ""
+    row = next(row for row in rows if row.trained)
+    check = row.entries["patient"].record["sanity"][1]
+    check |= {"check": "float32_finds_no_more", "figure": {"apgd_t_float32": [1, 11], "apgd_t_float32_merged": [0, 12]}}
+    told = f"row {row.number}, `{row.model}`, fold 1, seed 0: 1 of 11 (four classes), 0 of 12 (three classes)"
+    assert told in report._bfloat16_searches(rows, "patient")
+
+
 def test_worst_case_is_the_mean_of_minima_not_the_minimum_of_means() -> None:
     rows, units = study()
     record = summarise(rows, units, n_boot=N_BOOT)

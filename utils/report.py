@@ -134,6 +134,20 @@ def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
             "fallen; a failed check says that some attack was weaker than it should be.</sub>")
 
 
+def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
+    """Which units were attacked by a search in bfloat16, and what a search in float32 still found there, as a note beneath the
+    table; empty where all searched in float32."""
+    units = [(row, check) for row in rows if row.trained for check in row.checks(protocol) if check["check"] == "float32_finds_no_more"]
+    if not units:
+        return ""
+    told = "; ".join(f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: "
+                     + ", ".join(f"{fell} of {asked} ({'three' if name.endswith('_merged') else 'four'} classes)" for name, (fell, asked) in check["figure"].items())
+                     for row, check in units)
+    return ("\n\n<sub>Attacks on these units searched in bfloat16, on all others in float32; what fell is decided in float32 everywhere. "
+            "How many of the sample's images that such a search left standing at the headline eps then fell to APGD-T in float32, which "
+            f"the worst case counts: {told}.</sub>")
+
+
 def _markdown(table: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
@@ -561,7 +575,8 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
         if shown := [row for row in group if protocol in row.blocks]:
             whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
             parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
-                         f"{_markdown(_full_table(shown, protocol, eps))}{_failed_checks(shown, protocol)}\n\n</details>")
+                         f"{_markdown(_full_table(shown, protocol, eps))}"
+                         f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}\n\n</details>")
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(*_compared(entries))]
