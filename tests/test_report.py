@@ -140,6 +140,12 @@ def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> Non
     assert f"row {row.number}, `{row.model}`, fold 1, seed 0: the stronger attack does not work" in report._failed_checks(rows, "patient")
 
 
+def test_a_unit_that_names_no_precision_searched_in_float32() -> None:
+    metas = [{"norm": "linf", "seconds": 1.0}, {"norm": "linf", "seconds": 2.0, "precision": "bf16"}]
+    assert records._merge_meta(metas) == {"norm": "linf", "seconds": 3.0, "precision": ["fp32", "bf16"]}
+    assert records._merge_meta(metas[1:])["precision"] == "bf16" and "precision" not in records._merge_meta(metas[:1])
+
+
 def test_a_search_in_bfloat16_is_named_beneath_the_table_with_what_float32_still_found(tree: Path) -> None:
     rows = study_rows(read_entries(tree))
     assert report._bfloat16_searches(rows, "patient") == ""

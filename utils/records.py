@@ -30,6 +30,8 @@ Key = TypeVar("Key")
 AGREED = ("model", "regime", "protocol", "data", "profile", "cohort_sha256")
 #: Attack metadata that adds up over units; every other entry is kept once, or as the list of its distinct values.
 ADDED = ("n_attacked", "seconds", "forward_passes", "backward_passes")
+#: Attack metadata that units of earlier code do not name, and what it was there.
+BEFORE = {"precision": "fp32"}
 PERSON_UNDER_ATTACK = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "auroc")
 
 
@@ -170,7 +172,7 @@ def _evaluate(predictions: Arrays, variant: str | None, rows: Rows, metas: list[
 def _merge_meta(metas: list[dict]) -> dict:
     merged = {}
     for key in dict.fromkeys(key for meta in metas for key in meta):
-        values = [meta[key] for meta in metas if key in meta]
+        values = [meta.get(key, BEFORE.get(key)) for meta in metas if key in meta or key in BEFORE]
         merged[key] = sum(values) if key in ADDED else _one_or_all(values)
     return merged
 
