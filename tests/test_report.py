@@ -140,6 +140,24 @@ def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> Non
     assert f"row {row.number}, `{row.model}`, fold 1, seed 0: the stronger attack does not work" in report._failed_checks(rows, "patient")
 
 
+def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> None:
+    """Two records rarely hold the same attacks in the same order."""
+    whole = read_entries(ROOT)["Resnet", "patient"]
+    other = copy.deepcopy(whole.record)
+    other["protocol"], attacks = "slice", other["attacks"]["4/255"]
+    other["attacks"]["4/255"] = {name: attacks[name] for name in reversed(attacks) if name != "square"}
+    entries = {"slice": records.Entry(whole.path, other), "patient": whole}
+    figure = figures.model_robustness_figure("Resnet", entries)
+    for panel, entry in zip(figure.axes[2:4], entries.values(), strict=True):
+        names = [label.get_text().split(" (n")[0] for label in figure.axes[2].get_yticklabels()]
+        drawn = {names[round(container[0].get_ydata()[0])]: container[0].get_xdata()[0] for container in panel.containers}
+        blocks = entry.record["attacks"]["4/255"]
+        aims = {name: figures.AIMED_AT[block.get("view", "four")] for name, block in blocks.items()}
+        assert drawn == {name: pytest.approx(100 * blocks[name][aim]["value"]) for name, aim in aims.items() if blocks[name][aim]["value"] is not None}
+    sizes = [label.get_text() for label in figure.axes[2].get_yticklabels() if label.get_text().startswith("square ")]
+    assert sizes == [f"square (n = – | {attacks['square']['n_slices']:,})"]
+
+
 def test_a_unit_that_names_no_precision_searched_in_float32() -> None:
     metas = [{"norm": "linf", "seconds": 1.0}, {"norm": "linf", "seconds": 2.0, "precision": "bf16"}]
     assert records._merge_meta(metas) == {"norm": "linf", "seconds": 3.0, "precision": ["fp32", "bf16"]}

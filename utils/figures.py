@@ -261,9 +261,11 @@ def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
     where more attacks ran at one eps alone, every attack at that eps."""
     records = {protocol: entries[protocol].record for protocol in PROTOCOLS
                if protocol in entries and entries[protocol].record["worst_case"]}
-    alone = max((len(_at_one_eps(record)) for record in records.values()), default=0)
+    found = {protocol: _at_one_eps(record) for protocol, record in records.items()}
+    names = list(dict.fromkeys(name for blocks in found.values() for name in blocks))
+    alone = len(names)
     height = 3.9 + bool(alone) * (0.9 + 0.165 * alone)
-    figure, axes = canvas(1 + bool(alone), 2, (10, height), f"{model}: every attack, and the worst case over them",
+    figure, axes = canvas(1 + bool(alone), 2, (12, height), f"{model}: every attack, and the worst case over them",
                           provenance([*entries.values()]), sharey="row", height_ratios=(3.5, height - 4)[:1 + bool(alone)])
     looks = _attack_looks([*records.values()])
     for column, protocol in enumerate(PROTOCOLS):
@@ -285,12 +287,21 @@ def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
         panel.set_ylim(0, 102)
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of([record], attacked=True)}")
         if alone:
-            _one_eps_panel(axes[1, column], model, record)
+            _one_eps_panel(axes[1, column], model, record, found[protocol], names)
     handles = {label: handle for panel in axes[0] for handle,
                label in zip(*panel.get_legend_handles_labels(), strict=True)}
     axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
+    if alone:  # one set of rows for both panels, which share this axis
+        labels = [f"{name} (n = {' | '.join(_count(blocks.get(name)) for blocks in found.values())})" for name in names]
+        first = axes[1, PROTOCOLS.index(next(iter(records)))]
+        first.set_yticks(range(alone), labels, fontsize=7)
+        first.set_ylim(alone - 0.4, -0.6)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
     return figure
+
+
+def _count(block: dict | None) -> str:
+    return f"{block['n_slices']:,}" if block else "–"
 
 
 def _at_one_eps(record: dict) -> dict[str, dict]:
@@ -305,23 +316,20 @@ def _at_one_eps(record: dict) -> dict[str, dict]:
 AIMED_AT = {"four": "balanced_accuracy", "three": "balanced_accuracy_3", "binary": "auroc"}
 
 
-def _one_eps_panel(panel: Axes, model: str, record: dict) -> None:
-    found = _at_one_eps(record)
+def _one_eps_panel(panel: Axes, model: str, record: dict, found: dict[str, dict], names: list[str]) -> None:
+    """Each attack of `found` in the row that `names` gives it."""
     if not found:
         return _absent(panel, "no attack beyond the sweep")
     eps = headline_eps(record)
     worst = _point(record["worst_case"][eps], "balanced_accuracy_3")
     panel.axvspan(worst[1], worst[2], color=COLOURS[model], alpha=0.13, linewidth=0)
     panel.axvline(worst[0], color=COLOURS[model], linewidth=2)  # the worst case of the panel above
-    for place, (name, block) in enumerate(found.items()):
+    for name, block in found.items():
         value = _point(block, AIMED_AT[block.get("view", "four")])
-        if value is None:
-            continue
-        panel.errorbar(value[0], place, xerr=_bars(value), fmt="o", color=GREY, markersize=3.5, linewidth=1)
-    panel.set(yticks=range(len(found)), xlim=(-2, 102),
-              xlabel=f"left of what the attack aims at, at eps {eps} (%)\nbalanced accuracy of 4 classes; _merged: of 3; _binary: AUROC")
-    panel.set_yticklabels([f"{name} (n = {block['n_slices']:,})" for name, block in found.items()], fontsize=7)
-    panel.invert_yaxis()
+        if value is not None:
+            panel.errorbar(value[0], names.index(name), xerr=_bars(value), fmt="o", color=GREY, markersize=3.5, linewidth=1)
+    panel.set(xlim=(-2, 102), xlabel=f"left of what the attack aims at, at eps {eps} (%):\nbalanced accuracy of 4 classes\n"
+                                     "(_merged: of 3; _binary: AUROC)")
 
 
 def _by_attack(record: dict) -> dict[str, dict[str, dict]]:
