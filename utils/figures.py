@@ -49,7 +49,7 @@ class StudyFigure(Figure):
         from PIL import Image
 
         buffer, small = io.BytesIO(), io.BytesIO()
-        self.savefig(buffer, format="png", dpi=110)
+        self.savefig(buffer, format="png", dpi=96)
         with Image.open(buffer) as image:  # a palette: a notebook of many figures stays under a megabyte
             image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
         return small.getvalue()
