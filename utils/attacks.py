@@ -180,12 +180,13 @@ def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
 
 def _search_in_bfloat16(attack: Callable[..., Tensor], model: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
                         targets: Tensor | None, mask: Tensor | None = None, **budget: object) -> Tensor:
-    """What `attack` finds against the model computed in bfloat16. An image that fell there and stands in float32 was felled
-    by rounding: it is attacked again in float32."""
+    """What `attack` finds against the model computed in bfloat16. An image that still stands in float32, by less than what
+    rounding moved its margin, was not attacked by a model to be trusted about it: it is attacked again in float32."""
     masked = {} if mask is None else {"mask": mask}
     adversarial = attack(_InBfloat16(model), images, labels, eps, targets=targets, **masked, **budget)
-    claimed = _succeeded(_InBfloat16(model), adversarial, labels, targets)[1]
-    rows = (claimed & ~_succeeded(model, adversarial, labels, targets)[1]).nonzero().squeeze(1)
+    rounded = _succeeded(_InBfloat16(model), adversarial, labels, targets)[0]
+    remaining, fell = _succeeded(model, adversarial, labels, targets)
+    rows = (~fell & ((rounded - remaining).abs() >= remaining)).nonzero().squeeze(1)
     if len(rows):
         masked = {} if mask is None else {"mask": _of_rows(mask, rows)}
         adversarial[rows] = attack(model, images[rows], labels[rows], eps, targets=_rows(targets, rows), **masked, **budget)
