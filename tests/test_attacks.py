@@ -232,7 +232,7 @@ def test_a_search_in_bfloat16_counts_only_what_falls_in_float32(wrap, model, tho
 @pytest.mark.parametrize(("attack", "budget"), [("apgd_t", dict(steps=10)), ("square", dict(queries=100)),
                                                 ("kryptonite", dict(mask=torch.ones(200, 1, 1, 1)))])
 def test_any_attack_may_search_in_bfloat16(attack, budget, wrap, model, thousand):
-    images, labels = thousand[0][:200], thousand[1][:200]
+    images, labels = (values[thousand[1] != 3][:200] for values in thousand[:2])  # where the confused answer is a wrong one
     scores = []
     for precision in ("fp32", "bf16"):
         found = ATTACKS[attack](wrap(model), images, labels, 4 / 255, precision=precision, **budget)
