@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,12 +22,15 @@ SIDE = 256
 #: EfficientNet's maps lie in a patch of 4 × 4 cells, 0.75 in one of 8 × 8 (`assets/planted_evidence.json`).
 EXPLAINED_SIDE = 512
 LIMIT = 0.7
-#: What each backbone takes to learn the task from random weights in one pass over fresh images. DINOv2's stripes lie on plain
-#: grey, not in noise.
-BUDGETS: dict[str, dict] = {
-    "Resnet": dict(count=960, lr=1e-3, half=True, noise=True, input_size=None),
-    "Efficientnet": dict(count=1600, lr=2e-3, half=False, noise=True, input_size=None),
-    "Dinov2": dict(count=1280, lr=3e-4, half=False, noise=False, input_size=112)}  # 8 × 8 tokens
+#: What each backbone takes to learn the task from random weights in one pass over fresh images. `whole` learns everything
+#: from the class. `tokens first` is nearer to how DINOv2 is made and used: patch tokens learn, from so many images more, what
+#: lies under them; then the last block starts anew and learns the class with the head. DINOv2's stripes lie on plain grey,
+#: not in noise.
+BUDGETS: dict[tuple[str, str], dict] = {
+    ("Resnet", "whole"): dict(count=960, lr=1e-3, half=True, noise=True, input_size=None),
+    ("Efficientnet", "whole"): dict(count=1600, lr=2e-3, half=False, noise=True, input_size=None),
+    ("Dinov2", "whole"): dict(count=1280, lr=3e-4, half=False, noise=False, input_size=112),  # 8 × 8 tokens
+    ("Dinov2", "tokens first"): dict(count=640, lr=1e-4, half=True, noise=False, input_size=112, tokens=1920, token_lr=6e-4)}
 
 
 def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +41,24 @@ def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = T
     The patch moves, because a network that may know its place by the image's border spreads its evidence at no cost; it
     has no edge, because an edge is evidence and reaches into every cell beside it.
     """
+    images, labels, share = _stripes(count, seed, side, noise)
+    return images, labels, share > 0
+
+
+def stripes_by_token(count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8, part: int = 640) -> tuple[Tensor, Tensor]:
+    """Images in noise, and what lies under each of cells × cells tokens (N, cells, cells): the class of its stripes, or 4
+    where they are too faint to be read there (a patch's four corners) or absent. Drawn in parts, to bound memory."""
+    images, targets = [], []
+    for start in range(0, count, part):
+        some, labels, share = _stripes(min(part, count - start), 1000 * (1 + seed) + start // part, side, noise)
+        seen = F.adaptive_avg_pool2d(share[:, None], cells)[:, 0] > 0.3
+        images.append(some)
+        targets.append(torch.where(seen, labels[:, None, None], 4))
+    return torch.cat(images), torch.cat(targets)
+
+
+def _stripes(count: int, seed: int, side: int, noise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, labels and the share of stripes in every pixel (N, side, side), which is 0 outside the patch alone."""
     generator = torch.Generator().manual_seed(seed)
     labels, half = torch.arange(count) % 4, side // 2
     y, x = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
@@ -43,13 +66,12 @@ def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = T
     phase = 2 * np.pi * torch.rand(count, 1, 1, generator=generator)
     stripes = 2**0.5 * torch.sin(2 * np.pi / 12 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase)
     fade = torch.sin(np.pi * (torch.arange(half) + 0.5) / half)
-    share, patch = torch.zeros(count, side, side), torch.zeros(count, side, side, dtype=torch.bool)
+    share = torch.zeros(count, side, side)
     around = _noise(count, side, generator) if noise else torch.zeros(1)
     for i, (top, left) in enumerate((32 * torch.randint(half // 32 + 1, (count, 2), generator=generator)).tolist()):
         share[i, top:top + half, left:left + half] = fade[:, None] * fade
-        patch[i, top:top + half, left:left + half] = True
     images = 0.5 + 0.2 * (share * stripes + (1 - share**2).sqrt() * around)
-    return images.clamp(0, 1)[:, None], labels, patch
+    return images.clamp(0, 1)[:, None], labels, share
 
 
 def _noise(count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -77,20 +99,42 @@ def fit(model: nn.Module, *, count: int, epochs: int, lr: float, phantom: Callab
     return model.eval()
 
 
-def trained_backbone(name: str) -> PixelClassifier:
+class TokenReader(nn.Module):
+    """Five logits for each patch token of a DINOv2 (N, 5, h, w): one linear layer on its last tokens."""
+
+    def __init__(self, model: PixelClassifier) -> None:
+        super().__init__()
+        self.model, self.head = model, nn.Linear(model.body.backbone.config.hidden_size, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.model.body.backbone(pixel_values=self.model.pixels_to_input(images)).last_hidden_state
+        return grad_cam._tokens_to_map(self.model)(self.head(tokens))
+
+
+def trained_backbone(name: str, training: str = "whole") -> PixelClassifier:
     """A backbone that learned the stripes from random weights, as `BUDGETS` says."""
-    budget = BUDGETS[name]
+    budget = BUDGETS[name, training]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(name, pretrained=False, input_size=budget["input_size"])
-        return fit(model, count=budget["count"], epochs=1, lr=budget["lr"], batch=8, half=budget["half"],
-                   phantom=lambda count, seed: stripes_in_patch(count, seed, noise=budget["noise"]))
+        if training == "tokens first":
+            last = model.body.backbone.encoder.layer[-1]
+            fresh = copy.deepcopy(last.state_dict())
+            fit(TokenReader(model), count=budget["tokens"], epochs=1, lr=budget["token_lr"], batch=8, half=budget["half"],
+                phantom=partial(stripes_by_token, noise=budget["noise"]))
+            last.load_state_dict(fresh)
+            model.requires_grad_(False)
+            last.requires_grad_(True)
+            model.body.head.requires_grad_(True)
+        fit(model, count=budget["count"], epochs=1, lr=budget["lr"], batch=8, half=budget["half"],
+            phantom=partial(stripes_in_patch, noise=budget["noise"]))
+        return model.requires_grad_(True)
 
 
-def energy(model: nn.Module, images: Tensor, labels: Tensor, patch: Tensor, method: str) -> float:
-    """Mean share of a map that lies inside the patch, over the images whose map is not all zero."""
+def inside(model: nn.Module, images: Tensor, labels: Tensor, patch: Tensor, method: str) -> np.ndarray:
+    """Share of each map that lies inside the patch, (N,); NaN for a map that is all zero."""
     maps = grad_cam.explain(model, images, labels, method=method, batch_size=8)
-    return float(np.nanmean(grad_cam.anatomy_shares(maps, {"patch": patch})["patch"]))
+    return grad_cam.anatomy_shares(maps, {"patch": patch})["patch"]
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

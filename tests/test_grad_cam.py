@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.planted_evidence import BUDGETS, EXPLAINED_SIDE, LIMIT, SIDE, accuracy, energy, fit, stripes_in_patch, trained_backbone
+from tests.planted_evidence import BUDGETS, EXPLAINED_SIDE, LIMIT, SIDE, accuracy, fit, inside, stripes_in_patch, trained_backbone
 from utils import grad_cam
 from utils.backbones import PixelClassifier, build_model
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError
@@ -178,6 +178,25 @@ def test_the_differentiable_map_is_the_one_of_the_package(backbone, slices):
     with grad_cam._eager_attention(backbone.body) if backbone.name == "Dinov2" else torch.enable_grad():
         ours = grad_cam._unit_range(grad_cam._cam_graph(backbone, slices, targets, shifted)[1].detach())
     assert (ours - grad_cam.explain(backbone, slices, targets)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("method", GRADIENT_METHODS)
+def test_what_all_tokens_have_in_common_is_no_evidence(method, slices):
+    """A constant moved from the biases behind `norm1` into its own changes nothing that the network computes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = build_model("Dinov2", pretrained=False, input_size=70)
+        common = 3 * torch.randn(384)
+    images, targets = slices[:2], torch.tensor([1, 2])
+    logits, maps = model(images), grad_cam.explain(model, images, targets, method=method)
+    last = model.body.backbone.encoder.layer[-1]
+    with torch.no_grad():
+        last.norm1.bias += common
+        for projection in (last.attention.q_proj, last.attention.k_proj, last.attention.v_proj):
+            projection.bias -= projection.weight @ common
+    assert torch.allclose(model(images), logits, atol=1e-4)
+    assert (grad_cam.explain(model, images, targets, method=method) - maps).abs().max() < 1e-2
+    assert (maps.amax(dim=(1, 2)) == 1).all()
 
 
 def test_cells_are_drawn_where_they_look(backbone):
@@ -575,16 +594,20 @@ def test_few_people_make_a_verdict_a_hint():
 
 
 def test_the_verdict_on_planted_evidence_follows_the_record(tmp_path):
-    def written(*shares: float) -> str:
-        rows = [{"side": 128 * 2**i, "cells": 4 * 2**i, "noise": True, "area": 0.25, "trained_on": 960, "accuracy": 1.0,
-                 "inside": {"gradcam": {"value": share, "ci": [share, share], "n": 48}, "layercam": {"value": 0.9, "ci": [0.9, 0.9], "n": 48}}}
+    def written(*shares: float, training: str = "whole") -> str:
+        rows = [{"training": training, "tokens_trained_on": None, "trained_on": 960, "side": 128 * 2**i, "cells": 4 * 2**i,
+                 "noise": True, "area": 0.25, "accuracy": 1.0,
+                 "inside": {"gradcam": {"value": share, "ci": [share, share], "n": 48, "empty": 3},
+                            "layercam": {"value": 0.9, "ci": [0.9, 0.9], "n": 48, "empty": 0}}}
                 for i, share in enumerate(shares)]
-        (tmp_path / "planted.json").write_text(json.dumps({"limit": 0.7, "n_images": 48, "backbones": {"Resnet": rows}}))
+        (tmp_path / "planted.json").write_text(json.dumps({"limit": 0.7, "backbones": {"Resnet": rows}}))
         return grad_cam.planted_text("Resnet_atk", tmp_path / "planted.json")
 
     assert "kept from 8 cells a side on" in written(0.5, 0.7)
-    assert "0.50 [0.50, 0.50] (n = 48)" in written(0.5, 0.7)
-    assert "No row keeps the limit" in written(0.5, 0.69)
+    assert "n = 48 images" in written(0.5, 0.7) and "0.50 [0.50, 0.50], 3 empty" in written(0.5, 0.7)
+    assert "No row trained whole keeps the limit" in written(0.5, 0.69)
+    assert "first learned what lies under them, the limit is kept" in written(0.7, 0.8, training="tokens first")
+    assert "the limit is not kept either" in written(0.69, 0.8, training="tokens first")
     assert "Every row keeps the limit" in written(0.7, 0.8)
     assert "not measured" in grad_cam.planted_text("Dinov2", tmp_path / "planted.json")
     assert "not measured" in grad_cam.planted_text("Dinov2", tmp_path / "nothing.json")
@@ -592,18 +615,15 @@ def test_the_verdict_on_planted_evidence_follows_the_record(tmp_path):
 
 # --- The real backbones, trained --------------------------------------------------------------------------------------
 
-#: DINOv2 from random weights misses the limit, as README and its notebooks say; once it keeps it, this mark and they must go.
-MISSED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="attention moves evidence between tokens below the layer that is read")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name, side", [("Resnet", SIDE), ("Efficientnet", EXPLAINED_SIDE), pytest.param("Dinov2", SIDE, marks=MISSED)])
-def test_a_trained_backbone_is_explained_by_the_planted_patch(name, side):
-    model = trained_backbone(name)
-    images, labels, patch = stripes_in_patch(48, seed=9, side=side, noise=BUDGETS[name]["noise"])
-    if accuracy(model, images, labels) <= 0.9:
-        pytest.fail(f"{name} did not learn the stripes")  # no assertion, so that the mark above does not hide it
-    found = {method: energy(model, images, labels, patch, method) for method in GRADIENT_METHODS}
+@pytest.mark.parametrize("name, training, side", [("Resnet", "whole", SIDE), ("Efficientnet", "whole", EXPLAINED_SIDE),
+                                                  ("Dinov2", "tokens first", SIDE)])
+def test_a_trained_backbone_is_explained_by_the_planted_patch(name, training, side):
+    model = trained_backbone(name, training)
+    images, labels, patch = stripes_in_patch(48, seed=9, side=side, noise=BUDGETS[name, training]["noise"])
+    assert accuracy(model, images, labels) > 0.9
+    # An empty map has nothing inside.
+    found = {method: np.nan_to_num(inside(model, images, labels, patch, method)).mean() for method in GRADIENT_METHODS}
     assert min(found.values()) >= LIMIT, found
 
 
@@ -614,4 +634,4 @@ def test_a_random_backbone_does_not_favour_the_planted_patch(name):
         torch.manual_seed(0)
         models = [build_model(name, pretrained=False) for _ in range(2)]
     for method in GRADIENT_METHODS:
-        assert np.mean([energy(model, images, labels, patch, method) for model in models]) <= 2 * patch.float().mean(), method
+        assert np.nanmean([inside(model, images, labels, patch, method) for model in models]) <= 2 * patch.float().mean(), method

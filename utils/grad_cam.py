@@ -118,13 +118,34 @@ def _cam_batch(model: nn.Module, images: Tensor, targets: list[int] | None, meth
             stack.callback(layer.register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_()).remove)
         else:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # it opens a progress bar an image
-        with cam_type(model, [layer], reshape_transform=_tokens_to_map(model)) as cam:
+        if tokens_to_map := _tokens_to_map(model):
+            cam_type = type(cam_type.__name__, (_AboveMean, cam_type), {})
+        with cam_type(model, [layer], reshape_transform=tokens_to_map) as cam:
             cam.get_target_width_height = lambda _inputs: None  # leaves the map coarse: see `_upsampler`
             cam.batch_size = len(images)  # Score-CAM's masked copies go through in batches of this size
             try:
                 return torch.from_numpy(cam(images, classes))
             except IndexError as error:  # grad-cam's __exit__ would print this one and swallow it
                 raise StudyError(f"grad-cam failed ({error}): are all target classes among the logits?") from error
+
+
+class _AboveMean:
+    """A map of `grad-cam` that counts each channel from its mean over the patch tokens.
+
+    A CAM adds up weighted activations as if each said how much of a feature is there. After a ReLU it does; a token's
+    channels have either sign and a large part in common, and the weights multiplied mostly that part: maps were empty, or
+    bright where nothing was (`tests/planted_evidence.py`). Score-CAM's weights do not change, and Grad-CAM++'s are half
+    the sum of the positive gradients, which is what its formula gives where a channel sums to zero.
+    """
+
+    def get_cam_image(self, input_tensor: Tensor, target_layer: nn.Module, targets: list, activations: np.ndarray,
+                      grads: np.ndarray, eigen_smooth: bool = False) -> np.ndarray:
+        return super().get_cam_image(input_tensor, target_layer, targets, _above_mean(activations), grads, eigen_smooth)
+
+
+def _above_mean(features: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Feature maps (N, C, h, w) less each channel's mean over the places of one image."""
+    return features - features.mean(axis=(2, 3), keepdims=True)
 
 
 def _tokens_to_map(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -564,9 +585,10 @@ def _cam_graph(model: nn.Module, images: Tensor, targets: Tensor | None,
     targets = logits.argmax(1) if targets is None else targets
     score = logits.gather(1, targets[:, None]).sum()
     gradient, = torch.autograd.grad(score, kept[0], create_graph=True)
-    reshape = _tokens_to_map(model) or (lambda features: features)
-    weights = reshape(gradient).mean(dim=(2, 3), keepdim=True)
-    return logits, upsample(F.relu((weights * reshape(kept[0])).sum(dim=1)))
+    features = kept[0]
+    if reshape := _tokens_to_map(model):
+        features, gradient = _above_mean(reshape(features)), reshape(gradient)
+    return logits, upsample(F.relu((gradient.mean(dim=(2, 3), keepdim=True) * features).sum(dim=1)))
 
 
 def _share(cam: Tensor, region: Tensor) -> Tensor:
@@ -793,21 +815,32 @@ def planted_text(model: str, path: Path | str = ROOT / "assets" / "planted_evide
     if not rows:
         return "Planted evidence: not measured for this backbone (`python tests/benchmarks/planted_evidence.py`)."
     limit, methods = record["limit"], list(rows[0]["inside"])
-    table = [["image", "cells a side", "accuracy", *methods]]
+    table = [["trained", "on images", "side", "cells a side", "around the patch", "accuracy", *methods]]
     for row in rows:
-        table.append([f"{row['side']} px", str(row["cells"]), f"{row['accuracy']:.2f}",
-                      *(f"{_shown(row['inside'][method])} (n = {row['inside'][method]['n']})" for method in methods)])
+        seen = f"{row['tokens_trained_on']:,} + {row['trained_on']:,}" if row["tokens_trained_on"] else f"{row['trained_on']:,}"
+        table.append([row["training"], seen, f"{row['side']} px", str(row["cells"]), "noise" if row["noise"] else "grey", f"{row['accuracy']:.2f}",
+                      *(_shown(row["inside"][method]) + (f", {empty} empty" if (empty := row["inside"][method]["empty"]) else "") for method in methods)])
+    trainings = dict.fromkeys(row["training"] for row in rows)
+    verdict = " ".join(_planted_verdict([row for row in rows if row["training"] == training], methods, limit) for training in trainings)
+    return (f"Planted evidence (phantom, random init): share of a map inside the patch that alone decides the class, limit {limit:.2f}, "
+            f"{rows[0]['area']:.2f} for an even map, 0 for an empty one; n = {rows[0]['inside'][methods[0]]['n']} images a row\n{_aligned(table)}\n{verdict}")
+
+
+def _planted_verdict(rows: Sequence[dict], methods: Sequence[str], limit: float) -> str:
+    """What the rows of one way of training say about where such a network's map is bright."""
     kept = [row["cells"] for row in rows
             if row["accuracy"] > 0.9 and min(row["inside"][method]["value"] for method in methods) >= limit]
+    if rows[0]["training"] != "whole":
+        return ("Where the patch tokens first learned what lies under them, "
+                + ("the limit is kept: this kind of map finds evidence that stays in its token. A network that learns everything from the class, as "
+                   "the models of this study that start from random weights do, may move it to other tokens." if len(kept) == len(rows)
+                   else "the limit is not kept either."))
     if not kept:
-        verdict = "No row keeps the limit: the bright part of such a network's map need not be where its evidence is."
-    elif len(kept) == len(rows):
-        verdict = "Every row keeps the limit: a map of this network is bright where its evidence is."
-    else:
-        verdict = (f"The limit is kept from {min(kept)} cells a side on: the map is bright where the evidence is, but no finer than a cell and "
-                   f"its neighbours. A slice of 128 px has {rows[0]['cells']} cells a side.")
-    return (f"Planted evidence (phantom, random init, {rows[0]['trained_on']:,} training images): share of a map inside the patch that alone decides "
-            f"the class, limit {limit:.2f}, {rows[0]['area']:.2f} for an even map; n counts maps that are not empty, of {record['n_images']}\n{_aligned(table)}\n{verdict}")
+        return "No row trained whole keeps the limit: the bright part of such a network's map need not be where its evidence is."
+    if len(kept) == len(rows):
+        return "Every row keeps the limit: a map of this network is bright where its evidence is."
+    return (f"The limit is kept from {min(kept)} cells a side on: the map is bright where the evidence is, but no finer than a cell and "
+            f"its neighbours. A slice of 128 px has {rows[0]['cells']} cells a side.")
 
 
 def explanation_conclusion(numbers: Mapping[str, dict]) -> str:

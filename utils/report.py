@@ -663,15 +663,19 @@ def _planted(root: Path) -> str:
     if not path.is_file():
         return ""
     record = read_json(path)
+    ways = {(name, row["training"]): row for name, rows in sorted(record["backbones"].items())
+            for row in sorted(rows, key=lambda row: row["cells"])}  # the finest of each stays
     found = []
-    for name, rows in sorted(record["backbones"].items()):
-        row = max(rows, key=lambda row: row["cells"])
+    for (name, training), row in ways.items():
         method, share = min(row["inside"].items(), key=lambda item: item[1]["value"])
-        found.append(f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}] for `{name}` ({method}, {row['cells']} × {row['cells']} cells, "
+        how = "" if training == "whole" else f" trained {training}"
+        found.append(f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}] for `{name}`{how} ({method}, {row['cells']} × {row['cells']} cells, "
                      f"{'noise' if row['noise'] else 'plain grey'} around the patch, n = {share['n']})")
-    return (f" On phantom images in which one patch, {record['backbones'][name][0]['area']:.2f} of the area, alone decides the class, the weakest kind "
-            f"of map of a network trained from {record['init']} weights has this share of itself inside (n: maps that are not empty, of "
-            f"{record['n_images']}; [record](assets/planted_evidence.json), `python tests/benchmarks/planted_evidence.py`): {'; '.join(found)}. "
+    return (f" On phantom images in which one patch, {row['area']:.2f} of the area, alone decides the class, the weakest kind "
+            f"of map of a network trained from {record['init']} weights has this share of itself inside (an empty map: none; "
+            f"[record](assets/planted_evidence.json), `python tests/benchmarks/planted_evidence.py`): {'; '.join(found)}. "
+            "Tokens first: its patch tokens learned what lies under them before its last block and head learned the class; everything else here, "
+            "and every model of the grid, learned whole from the class. "
             "A slice of 128 px has 4 × 4 cells in a ResNet or EfficientNet: "
             "a map of it is no finer than a quarter of its width.")
 

@@ -5,7 +5,8 @@
 
 Writes `assets/planted_evidence.json`, which every model's notebook and README cite, and prints it. A ResNet or
 EfficientNet reads images of any size, so the same network is asked at several: its map has one cell in 32 px. DINOv2's grid
-is its own. The patch is half as wide as the image everywhere, so an even map has 0.25 of itself inside.
+is its own, and it learns in two ways: whole from the class, as the study's models do, and tokens first. The patch is half as
+wide as the image everywhere, so an even map has 0.25 of itself inside.
 """
 
 from __future__ import annotations
@@ -21,49 +22,51 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.planted_evidence import BUDGETS, LIMIT, SIDE, accuracy, stripes_in_patch, trained_backbone  # noqa: E402
-from utils import grad_cam  # noqa: E402
+from tests.planted_evidence import BUDGETS, LIMIT, SIDE, accuracy, inside, stripes_in_patch, trained_backbone  # noqa: E402
 from utils.utils_funcs import atomic_path, hardware  # noqa: E402
 
 METHODS, SIDES, COUNT = ("gradcam", "gradcam++", "layercam"), (128, 256, 512), 48
+NAMES = sorted({name for name, _ in BUDGETS})
 
 
-def rows_of(name: str) -> list[dict]:
+def rows_of(name: str, training: str) -> list[dict]:
     """A row for each side: accuracy on fresh images, and each method's share inside the patch with its 95% interval."""
-    model, noise = trained_backbone(name), BUDGETS[name]["noise"]
+    model, budget = trained_backbone(name, training), BUDGETS[name, training]
     rows = []
-    for side in SIDES if noise else (SIDE,):
-        images, labels, patch = stripes_in_patch(COUNT, seed=9, side=side, noise=noise)
-        cells = side // 32 if noise else BUDGETS[name]["input_size"] // 14
-        inside = {method: interval(grad_cam.anatomy_shares(grad_cam.explain(model, images, labels, method=method, batch_size=8),
-                                                           {"patch": patch})["patch"]) for method in METHODS}
-        rows.append({"side": side, "cells": cells, "noise": noise, "area": float(patch.float().mean()), "trained_on": BUDGETS[name]["count"],
-                     "accuracy": accuracy(model, images, labels), "inside": inside})
+    for side in (SIDE,) if name == "Dinov2" else SIDES:
+        images, labels, patch = stripes_in_patch(COUNT, seed=9, side=side, noise=budget["noise"])
+        cells = budget["input_size"] // 14 if name == "Dinov2" else side // 32
+        shares = {method: interval(inside(model, images, labels, patch, method)) for method in METHODS}
+        rows.append({"training": training, "side": side, "cells": cells, "noise": budget["noise"], "area": float(patch.float().mean()),
+                     "trained_on": budget["count"], "tokens_trained_on": budget.get("tokens"),
+                     "accuracy": accuracy(model, images, labels), "inside": shares})
     return rows
 
 
 def interval(values: np.ndarray) -> dict:
-    """The mean over images with a 95% percentile bootstrap; every phantom image is drawn by itself."""
-    values = values[np.isfinite(values)]
+    """The mean over images with a 95% percentile bootstrap; every phantom image is drawn by itself, and an empty map has
+    nothing inside."""
+    empty, values = int(np.isnan(values).sum()), np.nan_to_num(values)
     drawn = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
-    return {"value": float(values.mean()), "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))], "n": len(values)}
+    return {"value": float(values.mean()), "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))], "n": len(values), "empty": empty}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     path = ROOT / "assets" / "planted_evidence.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    record |= {"data": "phantom", "init": "random", "limit": LIMIT, "n_images": COUNT, "hardware": hardware()}
+    record |= {"data": "phantom", "init": "random", "limit": LIMIT, "hardware": hardware()}
     for name in args.models:
-        record.setdefault("backbones", {})[name] = rows_of(name)
+        record.setdefault("backbones", {})[name] = [row for backbone, training in BUDGETS if backbone == name
+                                                     for row in rows_of(name, training)]
         for row in record["backbones"][name]:
-            print(f"{name:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
-                  + "   ".join(f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['n']})" for method, found in row["inside"].items())
-                  + f"   (n maps not empty, of {COUNT})", flush=True)
+            print(f"{name:<13}{row['training']:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
+                  + "   ".join(f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['empty']})" for method, found in row["inside"].items())
+                  + f"   (empty maps, of {COUNT})", flush=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
