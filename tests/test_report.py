@@ -447,6 +447,18 @@ def test_findings_name_their_rows(tree: Path) -> None:
     assert "`Resnet_atk` − `Resnet`" in text and "No records" in report.findings_markdown({})
 
 
+def test_the_abstract_names_adversarial_training_that_does_not_beat_the_constant_answer(tmp_path: Path) -> None:
+    write_study(tmp_path, ("Resnet", "Resnet_atk"))
+    assert "the constant answer in the worst case" not in report.results_markdown(read_entries(tmp_path))
+    for model, fall in {"Efficientnet": 0.99, "Efficientnet_atk": 0.9}.items():
+        for protocol in ("slice", "patient"):
+            rows, units = study(model, protocol, fall=fall, full=True)
+            write_record(tmp_path / "assets" / model / f"{protocol}.json", summarise(rows, units, n_boot=N_BOOT), rows)
+    text = report.results_markdown(read_entries(tmp_path))
+    assert "Adversarially trained `Efficientnet_atk`" in text and "is below the constant answer there. Paired by person" in text
+    assert "is below the constant answer in the worst case" in text.split("Under the published split `Efficientnet_atk`")[1]
+
+
 def test_every_model_has_one_colour_of_its_own() -> None:
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 

@@ -423,10 +423,10 @@ def _clean_size(row: StudyRow, protocol: str) -> str:
     return figures.size_of(row.blocks[protocol]["clean"]) + _folds(row, protocol)
 
 
-def _attacked_size(row: StudyRow) -> str:
-    """`n = 80 slices of 40 people, fold 0 of 5`: what the row's worst case under `patient` was scored on."""
-    entry = row.entries["patient"]
-    return f"{figures.size_of(row.blocks['patient']['worst_case'][headline_eps(entry.record)])}{_folds(row, 'patient')}"
+def _attacked_size(row: StudyRow, protocol: str = "patient") -> str:
+    """`n = 80 slices of 40 people, fold 0 of 5`: what the row's worst case under a protocol was scored on."""
+    entry = row.entries[protocol]
+    return f"{figures.size_of(row.blocks[protocol]['worst_case'][headline_eps(entry.record)])}{_folds(row, protocol)}"
 
 
 def _beside_its_twin(row: StudyRow, rows: list[StudyRow]) -> str:
@@ -488,6 +488,14 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
             if row.model.endswith("_atk") and row is not best and verdict != "above":
                 said.append(f"Adversarially trained `{row.name}` (row {row.number}), with {_cell(row, 'patient', worst)} % ({_attacked_size(row)}), "
                             f"is {verdict} the constant answer there.")
+                said.append(_beside_its_twin(row, rows))
+        for row in trained:
+            if not row.model.endswith("_atk") or not (rehearsal or earnest(row, "slice")) or value(row, "slice", worst) is None:
+                continue
+            verdict = _against(value(rows[0], "slice", column), *_score(row, "slice", worst)["ci"])
+            if verdict != "above":
+                said.append(f"Under the published split `{row.name}` (row {row.number}), with {_cell(row, 'slice', worst)} % "
+                            f"({_attacked_size(row, 'slice')}), is {verdict} the constant answer in the worst case.")
     return " ".join(filter(None, said))
 
 
