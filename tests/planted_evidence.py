@@ -46,7 +46,7 @@ def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = T
 
 
 def stripes_by_token(count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8, part: int = 640) -> tuple[Tensor, Tensor]:
-    """Images in noise, and what lies under each of cells × cells tokens (N, cells, cells): the class of its stripes, or 4
+    """Images, and what lies under each of cells × cells tokens (N, cells, cells): the class of its stripes, or 4
     where they are too faint to be read there (a patch's four corners) or absent. Drawn in parts, to bound memory."""
     images, targets = [], []
     for start in range(0, count, part):

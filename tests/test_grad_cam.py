@@ -615,13 +615,19 @@ def test_the_verdict_on_planted_evidence_follows_the_record(tmp_path):
 
 # --- The real backbones, trained --------------------------------------------------------------------------------------
 
+#: DINOv2 that learns everything from the class misses the limit, as README and its notebooks say; once it keeps it, this mark
+#: and they must go.
+MISSED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="attention moves evidence between tokens below the layer that is read")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, training, side", [("Resnet", "whole", SIDE), ("Efficientnet", "whole", EXPLAINED_SIDE),
-                                                  ("Dinov2", "tokens first", SIDE)])
+                                                  ("Dinov2", "tokens first", SIDE), pytest.param("Dinov2", "whole", SIDE, marks=MISSED)])
 def test_a_trained_backbone_is_explained_by_the_planted_patch(name, training, side):
     model = trained_backbone(name, training)
     images, labels, patch = stripes_in_patch(48, seed=9, side=side, noise=BUDGETS[name, training]["noise"])
-    assert accuracy(model, images, labels) > 0.9
+    if accuracy(model, images, labels) <= 0.9:
+        pytest.fail(f"{name} did not learn the stripes")  # no assertion, so that the mark above does not hide it
     # An empty map has nothing inside.
     found = {method: np.nan_to_num(inside(model, images, labels, patch, method)).mean() for method in GRADIENT_METHODS}
     assert min(found.values()) >= LIMIT, found
@@ -634,4 +640,4 @@ def test_a_random_backbone_does_not_favour_the_planted_patch(name):
         torch.manual_seed(0)
         models = [build_model(name, pretrained=False) for _ in range(2)]
     for method in GRADIENT_METHODS:
-        assert np.nanmean([inside(model, images, labels, patch, method) for model in models]) <= 2 * patch.float().mean(), method
+        assert np.mean([np.nanmean(inside(model, images, labels, patch, method)) for model in models]) <= 2 * patch.float().mean(), method

@@ -159,7 +159,7 @@ PROFILES: dict[str, dict] = {
 }
 #: Learning rates of a model, or of a backbone, where the default is not theirs.
 LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3, "Efficientnet_atk": 3e-4}
-#: In a `cpu` run's few hundred steps PGD adversarial training of EfficientNet-B0 hardly leaves one answer for every image, from
+#: In a `cpu` run's few hundred steps PGD adversarial training of EfficientNet-B0 hardly beats one answer for every image, from
 #: random weights or from the clean twin's; TRADES from the clean twin's weights does (`assets/Efficientnet_atk/defaults.json`, by
 #: `python tests/benchmarks/defaults.py --model Efficientnet_atk`).
 CPU_RECIPES = {"Efficientnet_atk": dict(method="trades", trades_beta=2.0, warm_start=True)}

@@ -133,9 +133,8 @@ class _AboveMean:
     """A map of `grad-cam` that counts each channel from its mean over the patch tokens.
 
     A CAM adds up weighted activations as if each said how much of a feature is there. After a ReLU it does; a token's
-    channels have either sign and a large part in common, and the weights multiplied mostly that part: maps were empty, or
-    bright where nothing was (`tests/planted_evidence.py`). Score-CAM's weights do not change, and Grad-CAM++'s are half
-    the sum of the positive gradients, which is what its formula gives where a channel sums to zero.
+    channels have either sign and a large part in common with every other token's, which says nothing about any place.
+    Score-CAM's weights stay as they are; from Grad-CAM++'s the term with a channel's sum, now zero, drops out.
     """
 
     def get_cam_image(self, input_tensor: Tensor, target_layer: nn.Module, targets: list, activations: np.ndarray,

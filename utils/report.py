@@ -495,7 +495,7 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
             verdict = _against(value(rows[0], "slice", column), *_score(row, "slice", worst)["ci"])
             if verdict != "above":
                 said.append(f"Under the published split `{row.name}` (row {row.number}), with {_cell(row, 'slice', worst)} % "
-                            f"({_attacked_size(row, 'slice')}), is {verdict} the constant answer in the worst case.")
+                            f"({_attacked_size(row, 'slice')}), is {verdict} the constant answer in the worst case at {eps}.")
     return " ".join(filter(None, said))
 
 
@@ -683,7 +683,7 @@ def _planted(root: Path) -> str:
             f"of map of a network trained from {record['init']} weights has this share of itself inside (an empty map: none; "
             f"[record](assets/planted_evidence.json), `python tests/benchmarks/planted_evidence.py`): {'; '.join(found)}. "
             "Tokens first: its patch tokens learned what lies under them before its last block and head learned the class; everything else here, "
-            "and every model of the grid, learned whole from the class. "
+            "and every model of the tables above that started from random weights, learned whole from the class. "
             "A slice of 128 px has 4 × 4 cells in a ResNet or EfficientNet: "
             "a map of it is no finer than a quarter of its width.")
 
