@@ -38,6 +38,13 @@ def peak_of(work: Callable[[], object]) -> int:
     return _resident("VmHWM") - before
 
 
+def _return_what_is_freed() -> None:
+    """Every block of at least 1 MiB is mapped by itself and goes back when freed. By default glibc raises this limit as it
+    goes, to at most 32 MiB: then sets that were freed stay in the heap or don't, as it happens, and blur the peak."""
+    m_mmap_threshold = -3
+    assert ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20) == 1
+
+
 def _resident(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
@@ -92,6 +99,7 @@ def measure(raw_folders: list[Path], folder: Path, twin: bool = False) -> None:
     """Writes `peaks.json`, a list of {images, prepare, train} in bytes for cohorts of growing size; the `twin` holds floats.
     Each stage is done once beforehand with the first cohort, unmeasured: what is laid out at the first call is no data."""
     killable.use_tiny_network()
+    _return_what_is_freed()
     if twin:
         hold_theirs()
     found = [{"images": sum(1 for _ in raw_folder.rglob("*.jpg"))} for raw_folder in raw_folders]
