@@ -459,6 +459,19 @@ def test_the_abstract_names_adversarial_training_that_does_not_beat_the_constant
     assert "is below the constant answer in the worst case" in text.split("Under the published split `Efficientnet_atk`")[1]
 
 
+def test_the_abstract_names_a_clean_model_that_withstands_the_worst_case(tmp_path: Path) -> None:
+    def abstract(falls: dict[str, float]) -> str:
+        for model, fall in falls.items():
+            rows, units = study(model, fall=fall, full=True)
+            write_record(tmp_path / "assets" / model / "patient.json", summarise(rows, units, n_boot=N_BOOT), rows)
+        return report.results_markdown(read_entries(tmp_path))
+
+    sentence = "Never attacked in training, `Efficientnet`"
+    assert sentence not in abstract({"Resnet_atk": 0.0, "Efficientnet": 0.99})
+    assert sentence in abstract({"Efficientnet": 0.4})
+    assert sentence not in abstract({"Resnet_atk": 0.99}), "the most robust model is named once"
+
+
 def test_every_model_has_one_colour_of_its_own() -> None:
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 

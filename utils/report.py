@@ -489,6 +489,9 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
                 said.append(f"Adversarially trained `{row.name}` (row {row.number}), with {_cell(row, 'patient', worst)} % ({_attacked_size(row)}), "
                             f"is {verdict} the constant answer there.")
                 said.append(_beside_its_twin(row, rows))
+            elif row.model in BACKBONES and row is not best and verdict != "below":
+                said.append(f"Never attacked in training, `{row.name}` (row {row.number}) keeps {_cell(row, 'patient', worst)} % "
+                            f"({_attacked_size(row)}) there: {verdict} the constant answer.")
         for row in trained:
             if not row.model.endswith("_atk") or not (rehearsal or earnest(row, "slice")) or value(row, "slice", worst) is None:
                 continue
