@@ -201,6 +201,27 @@ def test_paired_standing_difference_is_that_of_the_scores() -> None:
     assert difference["value"] == pytest.approx(one - two, abs=2e-6) and difference["ci"][0] > 0
 
 
+def test_a_difference_of_other_images_of_the_same_people_resamples_these_people() -> None:
+    logits, labels, people = cohort()
+    odd = np.arange(len(people)) % 2 == 1
+    sides = [(*metrics.correct(logits[rows], labels[rows]), labels[rows], people[rows]) for rows in (odd, ~odd)]
+    difference = metrics.standing_difference(*sides)["balanced_accuracy_3"]
+    one, two = (metrics.score_standing(*side)["balanced_accuracy_3"]["value"] for side in sides)
+    assert difference["value"] == pytest.approx(one - two, abs=2e-6) and difference["ci"][0] < difference["value"] < difference["ci"][1]
+    gone = sides[1][3] != people[0]
+    with pytest.raises(ValueError, match="same ones"):
+        metrics.standing_difference(sides[0], tuple(column[gone] for column in sides[1]))
+
+
+def test_kept_shares_count_only_what_was_there_before() -> None:
+    labels, people = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
+    had, had_too = np.arange(80) % 2 == 0, np.ones(80, bool)
+    shares = metrics.kept_shares((had, np.arange(80) % 4 == 0), (had_too, np.arange(80) % 4 != 0), labels, people)
+    assert [shares[name]["value"] for name in ("first", "second", "difference")] == [0.5, 0.75, -0.25]
+    assert metrics.kept_shares((had, ~had), (had_too, had_too), labels, people)["first"]["value"] == 0, "what comes up later is not kept"
+    assert metrics.kept_shares((~had_too, had), (had_too, had_too), labels, people)["difference"]["value"] is None
+
+
 def test_half_precision_keeps_every_decision() -> None:
     logits = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
     logits[:1000, 1] = logits[:1000, 0] + np.float32(1e-6) * np.random.default_rng(1).choice([-1, 1], 1000)

@@ -472,6 +472,39 @@ def test_the_abstract_names_a_clean_model_that_withstands_the_worst_case(tmp_pat
     assert sentence not in abstract({"Resnet_atk": 0.99}), "the most robust model is named once"
 
 
+def test_what_the_split_adds_is_the_difference_of_the_two_protocols(tree: Path) -> None:
+    sides = [read_entries(tree)["Resnet", protocol] for protocol in ("slice", "patient")]
+    added = report.what_the_split_adds(*sides)
+    assert list(added) == ["clean", *EPS]
+    clean, worst = ([score(side.record)["balanced_accuracy_3"]["value"] for side in sides]
+                    for score in (lambda record: record["clean"]["slice"], lambda record: record["worst_case"]["4/255"]))
+    assert added["clean"]["value"] == pytest.approx(clean[0] - clean[1], abs=2e-6)
+    assert added["4/255"]["value"] == pytest.approx(worst[0] - worst[1], abs=2e-6) and added["4/255"]["n_people"] == 23
+
+
+def test_the_lead_is_judged_only_where_enough_was_there_before(tree: Path) -> None:
+    entry = read_entries(tree)["Resnet", "patient"]
+    sizes = [len(unit["leak_probe"]["rows"]) for unit in entry.record["units"]]
+
+    def said(person_before: int, person_after: int, right_after: int) -> str:
+        """The verdict where so many images of each fold, from the first on, show the person or the diagnosis; all had the right one."""
+        flags = lambda count, size: [int(number < count) for number in range(size)]  # noqa: E731
+        units = [{**unit, "leak_probe": unit["leak_probe"] | {
+            "recognised": {"clean": flags(person_before, size), report.LEAK_EPS: flags(person_after, size)},
+            "right": {"clean": flags(size, size), report.LEAK_EPS: flags(right_after, size)}}}
+            for unit, size in zip(entry.record["units"], sizes, strict=True)]
+        changed = records.Entry(entry.path, entry.record | {"units": units})
+        return report.leak_markdown(study_rows({("Resnet", "patient"): changed}))
+
+    everything, total = max(sizes), sum(sizes)
+    text = said(everything, 0, everything)
+    assert "The person goes first (interval below 0): row 2 under `patient`. The diagnosis goes first (above 0): none." in text
+    assert f"| 0.0 [0.0, 0.0] | 100.0 [100.0, 100.0] | -100.0 [-100.0, -100.0] | {total} / {total} / {total} |" in text
+    assert "The diagnosis goes first (above 0): row 2 under `patient`" in said(everything, everything, 0)
+    assert "Undecided: row 2 under `patient`" in said(everything, everything, everything)
+    assert "Too few to judge (under 10): row 2 under `patient`" in said(1, 0, everything)
+
+
 def test_every_model_has_one_colour_of_its_own() -> None:
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 

@@ -773,7 +773,7 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Against eps, under PGD on the diagnosis: whose diagnosis is right, and whose person the features still tell; and the
     spatial frequencies in which the perturbations lie."""
     shown = probed(entries)
-    figure, axes = canvas(1, 3, (12.5, 4.2), "Does the attack take the person away before the diagnosis?", provenance(shown))
+    figure, axes = canvas(1, 3, (12.5, 5.2), "Does the attack take the person away before the diagnosis?", provenance(shown))
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=False):
         panel.set_title(PROTOCOL_TITLES[protocol])
         own = [entry for entry in shown if entry.protocol == protocol]
@@ -801,7 +801,7 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     axes[0, 0].set_ylabel("images (%)")
     _frequency_panel(axes[0, 2], shown)
     handles = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     return figure
 
 

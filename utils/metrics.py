@@ -334,9 +334,22 @@ def paired_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray,
 def paired_standing_difference(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray],
                                labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0) -> Scores:
     """`paired_difference` of worst-case scores; each model gives its (four, three) flags as in `score_standing`."""
-    a, person_class = _standing_statistic(*first, labels, people)
-    b, _ = _standing_statistic(*second, labels, people)
-    return _intervals(_difference(a, b), person_class, len(labels), n_boot, seed)
+    return standing_difference((*first, labels, people), (*second, labels, people), n_boot=n_boot, seed=seed)
+
+
+def standing_difference(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...], *, n_boot: int = 2000, seed: int = 0) -> Scores:
+    """First minus second of the scores of `score_standing`, on images of the *same people*, who are resampled in both at once.
+
+    Args:
+        first, second: (four, three, labels, people), each (N,) and (M,); the images may be others.
+
+    Raises:
+        ValueError: the people of the two differ.
+    """
+    if not np.array_equal(np.unique(first[3]), np.unique(second[3])):
+        raise ValueError("Differences are resampled over people, so both sides need the same ones.")
+    (a, person_class), (b, _) = _standing_statistic(*first), _standing_statistic(*second)
+    return _intervals(_difference(a, b), person_class, len(first[2]), n_boot, seed)
 
 
 # --------------------------------------------------------------------------------------------------- calibration
@@ -422,6 +435,26 @@ def share(flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: 
         n, up = (weights @ sums).T
         return {"share": _ratio(up, n)}
     return _intervals(scores, person_class, len(flags), n_boot, seed)["share"]
+
+
+def kept_shares(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], labels: np.ndarray, people: np.ndarray, *,
+                n_boot: int = 2000, seed: int = 0) -> Scores:
+    """How much of what each of two abilities had on clean images it keeps under an attack, and the first's share minus the second's.
+
+    Args:
+        first, second: (before, after), bool (N,) each, row by row of the same images.
+
+    Returns:
+        first, second: share of the rows with `before` that have `after` too; difference. Undefined where nothing was there before.
+    """
+    flags = [flag for before, after in (first, second) for flag in (np.asarray(before, bool), np.asarray(before, bool) & np.asarray(after, bool))]
+    sums, person_class = _sums_by_person(np.column_stack(flags).astype(float), labels, people)
+
+    def scores(weights: np.ndarray) -> dict[str, np.ndarray]:
+        had, keeps, had_too, keeps_too = (weights @ sums).T
+        shares = _ratio(keeps, had), _ratio(keeps_too, had_too)
+        return {"first": shares[0], "second": shares[1], "difference": shares[0] - shares[1]}
+    return _intervals(scores, person_class, len(labels), n_boot, seed)
 
 
 def _sums_by_person(columns: np.ndarray, labels: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

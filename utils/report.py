@@ -315,6 +315,85 @@ def _twin_table(entries: Entries, protocols: list[str], eps: str) -> str:
     return _markdown(table) if len(table) > 1 else ""
 
 
+# ------------------------------------------------------------------------------- does the attack break the leak first?
+
+#: The eps at which what an attack leaves of the person and of the diagnosis are compared: later, clean models have nothing left.
+LEAK_EPS = "1/255"
+#: Images that must have shown the person, and the diagnosis, before an attack: fewer are shown and not judged.
+LEAST_TO_JUDGE = 10
+
+
+def what_the_split_adds(slice_: Entry, patient: Entry) -> dict[str, dict]:
+    """Balanced accuracy over three classes under `slice` minus under `patient`: eps → score with an interval over the people
+    that both tested there. `clean` is of all clean images, an eps is the worst case on those that were attacked."""
+    added = {}
+    for eps in (None, *(eps for eps in slice_.record["worst_case"] if eps in patient.record["worst_case"])):
+        sides = [_standing_at(entry, eps) for entry in (slice_, patient)]
+        people = np.intersect1d(sides[0][3], sides[1][3])
+        if len(people):
+            sides = [tuple(column[np.isin(side[3], people)] for column in side) for side in sides]
+            added[eps or "clean"] = metrics.standing_difference(*sides)["balanced_accuracy_3"] | {"n_people": len(people)}
+    return added
+
+
+def _standing_at(entry: Entry, eps: str | None) -> tuple[np.ndarray, ...]:
+    """(four, three, labels, people) of the images that were attacked at that eps; of all, as they are, where it is None."""
+    attacked = attacks_of(entry.predictions).get(eps, {})
+    four, three, covered = standing(entry.predictions["clean"], [attacked[name] for name in entry.record["attacks"].get(eps, {})], entry.rows.labels)
+    rows = covered if eps else metrics.scored(entry.predictions["clean"])
+    return four[rows], three[rows], entry.rows.labels[rows], entry.rows.people[rows]
+
+
+def person_against_diagnosis(entry: Entry, eps: str = LEAK_EPS) -> dict:
+    """What PGD on the diagnosis leaves of what was there on the clean images: `first` of the persons recognised, `second` of
+    the right diagnoses, their `difference`, and how many images had either; empty where this was not asked at that eps."""
+    if not figures.probed([entry]) or eps not in (found := figures.pooled_probe(entry))["right"]:
+        return {}
+    before, after = ([found[what][name] for what in ("recognised", "right")] for name in ("clean", eps))
+    return {**metrics.kept_shares(*zip(before, after, strict=True), found["labels"], found["people"]), "n": len(found["labels"]),
+            "n_recognised": int(np.sum(before[0])), "n_right": int(np.sum(before[1]))}
+
+
+def leak_markdown(rows: list[StudyRow]) -> str:
+    """The lead put to the test, whichever way it comes out: does an attack break the leak before the medicine?"""
+    rows = [row for row in rows if row.model in MODELS]
+    added = [(row, what_the_split_adds(*(row.entries[protocol] for protocol in PROTOCOLS))) for row in rows if set(PROTOCOLS) <= set(row.entries)]
+    kept = [(row, protocol, shares) for row in rows for protocol, entry in row.entries.items() if (shares := person_against_diagnosis(entry))]
+    if not (added or kept):
+        return ""
+    parts = ["**Does the attack break the leak before the medicine?** If recognising people rests on fine texture and the disease on coarse "
+             "anatomy, an attack should take away first what the published split adds, and the person before the diagnosis."]
+    if added:
+        eps = list(dict.fromkeys(name for _, by_eps in added for name in by_eps))
+        table = [["row", *(name if name == "clean" else f"worst case at {name}" for name in eps), "n people"]]
+        table += [[f"{row.number} `{row.name}`", *(show(by_eps.get(name), brief=True, signed=True) for name in eps), f"{by_eps['clean']['n_people']:,}"]
+                  for row, by_eps in added]
+        parts += ["What the split adds: balanced accuracy over three classes under `slice` minus under `patient`, in points; beneath each "
+                  "value its 95 % interval, the same people resampled in both. The two models of a row were trained differently too (*Protocols* in "
+                  "README), which may be a part of it.", _markdown(table)]
+    if kept:
+        table = [["row", "protocol", "persons kept (%)", "diagnoses kept (%)", "persons − diagnoses, points", "n recognised / right / images"]]
+        table += [[f"{row.number} `{row.name}`", f"`{protocol}`", show(shares["first"]), show(shares["second"]), show(shares["difference"], signed=True),
+                   f"{shares['n_recognised']} / {shares['n_right']} / {shares['n']}"] for row, protocol, shares in kept]
+        parts += [f"What PGD on the diagnosis at {LEAK_EPS} leaves of the persons whom the features told on clean images, and of the diagnoses that were "
+                  "right there:", _markdown(table), _who_goes_first(kept)]
+    return "\n\n".join(parts)
+
+
+def _who_goes_first(kept: list[tuple[StudyRow, str, dict]]) -> str:
+    verdicts: dict[str, list[str]] = {name: [] for name in ("person", "diagnosis", "undecided", "few")}
+    for row, protocol, shares in kept:
+        low, high = shares["difference"]["ci"] or (0, 0)
+        # Of a handful of images an interval promises too much: when none or all of them keep what they had, it has no width.
+        verdict = ("few" if min(shares["n_recognised"], shares["n_right"]) < LEAST_TO_JUDGE else
+                   "person" if high < 0 else "diagnosis" if low > 0 else "undecided")
+        verdicts[verdict].append(f"row {row.number} under `{protocol}`")
+    told = {name: ", ".join(of) or "none" for name, of in verdicts.items()}
+    return (f"The person goes first (interval below 0): {told['person']}. The diagnosis goes first (above 0): {told['diagnosis']}. Undecided: "
+            f"{told['undecided']}. Too few to judge (under {LEAST_TO_JUDGE}): {told['few']}. To tell a person is a choice among many, a diagnosis one "
+            "among four; that alone may make the first easier to upset, so the shares are a hint at what each rests on, and no proof.")
+
+
 # ------------------------------------------------------------------------------------------------------- figures
 
 def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
@@ -474,6 +553,10 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
                     f"accuracy over three classes of {_cell(best, 'slice', column)} % ({_clean_size(best, 'slice')}). With no person on "
                     f"both sides the same kind of model reaches {_cell(best, 'patient', column)} % ({_clean_size(best, 'patient')}), "
                     f"where always answering *Non* (row 1) gives {100 * constant:.1f} %.")
+        added = what_the_split_adds(*(best.entries[protocol] for protocol in PROTOCOLS)) if best.model in MODELS else {}
+        if {"clean", LEAK_EPS} <= set(added):
+            said.append(f"The {show(added['clean'], signed=True)} points that the split adds are {show(added[LEAK_EPS], signed=True)} in the worst "
+                        f"case at {LEAK_EPS} (n = {added[LEAK_EPS]['n_people']} people).")
     attacked = [row for row in trained if (rehearsal or earnest(row, "patient")) and value(row, "patient", worst) is not None]
     if attacked:
         best = max(attacked, key=lambda row: value(row, "patient", worst))
@@ -611,7 +694,7 @@ def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
     twins = _twin_table(entries, list(rows[0].blocks), eps)
     title = ("**What adversarial training costs and buys**: differences in balanced accuracy over three classes, "
              "paired by person [95 % interval], and n slices / people:")
-    return [*([title, twins] if twins else []), _without_search_people(rows)]
+    return [*([title, twins] if twins else []), _without_search_people(rows), leak_markdown(rows)]
 
 
 def findings_markdown(entries: Entries) -> str:
