@@ -256,11 +256,12 @@ def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
     study = json.loads((ROOT / "assets" / "Resnet" / "defaults.json").read_text(encoding="utf-8"))
     name = next(iter(study["rows"]))
     study["rows"][name]["one_class"] = True
-    study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan"}
+    study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan", "hardware": "9 cores, other", "threads": 7}
     (tmp_path / "assets" / "Resnet").mkdir(parents=True)
     (tmp_path / "assets" / "Resnet" / "defaults.json").write_text(json.dumps(study))
     text = experiment.defaults_text("Resnet", root=tmp_path)
     assert text.count("ANSWERED ONE CLASS") == 1 and "failed: the training loss became nan" in text
+    assert f"{study['hardware']}, threads: {study['threads']}; 9 cores, other, threads: 7" in text, "each machine that ran a line is named"
 
 
 def test_a_model_without_a_study_of_defaults_says_so(tmp_path):

@@ -632,8 +632,9 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
     finished = [row for row in study["rows"].values() if "best" in row]
     present = {name: size for name, size in study["validation"].items() if size[1]}
     size = f"{study['input_size']} px" if study["input_size"] else "at native size"
+    machines = dict.fromkeys(f"{row.get('hardware', study['hardware'])}, threads: {row.get('threads', study['threads'])}" for row in study["rows"].values())
     lines = [f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
-             f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {study['hardware']}, threads: {study['threads']}",
+             f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {'; '.join(machines)}",
              f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
              f"{study['n_validation']:,} slices; balanced accuracy over the {len(present)} classes present ({', '.join(present)}), "
              "loss: cross-entropy averaged over them (nats)"]

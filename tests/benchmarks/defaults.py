@@ -72,6 +72,9 @@ def main() -> None:
         raise SystemExit("The study of defaults needs the real cohort: give it with --raw.")
     done = read_json(output) if output.is_file() else {"rows": {}}
     sets = {name: data.load_set(study.sets, "patient", 0, name) for name in ("train", "validation")}
+    machine = {"hardware": hardware(), "threads": torch.get_num_threads()}
+    for row in done["rows"].values():
+        row |= {key: row.get(key, done[key]) for key in machine}  # lines of before may come from another machine
     for name, changes in lines.items():
         if name in done["rows"]:
             continue
@@ -83,13 +86,12 @@ def main() -> None:
                 best = {key: value for key, value in fit.history[fit.best_epoch - 1].items()}
                 done["rows"][name] = {"changes": changes, "best_epoch": fit.best_epoch, "one_class": fit.one_class, "best": best,
                                       "last": fit.history[-1], "seconds": fit.seconds, "init": fit.init,
-                                      "precision": fit.precision}
+                                      "precision": fit.precision, **machine}
             except StudyError as error:
-                done["rows"][name] = {"changes": changes, "failed": str(error)}
+                done["rows"][name] = {"changes": changes, "failed": str(error), **machine}
         done |= {"model": options.model, "protocol": "patient", "fold": 0, "data": study.data, "profile": "cpu",
                  **shared, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
-                 "n_validation": len(sets["validation"]), "cohort_sha256": study.cohort_sha256, "hardware": hardware(),
-                 "threads": torch.get_num_threads(), "environment": environment()}
+                 "n_validation": len(sets["validation"]), "cohort_sha256": study.cohort_sha256, **machine, "environment": environment()}
         write_json(output, done)
         print(json.dumps({name: done["rows"][name].get("best", done["rows"][name])}), flush=True)
 
