@@ -480,6 +480,8 @@ def test_what_the_split_adds_is_the_difference_of_the_two_protocols(tree: Path) 
                     for score in (lambda record: record["clean"]["slice"], lambda record: record["worst_case"]["4/255"]))
     assert added["clean"]["value"] == pytest.approx(clean[0] - clean[1], abs=2e-6)
     assert added["4/255"]["value"] == pytest.approx(worst[0] - worst[1], abs=2e-6) and added["4/255"]["n_people"] == 23
+    other = records.Entry(sides[0].path, sides[0].record | {"init": "pretrained"})
+    assert report.what_the_split_adds(other, sides[1]) == {}, "other means are no pair"
 
 
 def test_the_lead_is_judged_only_where_enough_was_there_before(tree: Path) -> None:

@@ -325,8 +325,11 @@ LEAST_TO_JUDGE = 10
 
 def what_the_split_adds(slice_: Entry, patient: Entry) -> dict[str, dict]:
     """Balanced accuracy over three classes under `slice` minus under `patient`: eps → score with an interval over the people
-    that both tested there. `clean` is of all clean images, an eps is the worst case on those that were attacked."""
+    that both tested there. `clean` is of all clean images, an eps is the worst case on those that were attacked. Empty where
+    the two were trained with other means, as in `twin_difference`."""
     added = {}
+    if any(slice_.record[key] != patient.record[key] for key in ("data", "profile", "init")):
+        return added
     for eps in (None, *(eps for eps in slice_.record["worst_case"] if eps in patient.record["worst_case"])):
         sides = [_standing_at(entry, eps) for entry in (slice_, patient)]
         people = np.intersect1d(sides[0][3], sides[1][3])
@@ -357,7 +360,8 @@ def person_against_diagnosis(entry: Entry, eps: str = LEAK_EPS) -> dict:
 def leak_markdown(rows: list[StudyRow]) -> str:
     """The lead put to the test, whichever way it comes out: does an attack break the leak before the medicine?"""
     rows = [row for row in rows if row.model in MODELS]
-    added = [(row, what_the_split_adds(*(row.entries[protocol] for protocol in PROTOCOLS))) for row in rows if set(PROTOCOLS) <= set(row.entries)]
+    added = [(row, by_eps) for row in rows if set(PROTOCOLS) <= set(row.entries)
+             and (by_eps := what_the_split_adds(*(row.entries[protocol] for protocol in PROTOCOLS)))]
     kept = [(row, protocol, shares) for row in rows for protocol, entry in row.entries.items() if (shares := person_against_diagnosis(entry))]
     if not (added or kept):
         return ""
@@ -366,8 +370,8 @@ def leak_markdown(rows: list[StudyRow]) -> str:
     if added:
         eps = list(dict.fromkeys(name for _, by_eps in added for name in by_eps))
         table = [["row", *(name if name == "clean" else f"worst case at {name}" for name in eps), "n people"]]
-        table += [[f"{row.number} `{row.name}`", *(show(by_eps.get(name), brief=True, signed=True) for name in eps), f"{by_eps['clean']['n_people']:,}"]
-                  for row, by_eps in added]
+        table += [[f"{row.number} `{row.name}`", *(show(by_eps.get(name), brief=True, signed=True) for name in eps),
+                   " to ".join(dict.fromkeys(f"{of(score['n_people'] for score in by_eps.values()):,}" for of in (min, max)))] for row, by_eps in added]
         parts += ["What the split adds: balanced accuracy over three classes under `slice` minus under `patient`, in points; beneath each "
                   "value its 95 % interval, the same people resampled in both. The two models of a row were trained differently too (*Protocols* in "
                   "README), which may be a part of it.", _markdown(table)]
@@ -555,8 +559,8 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
                     f"where always answering *Non* (row 1) gives {100 * constant:.1f} %.")
         added = what_the_split_adds(*(best.entries[protocol] for protocol in PROTOCOLS)) if best.model in MODELS else {}
         if {"clean", LEAK_EPS} <= set(added):
-            said.append(f"The {show(added['clean'], signed=True)} points that the split adds are {show(added[LEAK_EPS], signed=True)} in the worst "
-                        f"case at {LEAK_EPS} (n = {added[LEAK_EPS]['n_people']} people).")
+            said.append(f"The {show(added['clean'], signed=True)} points that the split adds to row {best.number} are {show(added[LEAK_EPS], signed=True)} in the "
+                        f"worst case at {LEAK_EPS} (n = {added[LEAK_EPS]['n_people']} people).")
     attacked = [row for row in trained if (rehearsal or earnest(row, "patient")) and value(row, "patient", worst) is not None]
     if attacked:
         best = max(attacked, key=lambda row: value(row, "patient", worst))
