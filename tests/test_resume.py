@@ -244,6 +244,25 @@ def work(folder: Path, storage: str) -> None:
     killable.search(folder, 6, storage, epochs=30)  # long enough to be killed in the middle
 
 
+def die_once_a_trial_is_taken(folder: Path, storage: str) -> None:
+    optuna_search._signs_of_life = lambda study, trial_id: os.kill(os.getpid(), signal.SIGKILL)
+    work(folder, storage)
+
+
+def test_a_worker_killed_before_its_trial_gave_a_sign_of_life_holds_nobody_up(postgres, tmp_path, monkeypatch):
+    monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
+    monkeypatch.setattr(optuna_search, "GRACE", 8)
+    study = optuna_search.open_study(tmp_path, small("Resnet", trials=2, search_epochs=4), postgres)
+    optuna_search.enqueue(study, 2)
+    doomed = FORKS.Process(target=die_once_a_trial_is_taken, args=(tmp_path / "doomed", postgres))
+    doomed.start()
+    doomed.join(60)
+    assert doomed.exitcode == -signal.SIGKILL
+    assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING, TrialState.WAITING]
+    finish(work, tmp_path / "survivor", postgres)
+    assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
 def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
     monkeypatch.setattr(optuna_search, "GRACE", 8)

@@ -154,8 +154,10 @@ def _shared_trials(study: optuna.Study) -> Iterator[optuna.Trial]:
         open_trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
         if not open_trials:
             return
-        for waiting in open_trials:
-            if waiting.state == TrialState.WAITING and _claim(study, waiting._trial_id):
+        for waiting in (trial for trial in open_trials if trial.state == TrialState.WAITING):
+            # Before the claim: a running trial without any sign of life never counts as stale, and all would wait for it.
+            study._storage.record_heartbeat(waiting._trial_id)
+            if _claim(study, waiting._trial_id):
                 with _signs_of_life(study, waiting._trial_id):
                     yield _begin(study, waiting)
                 break
