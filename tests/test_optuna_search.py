@@ -64,6 +64,24 @@ def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
     assert "out of memory" in study.trials[0].user_attrs["error"]
 
 
+def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(tiny, tmp_path, monkeypatch):
+    storage, real = f"sqlite:///{(tmp_path / 'shared.db').as_posix()}", optuna_search.objective
+    study = optuna_search.open_study(tmp_path, small("Resnet", trials=3), storage)
+    optuna_search.enqueue(study, 3)
+
+    def slept(trial, *arguments):
+        if trial.number == 0:
+            study.tell(0, state=TrialState.FAIL)  # before the trial writes anything
+        value = real(trial, *arguments)
+        if trial.number == 1:
+            study.tell(1, state=TrialState.FAIL)  # after the last thing that it wrote
+        return value
+
+    monkeypatch.setattr(optuna_search, "objective", slept)
+    optuna_search.search(TRAIN, VALIDATION, small("Resnet", trials=3), tmp_path, DEVICE, storage=storage)
+    assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+
+
 def test_a_search_in_which_everything_fails_ends_with_a_sentence(tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no")

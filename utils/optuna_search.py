@@ -201,17 +201,21 @@ def _signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
 
 def _work(study: optuna.Study, trial: optuna.Trial, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device,
           folder: Path, start: Path | None) -> None:
-    """Runs one trial and tells the study how it ended; its checkpoints live in `folder` while it runs."""
+    """Runs one trial and tells the study how it ended, unless others gave it up meanwhile (a machine that slept); its
+    checkpoints live in `folder` while it runs."""
+    value, state = None, None
     try:
         value = objective(trial, train, validation, config, device, folder, start)
     except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED)
+        state = TrialState.PRUNED
+    except optuna.exceptions.UpdateFinishedTrialError:
+        state = TrialState.FAIL
+        say(f"trial {trial.number} was given up by another worker: no sign of life from here for {GRACE} s")
     except (StudyError, RuntimeError, ValueError, MemoryError) as error:
+        state = TrialState.FAIL
         trial.set_user_attr("error", f"{type(error).__name__}: {error}"[:500])
-        study.tell(trial, state=TrialState.FAIL)
         say(f"trial {trial.number} failed: {error}")
-    else:
-        study.tell(trial, value)
+    study.tell(trial, value, state=state, skip_if_finished=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
