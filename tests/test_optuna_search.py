@@ -77,9 +77,12 @@ def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(tiny,
             study.tell(1, state=TrialState.FAIL)  # after the last thing that it wrote
         return value
 
+    said: list[str] = []
     monkeypatch.setattr(optuna_search, "objective", slept)
+    monkeypatch.setattr(optuna_search, "say", said.append)
     optuna_search.search(TRAIN, VALIDATION, small("Resnet", trials=3), tmp_path, DEVICE, storage=storage)
     assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+    assert ["was given up" in line and line.split()[1] for line in said] == ["0", "1"]
 
 
 def test_a_search_in_which_everything_fails_ends_with_a_sentence(tmp_path, monkeypatch):

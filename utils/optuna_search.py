@@ -182,13 +182,12 @@ def _begin(study: optuna.Study, waiting: optuna.trial.FrozenTrial) -> optuna.Tri
 
 @contextlib.contextmanager
 def _signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
-    """Tells the shared storage every `HEARTBEAT` seconds that this trial's worker lives."""
+    """Tells the shared storage every `HEARTBEAT` seconds that this trial's worker lives; the first sign precedes the claim."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.is_set():
+        while not done.wait(HEARTBEAT):
             study._storage.record_heartbeat(trial_id)
-            done.wait(HEARTBEAT)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -210,11 +209,12 @@ def _work(study: optuna.Study, trial: optuna.Trial, train: ImageSet, validation:
         state = TrialState.PRUNED
     except optuna.exceptions.UpdateFinishedTrialError:
         state = TrialState.FAIL
-        say(f"trial {trial.number} was given up by another worker: no sign of life from here for {GRACE} s")
     except (StudyError, RuntimeError, ValueError, MemoryError) as error:
         state = TrialState.FAIL
         trial.set_user_attr("error", f"{type(error).__name__}: {error}"[:500])
         say(f"trial {trial.number} failed: {error}")
+    if study.trials[trial.number].state.is_finished():
+        say(f"trial {trial.number} was given up by another worker, and what it came to here is left out: no sign of life for {GRACE} s")
     study.tell(trial, value, state=state, skip_if_finished=True)
     shutil.rmtree(folder, ignore_errors=True)
 
