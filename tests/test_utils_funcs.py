@@ -5,7 +5,7 @@ import platform
 
 import pytest
 
-from utils.utils_funcs import ROOT, StudyError, atomic_path, read_json, result_root, write_json
+from utils.utils_funcs import ROOT, StudyError, atomic_path, choose_device, read_json, result_root, write_json
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -49,3 +49,11 @@ def test_freed_memory_is_kept_where_the_c_library_can_and_never_an_error(monkeyp
     assert keep_freed_memory.__wrapped__() is (platform.libc_ver()[0] == "glibc")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
     assert keep_freed_memory.__wrapped__() is False
+
+
+def test_float32_on_a_gpu_is_float32(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_device()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

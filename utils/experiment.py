@@ -805,7 +805,6 @@ def _everything_in(raw: str | None) -> data.ImageSet:
 
 
 def main() -> None:
-    torch.set_float32_matmul_precision("high")
     commands = {"prepare": prepare, "search": search_command, "run": run, "train": train_command, "grid": grid, "export": export, "attack": attack_command}
     try:
         if sys.argv[1:2] == ["run"]:

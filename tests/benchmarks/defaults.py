@@ -4,6 +4,7 @@
     python tests/benchmarks/defaults.py --raw RAW --model Resnet           # which learning rate, from random weights
     python tests/benchmarks/defaults.py --raw RAW --model Efficientnet     # likewise
     python tests/benchmarks/defaults.py --raw RAW --model Efficientnet_atk # which training does not end at one answer
+    python tests/benchmarks/defaults.py --raw RAW --model Dinov2_atk       # likewise, with the learning rate and epochs of its units
 
 Goes on where it stopped; writes assets/<Model>/defaults.json. The ResNets see the images at 64 px, which makes their study
 four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch, chosen as every training chooses
@@ -57,7 +58,8 @@ FROM_TWIN = {
 STUDIES = {"Resnet_atk": (ADVERSARIAL, dict(epochs=8, input_size=64, slice_stride=2)),
            "Resnet": (CLEAN, dict(epochs=12, input_size=64, slice_stride=4)),
            "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2)),
-           "Efficientnet_atk": (FROM_TWIN, dict(epochs=8, input_size=None, slice_stride=4, method="pgd", warm_start=False))}
+           "Efficientnet_atk": (FROM_TWIN, dict(epochs=8, input_size=None, slice_stride=4, method="pgd", warm_start=False)),
+           "Dinov2_atk": (FROM_TWIN, dict(epochs=12, input_size=126, slice_stride=4, lr=1e-4))}
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
     for name, changes in lines.items():
         if name in done["rows"]:
             continue
-        config = make_config("cpu", options.model, **{**shared, "lr": 3e-4, **changes})
+        config = make_config("cpu", options.model, **{"lr": 3e-4, **shared, **changes})
         with tempfile.TemporaryDirectory() as folder:
             try:
                 fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device(),
