@@ -43,6 +43,17 @@ def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
     assert json.dumps(record, allow_nan=False)
 
 
+def test_a_record_names_every_machine_that_worked_on_the_unit(study, monkeypatch):
+    config = tiny(seed=7)
+    monkeypatch.setattr(experiment, "hardware", lambda: "one GPU")
+    experiment.train(study, config)
+    monkeypatch.setattr(experiment, "hardware", lambda: "two cores")
+    assert experiment.attack(study, config).meta["hardware"] == "one GPU + two cores"
+    assert experiment.attack(study, config, retrain=True).meta["hardware"] == "one GPU + two cores", "the weights are still the GPU's"
+    experiment.train(study, config, retrain=True)
+    assert experiment.attack(study, config).meta["hardware"] == "two cores"
+
+
 def test_the_record_follows_from_its_predictions(study, record):
     rows = report.read_predictions(study.record("Efficientnet", "patient"))
     assert len(rows["labels"]) == record["clean"]["slice"].get("n_slices", record["clean"].get("n_slices"))

@@ -182,6 +182,7 @@ def _search_in_bfloat16(attack: Callable[..., Tensor], model: nn.Module, images:
                         targets: Tensor | None, mask: Tensor | None = None, **budget: object) -> Tensor:
     """What `attack` finds against the model computed in bfloat16. An image that still stands in float32, by less than what
     rounding moved its margin, was not attacked by a model to be trusted about it: it is attacked again in float32."""
+    mask = None if mask is None else mask.to(images)
     masked = {} if mask is None else {"mask": mask}
     adversarial = attack(_InBfloat16(model), images, labels, eps, targets=targets, **masked, **budget)
     rounded = _succeeded(_InBfloat16(model), adversarial, labels, targets)[0]

@@ -201,12 +201,24 @@ def _fit(study: Study, config: RunConfig, *, retrain: bool = False) -> training.
     sets, path = load_sets(study, config), study.checkpoint(config)
     start = start_of(study, config)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if retrain or training.finished_fit(path, config) is None:
+        _machines(study, config, anew=retrain)
     # Two shards may want the same clean model, one as its unit, one to start from: the second waits. (Several processes
     # of one training must not wait for each other.)
     alone = contextlib.nullcontext() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else FileLock(path.with_suffix(".lock"))
     with alone:
         return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain,
                             logs=path.with_suffix("") / "logs", start=start)
+
+
+def _machines(study: Study, config: RunConfig, *, anew: bool = False) -> str:
+    """Every machine that worked on the unit, this one last, in a line: training and attacks may go on where others stopped."""
+    path = study.checkpoint(config).with_suffix("") / "machines.json"
+    known = read_json(path)["machines"] if path.is_file() and not anew else []
+    machines = list(dict.fromkeys([*known, hardware()]))
+    if not int(os.environ.get("RANK", 0)):
+        write_json(path, {"machines": machines})
+    return " + ".join(machines)
 
 
 def start_of(study: Study, config: RunConfig) -> Path | None:
@@ -249,7 +261,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     measures |= {"rows": chosen[measures["rows"]].tolist()} if measures else {}
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
-    return Unit(rows, {**describe(study, config), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
+    return Unit(rows, {**describe(study, config), "hardware": _machines(study, config), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
                        "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "sanity": result.sanity,
                        "measures": measures, "leak_probe": probed, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
 
