@@ -174,6 +174,15 @@ def test_a_search_in_bfloat16_is_named_beneath_the_table_with_what_float32_still
     assert told in report._bfloat16_searches(rows, "patient")
 
 
+def test_the_machines_that_each_unit_ran_on_are_named_beneath_the_table(tree: Path) -> None:
+    rows = study_rows(read_entries(tree))
+    row = next(row for row in rows if row.trained)
+    row.entries["patient"].record["units"][1]["hardware"] = "one GPU + 2 cores"
+    told = report._machines([row], "patient")
+    assert f"2 cores: row {row.number} (fold 0); one GPU + 2 cores: row {row.number} (fold 1)." in told
+    assert report._machines([row for row in rows if not row.trained], "patient") == ""
+
+
 def test_worst_case_is_the_mean_of_minima_not_the_minimum_of_means() -> None:
     rows, units = study()
     record = summarise(rows, units, n_boot=N_BOOT)

@@ -148,6 +148,29 @@ def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
             f"the worst case counts: {told}.</sub>")
 
 
+def _machines(rows: list[StudyRow], protocol: str) -> str:
+    """Where each trained unit ran, as a note beneath the table; empty where nothing was trained."""
+    found: dict[str, dict[tuple[int, ...], list[int]]] = {}
+    for row in rows:
+        if not row.trained or protocol not in row.entries:
+            continue
+        folds: dict[str, list[int]] = {}
+        for unit in row.entries[protocol].record["units"]:
+            if unit["fold"] in row.folds(protocol):
+                folds.setdefault(unit["hardware"], []).append(unit["fold"])
+        for machine, own in folds.items():
+            found.setdefault(machine, {}).setdefault(tuple(sorted(set(own))), []).append(row.number)
+    if not found:
+        return ""
+    told = "; ".join(f"{machine}: " + ", ".join(f"{_plural('row', numbers)} ({_plural('fold', folds)})" for folds, numbers in groups.items())
+                     for machine, groups in sorted(found.items()))
+    return f"\n\n<sub>Machines (a + joins those that one unit went on on). {told}.</sub>"
+
+
+def _plural(word: str, numbers: list[int] | tuple[int, ...]) -> str:
+    return f"{word}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
 def _markdown(table: list[list[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
@@ -674,7 +697,7 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
             whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
             parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
                          f"{_markdown(_full_table(shown, protocol, eps))}"
-                         f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}\n\n</details>")
+                         f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}\n\n</details>")
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(*_compared(entries))]
