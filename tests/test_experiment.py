@@ -43,15 +43,13 @@ def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
     assert json.dumps(record, allow_nan=False)
 
 
-def test_a_record_names_every_machine_that_worked_on_the_unit(study, monkeypatch):
-    config = tiny(seed=7)
-    monkeypatch.setattr(experiment, "hardware", lambda: "one GPU")
-    experiment.train(study, config)
+def test_a_record_names_every_machine_that_worked_on_the_unit(study, record, monkeypatch):
+    before = record["units"][0]["hardware"]
     monkeypatch.setattr(experiment, "hardware", lambda: "two cores")
-    assert experiment.attack(study, config).meta["hardware"] == "one GPU + two cores"
-    assert experiment.attack(study, config, retrain=True).meta["hardware"] == "one GPU + two cores", "the weights are still the GPU's"
-    experiment.train(study, config, retrain=True)
-    assert experiment.attack(study, config).meta["hardware"] == "two cores"
+    assert experiment.attack(study, tiny(), retrain=True).meta["hardware"] == f"{before} + two cores", "the weights are of before"
+    monkeypatch.setattr(training, "fit", lambda *_, **__: None)
+    experiment.train(study, tiny(), retrain=True)
+    assert experiment._machines(study, tiny()) == "two cores", "a new training starts a new list"
 
 
 def test_the_record_follows_from_its_predictions(study, record):
