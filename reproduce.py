@@ -136,9 +136,11 @@ def repr_double(value: object) -> str:
 
 
 def without_traces(notebook: dict) -> dict:
-    """A copy of `notebook` without what the runner leaves in it: paths of this machine, times of day, empty tags."""
+    """A copy of `notebook` without what the runner leaves in it: paths of this machine, times of day, empty tags, and the
+    state of progress bars that no output shows any more."""
     notebook = json.loads(json.dumps(notebook))
-    notebook["metadata"].pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        notebook["metadata"].pop(key, None)
     for cell in notebook["cells"]:
         for key in ("papermill", "execution"):
             cell["metadata"].pop(key, None)

@@ -109,7 +109,7 @@ def test_a_notebook_without_parameters_is_an_error():
 
 def test_an_executed_notebook_keeps_no_trace_of_this_machine():
     executed = notebook('profile = "demo"', "1 + 1")
-    executed["metadata"]["papermill"] = {"input_path": "/home/someone/in.ipynb"}
+    executed["metadata"] |= {"papermill": {"input_path": "/home/someone/in.ipynb"}, "widgets": {"state": "of a progress bar that is gone"}}
     executed["cells"][1]["metadata"] = {"papermill": {"duration": 1.0}, "execution": {"idle": "now"}, "tags": []}
     assert reproduce.without_traces(executed) == notebook('profile = "demo"', "1 + 1")
 

@@ -69,6 +69,17 @@ def save_figure(figure: Figure, path: Path | str, *, dpi: int = 150, colours: in
     return Path(path)
 
 
+def picture(path: Path | str, width: int = 900) -> "IPython.display.Image":  # noqa: F821
+    """A saved figure that is full of images, for a notebook: as JPEG it weighs two thirds, and the notebook stays under 1 MB."""
+    from IPython.display import Image as Shown
+    from PIL import Image
+
+    file = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(file, format="jpeg", quality=80, optimize=True)
+    return Shown(data=file.getvalue(), format="jpeg", width=width)
+
+
 def show(score: dict | None, style: str = "percent", *, brief: bool = False, signed: bool = False) -> str:
     """`61.0 [55.2, 66.8]`; an en dash where the score is missing or undefined."""
     if not score or score["value"] is None:
