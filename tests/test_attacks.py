@@ -208,6 +208,23 @@ def test_any_successful_iterate_counts():
                     labels) == 1, "the model no longer shows the flaw"
 
 
+class AwayFromItsNearest(nn.Module):
+    """Class 2 gains where class 1, the nearest, loses more: the cross-entropy rises at every step, and so does the margin."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = images.flatten(1).mean(1) - 0.5
+        return torch.stack([torch.zeros_like(level), -0.1 - 5 * level, -0.2 + 6 * level], 1)
+
+
+@pytest.mark.parametrize("name", ["ifgsm", "mifgsm", "transfer"])
+def test_the_image_itself_is_no_iterate(name):
+    model, images, labels = AwayFromItsNearest(), torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.int64)
+    source = {"source": model} if name == "transfer" else {}
+    moved = ATTACKS[name](model, images, labels, 4 / 255, **source)
+    assert margin(model(moved), labels).min() > margin(model(images), labels).max(), "no step helps"
+    assert (moved != images).all()
+
+
 class ConfusedInBfloat16(zoo.Wrapped):
     """Answers Moderate to everything as soon as it computes in bfloat16, with the gradient left as it is. The other classes
     fall to that at once; Moderate itself seems out of reach, and which class is nearest to it comes out wrong."""

@@ -351,6 +351,8 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
                 logits = model(current).float()
         remaining, hit = _distance_to_success(logits, y, t)
         better = (hit & ~done[rows]) | (remaining < distance[rows])
+        if step == 0 and start is images:
+            better = hit  # the image itself is no iterate: where no step helps, the best of them comes back all the same
         best[rows[better]], distance[rows[better]] = current[better], remaining[better]
         done[rows[hit]] = True
         if step == steps:

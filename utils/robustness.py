@@ -32,7 +32,7 @@ from utils.utils_funcs import CLASSES, StudyError, atomic_path, progress
 VIEWS: dict[str, tuple[Groups | None, str]] = {"four": (None, ""), "three": (THREE, "_merged"),
                                                "binary": (BINARY, "_binary")}
 #: Bumped when the same settings would give other numbers: states of older code are then not continued.
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
