@@ -352,7 +352,9 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
         remaining, hit = _distance_to_success(logits, y, t)
         better = (hit & ~done[rows]) | (remaining < distance[rows])
         if step == 0 and start is images:
-            better = hit  # the image itself is no iterate: where no step helps, the best of them comes back all the same
+            # The image itself is no iterate: where no step helps, the best of them comes back all the same. A wrong answer to it
+            # ends the matter, but not with `push`, where the model that is attacked may not be the one that answers.
+            better = hit & (not push)
         best[rows[better]], distance[rows[better]] = current[better], remaining[better]
         done[rows[hit]] = True
         if step == steps:
