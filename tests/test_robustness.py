@@ -304,6 +304,22 @@ def test_condition_fails_on_a_broken_version(condition):
     assert not predicate(broken)
 
 
+@pytest.mark.parametrize("more, passed", [(1, True), (2, False)])
+def test_an_order_of_attacks_may_be_off_by_one_image_whatever_its_printed_figure(more, passed):
+    """39 of 80 is 0.4875 and prints as 0.487: one image more must not count as more than one."""
+    labels = np.zeros(80, np.int64)
+
+    def standing(count: int) -> np.ndarray:
+        return np.eye(4, dtype=np.float32)[np.where(np.arange(80) < count, 0, 1)]
+
+    logits = {("4/255", "noise"): standing(43), ("4/255", "fgsm"): standing(39), ("4/255", "pgd8"): standing(39 + more)}
+    run = types.SimpleNamespace(logits=logits, labels=labels, clean=standing(43),
+                                meta={key: {"view": "four", "scope": "all"} for key in logits})
+    rows = {row["check"]: row for row in robustness._ordered(run, ["4/255"])}
+    assert rows["pgd_le_fgsm"]["passed"] is passed and rows["fgsm_le_noise"]["passed"]
+    assert rows["pgd_le_fgsm"]["figure"]["4/255"][1] == 0.487
+
+
 def test_an_honest_model_passes_every_check():
     result = honest_result()
     assert [row["check"] for row in result.sanity if not row["passed"]] == []
