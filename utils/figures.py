@@ -209,7 +209,8 @@ def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
 def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str, curves: dict[str, tuple[str, str]],
                     scale: float) -> Figure:
     """`curves`: history key → (label, line style). Thin lines are folds and seeds, the thick one their mean."""
-    figure, axes = canvas(1, 2, (9, 3.6), title, provenance([*entries.values()]), sharey=True)
+    figure, axes = canvas(1, 2, (9, 3.8), title, provenance([*entries.values()]), sharey=True)
+    handles = {}
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         units = [u for u in entries[protocol].record["units"] if u.get("history")] if protocol in entries else []
         panel.set_title(PROTOCOL_TITLES[protocol] + (f"\n{len(units)} run{'s' * (len(units) != 1)}" if units else ""))
@@ -235,7 +236,9 @@ def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str
         panel.plot([], [], color=BASE, alpha=0.5, linestyle=":", linewidth=0.9, label="best epoch (validation)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_xlabel("epoch")
-        panel.legend()
+        handles |= {handle.get_label(): handle for handle in panel.get_legend_handles_labels()[0]}
+    # Below the panels: five folds leave no free corner inside.
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=4)
     axes[0, 0].set_ylabel(unit)
     return figure
 
