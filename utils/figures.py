@@ -98,6 +98,12 @@ def canvas(rows: int, columns: int, size: tuple[float, float], title: str, label
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def shared_legend(figure: Figure, panels: np.ndarray, place: str, **options) -> None:
+    """One legend outside the panels for all that they show, each label once."""
+    handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc=f"outside {place}", **options)
+
+
 def styled(draw):
     """Applies the one style while `draw` builds its figure."""
     def wrapped(*arguments, **options):
@@ -210,7 +216,6 @@ def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str
                     scale: float) -> Figure:
     """`curves`: history key → (label, line style). Thin lines are folds and seeds, the thick one their mean."""
     figure, axes = canvas(1, 2, (9, 3.8), title, provenance([*entries.values()]), sharey=True)
-    handles = {}
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
         units = [u for u in entries[protocol].record["units"] if u.get("history")] if protocol in entries else []
         panel.set_title(PROTOCOL_TITLES[protocol] + (f"\n{len(units)} run{'s' * (len(units) != 1)}" if units else ""))
@@ -236,9 +241,8 @@ def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str
         panel.plot([], [], color=BASE, alpha=0.5, linestyle=":", linewidth=0.9, label="best epoch (validation)")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_xlabel("epoch")
-        handles |= {handle.get_label(): handle for handle in panel.get_legend_handles_labels()[0]}
     # Below the panels: five folds leave no free corner inside.
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=4)
+    shared_legend(figure, axes[0], "lower left", ncols=4)
     axes[0, 0].set_ylabel(unit)
     return figure
 
@@ -302,15 +306,13 @@ def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of([record], attacked=True)}")
         if alone:
             _one_eps_panel(axes[1, column], model, record, found[protocol], names)
-    handles = {label: handle for panel in axes[0] for handle,
-               label in zip(*panel.get_legend_handles_labels(), strict=True)}
     axes[0, 0].set_ylabel("balanced accuracy, 3 classes (%)")
     if alone:  # one set of rows for both panels, which share this axis
         labels = [f"{name} (n = {' | '.join(_count(blocks.get(name)) for blocks in found.values())})" for name in names]
         first = axes[1, PROTOCOLS.index(next(iter(records)))]
         first.set_yticks(range(alone), labels, fontsize=7)
         first.set_ylim(alone - 0.4, -0.6)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    shared_legend(figure, axes[0], "right upper")
     return figure
 
 
@@ -571,9 +573,7 @@ def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.set_ylim(0, 102)
         sizes = _sizes_of([row.blocks[protocol] for row in own], attacked=True).replace(" (", "\n(")
         panel.set_title(f"{title}\n{sizes}; bands: 95 % intervals")
-    handles = {label: handle for panel in axes.flat for handle,
-               label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    shared_legend(figure, axes, "right center")
     return figure
 
 
@@ -608,9 +608,7 @@ def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.set(xlim=(0, 102), ylim=(-2, 102), aspect="equal", xlabel="clean balanced accuracy, 3 classes (%)")
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes_of(placed)}")
     axes[0, 0].set_ylabel(f"worst case at eps {eps} (%)")
-    handles = {label: handle for panel in axes[0] for handle,
-               label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center")
+    shared_legend(figure, axes[0], "right center")
     return figure
 
 
@@ -814,8 +812,7 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes(sizes)}\nbands: 95 % intervals")
     axes[0, 0].set_ylabel("images (%)")
     _frequency_panel(axes[0, 2], shown)
-    handles = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    shared_legend(figure, axes[0], "lower center", ncols=4)
     return figure
 
 
