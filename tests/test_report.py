@@ -426,6 +426,17 @@ def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(tree: Path,
                                                    "n = 46 slices of 23 people", "]\nn = 92", "n = 92 / 23"))
 
 
+def test_no_legend_of_the_figures_that_compare_models_leaves_the_page(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "assets", tmp_path / "assets", ignore=shutil.ignore_patterns("*.png", "*.gif"))
+    for path, figure in report.draw_study_figures(tmp_path).items():
+        figure.canvas.draw()
+        page, footer = figure.bbox, next(text for text in figure.texts if text.get_text().startswith("data:")).get_window_extent()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, path.name
+            assert not box.overlaps(footer), path.name
+
+
 def test_models_of_other_sizes_are_not_given_one_n() -> None:
     assert figures._of_class({(640, 20), (3200, 100)}) == "20 to 100 people,\n640 to 3,200 slices"
     assert figures._sizes([(92, 23), (92, 23)]) == "n = 92 slices of 23 people"

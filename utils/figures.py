@@ -780,6 +780,11 @@ def pooled_probe(entry: Entry) -> dict:
             "shares": np.concatenate([part["shares"] for part, _, _ in parts]), "noise_shares": first["noise_shares"], "bands": first["bands"]}
 
 
+#: What `leak_probe_figure` counts: key of `pooled_probe` → (kind of line, its name in the legend).
+PROBE_LINES = {"right": ("-", "diagnosis right"), "recognised": ("--", "person recognised"),
+               "neighbour": (":", "person recognised, neighbours count")}
+
+
 @styled
 def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Against eps, under PGD on the diagnosis: whose diagnosis is right, and whose person the features still tell; and the
@@ -798,13 +803,12 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
             sizes.append((len(found["labels"]), len(np.unique(found["people"]))))
             eps = [name for name in found["right"] if name != "clean" and not name.startswith("noise")]
             eps = sorted(eps, key=parse_eps)
-            for what, dashes, label in (("right", "-", f"{entry.model}: diagnosis right"), ("recognised", "--", f"{entry.model}: person recognised"),
-                                        ("neighbour", ":", f"{entry.model}: person recognised, neighbours count")):
+            for what, (dashes, _) in PROBE_LINES.items():
                 if what not in found:
                     continue
                 shares = [metrics.share(found[what][name], found["labels"], found["people"]) for name in ("clean", *eps)]
                 x = [0, *(255 * parse_eps(name) for name in eps)]
-                panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5, label=label)
+                panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5)
                 panel.fill_between(x, [100 * share["ci"][0] for share in shares], [100 * share["ci"][1] for share in shares], color=COLOURS[entry.model],
                                    alpha=0.08, linewidth=0)
         _eps_axis(panel, eps)
@@ -812,7 +816,10 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes(sizes)}\nbands: 95 % intervals")
     axes[0, 0].set_ylabel("images (%)")
     _frequency_panel(axes[0, 2], shown)
-    shared_legend(figure, axes[0], "lower center", ncols=4)
+    # Models and kinds of line apart: one entry for each pair of them would not fit on the page.
+    marks = [Line2D([], [], color=COLOURS[model], marker=MARKERS[model], linestyle="", label=model) for model in dict.fromkeys(entry.model for entry in shown)]
+    marks += [Line2D([], [], color=BASE, linestyle=dashes, linewidth=1.1, label=label) for dashes, label in PROBE_LINES.values()]
+    figure.legend(handles=marks, loc="outside lower left", ncols=(len(marks) + 1) // 2)
     return figure
 
 
@@ -821,12 +828,12 @@ def _frequency_panel(panel: Axes, shown: list[Entry]) -> None:
         found = pooled_probe(entry)
         shares = 100 * np.array(found["shares"]).mean(0)
         panel.plot(range(len(shares)), shares, "-" if entry.protocol == "patient" else ":", color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5)
-    panel.plot(range(len(found["noise_shares"])), 100 * np.array(found["noise_shares"]), color=GREY, linewidth=1, label="noise of the same size")
+    panel.plot(range(len(found["noise_shares"])), 100 * np.array(found["noise_shares"]), color=GREY, linewidth=1)
     edges = found["bands"]
     names = [f"{low:g}–{high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g}+"]
     panel.set_xticks(range(len(names)), names, fontsize=7.5)
     panel.set(xlabel="cycles per image width", ylabel="share of the perturbation's energy (%)", ylim=(0, None),
-              title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice")
+              title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice\ngrey, unmarked: noise of the same size")
 
 
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
