@@ -550,7 +550,7 @@ def _beside_its_twin(row: StudyRow, rows: list[StudyRow]) -> str:
 
 
 def _findings(rows: list[StudyRow], eps: str) -> str:
-    """The abstract in numbers, each with the row that bears it."""
+    """The abstract: one paragraph in numbers, each with the row that bears it, and a word in bold where its subject changes."""
     column, worst = HEADLINE[0], HEADLINE[2]
 
     def value(row: StudyRow, protocol: str, name: str) -> float | None:
@@ -560,9 +560,9 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
     controls = {row.variant: row for row in rows if row.model == "Baselines"}
     if {"nearest_neighbour", "nearest_neighbour_permuted"} <= set(controls):
         plain, permuted = controls["nearest_neighbour"], controls["nearest_neighbour_permuted"]
-        said.append(f"Under the published split a nearest neighbour with nothing learned (row {plain.number}) reaches a balanced accuracy "
-                    f"over three classes of {_cell(plain, 'slice', column)} %, and with the people's labels permuted (row "
-                    f"{permuted.number}) still {_cell(permuted, 'slice', column)} %: the split rewards recognising people. With no "
+        said.append(f"**The split.** Under the published split a nearest neighbour with nothing learned (row {plain.number}) reaches a "
+                    f"balanced accuracy over three classes of {_cell(plain, 'slice', column)} %, and with the people's labels permuted "
+                    f"(row {permuted.number}) still {_cell(permuted, 'slice', column)} %: the split rewards recognising people. With no "
                     f"person on both sides it reaches {_cell(plain, 'patient', column)} %.")
     trained = [row for row in rows if row.trained]
 
@@ -573,10 +573,11 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
     rehearsal = not any(earnest(row, protocol) for row in trained for protocol in PROTOCOLS)
     if rehearsal and any(earnest(row, "patient") for row in controls.values()):
         return " ".join([*said, "The models below were rehearsed only: no number of theirs is a finding."])
-    both = [row for row in trained if (rehearsal or all(earnest(row, protocol) for protocol in PROTOCOLS)) and None not in (value(row, "slice", column), value(row, "patient", column))]
+    both = [row for row in trained if (rehearsal or all(earnest(row, protocol) for protocol in PROTOCOLS))
+            and all(value(row, protocol, column) is not None for protocol in PROTOCOLS)]
     if both:
         best = max(both, key=lambda row: value(row, "slice", column))
-        said.append(f"Under the published split the best model, `{best.name}` (row {best.number}), reaches a balanced "
+        said.append(f"**Clean images.** Under the published split the best model, `{best.name}` (row {best.number}), reaches a balanced "
                     f"accuracy over three classes of {_cell(best, 'slice', column)} % ({_clean_size(best, 'slice')}). With no person on "
                     f"both sides the same kind of model reaches {_cell(best, 'patient', column)} % ({_clean_size(best, 'patient')}), "
                     f"where always answering *Non* (row 1) gives {100 * constant:.1f} %.")
@@ -589,7 +590,7 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
         best = max(attacked, key=lambda row: value(row, "patient", worst))
         low, high = _score(best, "patient", worst)["ci"]
         verdict = _against(constant, low, high)
-        said.append(f"At eps {eps}, in the worst case over all attacks, the most robust model under `patient` is "
+        said.append(f"**Under attack.** At eps {eps}, in the worst case over all attacks, the most robust model under `patient` is "
                     f"`{best.name}` (row {best.number}) with {_cell(best, 'patient', worst)} % "
                     f"({_attacked_size(best)}): {verdict} the constant answer.")
         said.append(_beside_its_twin(best, rows))
