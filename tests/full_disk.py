@@ -90,7 +90,8 @@ def attempt(save: Callable[[Path, int], None], path: Path, leave: int | None) ->
     after = contents(path.parent)
     free(fillers)
     save(path, LARGE)  # with room again, the same call goes through
-    return {"error": error, "whole": all(after.get(name) == content for name, content in before.items()), "left": sorted(set(after) - set(before))}
+    return {"error": error, "whole": all(after.get(name) == content for name, content in before.items()),
+            "left": sorted(set(after) - set(before))}
 
 
 def attempt_training(folder: Path) -> dict:

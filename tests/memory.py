@@ -66,7 +66,8 @@ def prepare(raw_folder: Path, folder: Path) -> None:
     raw = read_raw(raw_folder)
     who = np.array([[int(word) for word in Path(path).stem.split("_")] for path in raw.paths])
     files = np.array(raw.file_sha256)
-    cohort = Cohort(files, files, np.array(raw.source_split), raw.label, np.full(len(raw), "real"), np.full(len(raw), ""), who[:, 0], who[:, 1])
+    cohort = Cohort(files, files, np.array(raw.source_split), raw.label, np.full(len(raw), "real"), np.full(len(raw), ""), who[:, 0],
+                    who[:, 1])
     data.prepare(raw, cohort, data.assign_folds(*data.people_of(cohort)), folder)
 
 

@@ -45,7 +45,8 @@ def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = T
     return images, labels, share > 0
 
 
-def stripes_by_token(count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8, part: int = 640) -> tuple[Tensor, Tensor]:
+def stripes_by_token(count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8,
+                     part: int = 640) -> tuple[Tensor, Tensor]:
     """Images, and what lies under each of cells × cells tokens (N, cells, cells): the class of its stripes, or 4
     where they are too faint to be read there (a patch's four corners) or absent. Drawn in parts, to bound memory."""
     images, targets = [], []

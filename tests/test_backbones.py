@@ -178,7 +178,8 @@ def test_attention_is_plain_in_bfloat16_and_fused_in_float32(monkeypatch):
     used = []
     for module, function in ((sdpa_attention, "sdpa_attention_forward"), (modeling_dinov2, "eager_attention_forward")):
         inner = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *given, inner=inner, function=function, **more: used.append(function) or inner(*given, **more))
+        monkeypatch.setattr(module, function, lambda *given, inner=inner, function=function,
+                            **more: used.append(function) or inner(*given, **more))
     model, images = build_model("Dinov2", pretrained=False, input_size=28), torch.rand(1, 1, 28, 28)
     model(images)
     assert set(used) == {"sdpa_attention_forward"}

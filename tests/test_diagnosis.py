@@ -19,7 +19,8 @@ from utils.utils_funcs import ROOT, StudyError
 def image_set(people: int = 12, each: int = 3) -> ImageSet:
     count = people * each
     person = torch.arange(count) // each
-    return ImageSet(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), person % 3, person, torch.arange(count) % each, [f"{k:064x}" for k in range(count)], "test")
+    return ImageSet(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), person % 3, person, torch.arange(count) % each,
+                    [f"{k:064x}" for k in range(count)], "test")
 
 
 def test_a_part_of_the_people_is_whole_people_of_every_class():
@@ -42,7 +43,8 @@ def test_a_persons_row_has_the_hash_of_the_slices_in_order():
 
 def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     study = Study(tmp_path, "phantom", "demo", tmp_path, "")
-    with pytest.raises(diagnosis.MissingMembersError, match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0"):
+    with pytest.raises(diagnosis.MissingMembersError,
+                       match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0"):
         diagnosis.run_ensemble(study)
     with pytest.raises(diagnosis.MissingMembersError, match="Resnet_atk"):
         diagnosis.run_sequence(study)
@@ -90,7 +92,8 @@ def test_an_ensemble_grows_form_by_form_and_evaluates_none_twice(trained, ran):
     assert second["variants"]["uniform mixed"] == first["variants"]["uniform mixed"]
     assert [check["variant"] for check in second["sanity"]] == list(second["variants"])
     assert diagnosis.run_ensemble(trained, forms=("uniform clean",)) == second and len(ran) == 2
-    assert "Members alone" in diagnosis_report.ensemble_text(second) and set(second["units"][0]["members"]) == {"Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"}
+    assert "Members alone" in diagnosis_report.ensemble_text(second)
+    assert set(second["units"][0]["members"]) == {"Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"}
 
 
 def test_ensembles_of_other_members_are_never_pooled(trained, ran):
@@ -113,18 +116,23 @@ def test_an_ensemble_without_its_members_shows_what_is_recorded(trained, ran, ca
 
 
 def a_unit(*variants: str, weights: dict[str, str], people: int = 6) -> Unit:
-    rows = {"file_sha256": np.arange(people * 32, dtype=np.uint8).reshape(people, 32), **{f"{name}/clean": np.ones((people, 4)) for name in variants}}
-    return Unit(rows, {"model": "Sequence", "fold": 0, "variants": {name: {} for name in variants}, "weights_sha256": weights, "sanity": [{"variant": name} for name in variants],
-                       "git_dirty": False, "git_commit": variants[0], "hardware": "here", "init": "random", "config": {"members": list(weights), "eps": "4/255"},
+    rows = {"file_sha256": np.arange(people * 32, dtype=np.uint8).reshape(people, 32),
+            **{f"{name}/clean": np.ones((people, 4)) for name in variants}}
+    return Unit(rows, {"model": "Sequence", "fold": 0, "variants": {name: {} for name in variants}, "weights_sha256": weights,
+                       "sanity": [{"variant": name} for name in variants],
+                       "git_dirty": False, "git_commit": variants[0], "hardware": "here", "init": "random",
+                       "config": {"members": list(weights), "eps": "4/255"},
                        "wall_seconds": {"train": 1.0, "attack": 2.0}})
 
 
 def test_a_unit_grows_by_the_sources_that_are_trained_later():
-    first, second = a_unit("Efficientnet gru", weights={"Efficientnet": "a"}), a_unit("Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"})
+    first = a_unit("Efficientnet gru", weights={"Efficientnet": "a"})
+    second = a_unit("Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"})
     both = diagnosis.with_more_variants(first, second)
     assert list(both.meta["variants"]) == ["Efficientnet gru", "Resnet gru", "Resnet + Efficientnet gru"]
     assert [check["variant"] for check in both.meta["sanity"]] == list(both.meta["variants"])
-    assert both.meta["config"] == {"members": ["Efficientnet", "Resnet"], "fp16_members": [], "eps": "4/255"} and both.meta["wall_seconds"] == {"train": 2.0, "attack": 4.0}
+    assert both.meta["config"] == {"members": ["Efficientnet", "Resnet"], "fp16_members": [], "eps": "4/255"}
+    assert both.meta["wall_seconds"] == {"train": 2.0, "attack": 4.0}
     assert both.meta["git_commit"] == "Efficientnet gru + Resnet gru" and both.meta["hardware"] == "here"
     assert {name for name in both.rows if "/" in name} == {"Efficientnet gru/clean", "Resnet gru/clean", "Resnet + Efficientnet gru/clean"}
 
@@ -162,7 +170,8 @@ def test_checks_pass_on_a_sound_evaluation_of_persons():
 ])
 def test_each_check_fails_on_a_broken_evaluation(broken, check):
     people, chosen, clean, found, budget = a_study_evaluation()
-    failed = [row["check"] for row in diagnosis._study_checks("Resnet gru", people, chosen, clean, found | broken, budget) if not row["passed"]]
+    failed = [row["check"] for row in diagnosis._study_checks("Resnet gru", people, chosen, clean, found | broken, budget)
+              if not row["passed"]]
     assert check in failed
 
 
@@ -175,13 +184,16 @@ def sequence_entry(tmp_path):
     clean = 2 * np.eye(4)[labels] + generator.normal(size=(20, 4))
     attacked = np.full((20, 4), np.nan)
     attacked[::2] = -clean[::2]
-    rows = {"labels": labels.astype(np.int8), "fold": np.zeros(20, np.int8), "seed": np.zeros(20, np.int8), "patient_id": np.arange(20, dtype=np.int32),
+    rows = {"labels": labels.astype(np.int8), "fold": np.zeros(20, np.int8), "seed": np.zeros(20, np.int8),
+            "patient_id": np.arange(20, dtype=np.int32),
             "slice_index": np.full(20, -1, np.int16), "file_sha256": np.zeros((20, 32), np.uint8),
             "Resnet gru/clean": to_half(clean), "Resnet gru/4/255:study_pgd3": to_half(attacked)}
     budget = {"eps": "4/255", "budgets": [0, 1, 32], "people": list(range(0, 20, 2)), "labels": labels[::2].tolist(),
               "least": {"gradient": [1, 32] * 5, "random": [32] * 10}}
-    unit = {"model": "Sequence", "regime": "both", "protocol": "patient", "data": "phantom", "profile": "demo", "init": "random", "search": "none", "fold": 0,
-            "seed": 0, "cohort_sha256": "0", "config": {"headline_eps": "4/255"}, "wall_seconds": {"train": 1, "attack": 1}, "git_commit": "0", "git_dirty": False,
+    unit = {"model": "Sequence", "regime": "both", "protocol": "patient", "data": "phantom", "profile": "demo", "init": "random",
+            "search": "none", "fold": 0,
+            "seed": 0, "cohort_sha256": "0", "config": {"headline_eps": "4/255"}, "wall_seconds": {"train": 1, "attack": 1},
+            "git_commit": "0", "git_dirty": False,
             "sanity": [], "variants": {"Resnet gru": {"attacks": {"4/255": {"study_pgd3": {"norm": "linf"}}}, "slice_budget": budget}}}
     record = records.summarise(rows, [unit], n_boot=100)
     path = tmp_path / "assets" / "Sequence" / "patient.json"
@@ -201,7 +213,8 @@ def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path
 def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     entry = sequence_entry(tmp_path)
     whole = diagnosis_report.person_reliability(entry, "Resnet gru")
-    more = {name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values]) for name, values in entry.predictions.items()}
+    more = {name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values])
+            for name, values in entry.predictions.items()}
     more["fold"] = np.repeat(np.array([0, 1], np.int8), 20)
     other = {**entry.record["units"][0], "fold": 1, "variants": {}}
     record = records.summarise(more, [entry.record["units"][0], other], n_boot=100)
@@ -210,7 +223,8 @@ def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     assert diagnosis_report.person_reliability(grown, "Resnet gru") == whole
     assert record["variants"]["Resnet gru"]["clean"]["n_people"] == 20 and record["folds"] == [0, 1]
     assert diagnosis_report.pooled_budgets(record, "Resnet gru", "gradient")[2] == 10
-    grown.record["sanity"] = [{"check": "any", "passed": True, "variant": name, "fold": 0, "seed": 0} for name in ("Resnet gru", "Resnet mean")]
+    grown.record["sanity"] = [{"check": "any", "passed": True, "variant": name, "fold": 0, "seed": 0}
+                              for name in ("Resnet gru", "Resnet mean")]
     grown.record["profile"] = "cpu"
     row = next(row for row in records.study_rows({("Sequence", "patient"): grown}) if row.variant)
     assert row.folds("patient") == [0] and report._runs(row).endswith(", fold 0 of 5") and report._checks(row, "patient") == "1/1"

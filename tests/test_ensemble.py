@@ -46,7 +46,8 @@ def test_a_pool_is_the_multinomial_model_on_its_members_logits():
 
 def ensembles() -> list[nn.Module]:
     own = members()
-    return [ensemble.Mixture(own), ensemble.Mixture(own, (0.2, 0.5, 0.3)), ensemble.LogLinearPool(own, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
+    return [ensemble.Mixture(own), ensemble.Mixture(own, (0.2, 0.5, 0.3)),
+            ensemble.LogLinearPool(own, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
             ensemble.SeparateImages(ensemble.Mixture(own))]
 
 
@@ -202,7 +203,8 @@ def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_lea
     strong = (ensemble.attack_separately(model, x, labels, 0.1, steps=40).argmax(1) == labels).sum()
     weak = (ensemble.attack_like_the_original_project(model, x, labels, 0.1).argmax(1) == labels).sum()
     assert strong < weak
-    parts = [ATTACKS["pgd"](member, x, labels, 0.1, steps=10, step_size=1e-4, random_start=False, push=True) for member in model.members.values()]
+    parts = [ATTACKS["pgd"](member, x, labels, 0.1, steps=10, step_size=1e-4, random_start=False, push=True)
+             for member in model.members.values()]
     assert max(float((part - x).abs().max()) for part in parts) <= 10 * 1e-4 + 1e-6
 
 

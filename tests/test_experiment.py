@@ -37,7 +37,8 @@ def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
     for key in ("schema_version", "model", "regime", "protocol", "data", "profile", "init", "search", "folds", "seeds", "cohort_sha256",
                 "config", "environment", "hardware", "wall_seconds", "git_commit", "git_dirty", "clean", "attacks", "worst_case", "sanity"):
         assert key in record, key
-    assert (record["model"], record["data"], record["init"], record["folds"], record["seeds"]) == ("Efficientnet", "phantom", "random", [0], [0])
+    told = [record[key] for key in ("model", "data", "init", "folds", "seeds")]
+    assert told == ["Efficientnet", "phantom", "random", [0], [0]]
     assert record == report.read_record(study.record("Efficientnet", "patient"))
     assert record["units"][0]["explanation"] and record["units"][0]["history"]
     assert json.dumps(record, allow_nan=False)
@@ -196,13 +197,15 @@ def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
     (tmp_path / "mine.py").write_text("import torch\n"
                                       "def build():\n"
                                       "    torch.manual_seed(0)\n"
-                                      "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(16, 4))\n")
+                                      "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(16, "
+                                      "4))\n")
     few = tmp_path / "images"
     for folder in sorted((phantom_raw / "test").iterdir()):
         (few / folder.name).mkdir(parents=True)
         for image in sorted(folder.iterdir())[:3]:
             (few / folder.name / image.name).write_bytes(image.read_bytes())
-    done = subprocess.run([sys.executable, "-m", "utils.experiment", "attack", "--model", "mine:build", "--raw", str(few), "--suite", "quick"],
+    done = subprocess.run([sys.executable, "-m", "utils.experiment", "attack", "--model", "mine:build", "--raw", str(few), "--suite",
+                           "quick"],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     assert done.returncode == 0, done.stderr
     assert "WORST CASE" in done.stdout and "checks" in done.stdout and "12" in done.stdout
@@ -265,7 +268,8 @@ def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
     study = json.loads((ROOT / "assets" / "Resnet" / "defaults.json").read_text(encoding="utf-8"))
     name = next(iter(study["rows"]))
     study["rows"][name]["one_class"] = True
-    study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan", "hardware": "9 cores, other", "threads": 7}
+    study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan", "hardware": "9 cores, other",
+                                        "threads": 7}
     (tmp_path / "assets" / "Resnet").mkdir(parents=True)
     (tmp_path / "assets" / "Resnet" / "defaults.json").write_text(json.dumps(study))
     text = experiment.defaults_text("Resnet", root=tmp_path)

@@ -547,7 +547,8 @@ def test_good_maps_have_nothing_against_them():
     (dict(faithfulness__road={**entry(0.1), "beyond_random": entry(0.01, -0.02, 0.04)}), "may not",
      "does not show what the model uses: not better than a random map by ROAD", "+0.010 [-0.020, +0.040]"),
     (dict(faithfulness__deletion=entry(0.5, 0.4, 0.6)), "undecided", "whether it shows what the model uses", ""),
-    (dict(randomisation={"stages": {"00 fc": entry(0.8, 0.7, 0.9)}}), "may not", "no evidence of what the model learned", "0.80 [0.70, 0.90]"),
+    (dict(randomisation={"stages": {"00 fc": entry(0.8, 0.7, 0.9)}}), "may not", "no evidence of what the model learned",
+     "0.80 [0.70, 0.90]"),
     (dict(randomisation={"stages": {"00 fc": entry(0.4, 0.2, 0.6)}}), "undecided", "interval reaches the limit", "0.40 [0.20, 0.60]"),
     (dict(anatomy__csf={**entry(0.1, 0.09, 0.11), "beyond_area": entry(-0.2, -0.3, -0.1)}), "may not",
      "does not point at the ventricles", "-0.20 [-0.30, -0.10]"),
@@ -557,7 +558,8 @@ def test_good_maps_have_nothing_against_them():
      "must not be read as anatomy alone: it favours the background", "+0.30 [+0.20, +0.40]"),
     ({"attack 4/255__iou_top20": entry(0.2, 0.1, 0.3)}, "may not",
      "unstable: an attack on the prediction at eps 4/255", "0.20 [0.10, 0.30]"),
-    ({"attack 4/255__iou_top20": entry(0.5, 0.3, 0.7)}, "undecided", "survives an attack on the prediction at eps 4/255", "0.50 [0.30, 0.70]"),
+    ({"attack 4/255__iou_top20": entry(0.5, 0.3, 0.7)}, "undecided", "survives an attack on the prediction at eps 4/255",
+     "0.50 [0.30, 0.70]"),
     ({"explanation attack__iou_top20": entry(0.2, 0.1, 0.3)}, "may not", "attack on the map itself that keeps the answer (eps 4/255)",
      "0.20 [0.10, 0.30]"),
     ({"explanation attack__iou_top20": entry(0.5, 0.3, 0.7)}, "undecided", "attack on the map itself", "0.50 [0.30, 0.70]"),
@@ -617,7 +619,8 @@ def test_the_verdict_on_planted_evidence_follows_the_record(tmp_path):
 
 #: DINOv2 that learns everything from the class misses the limit, as README and its notebooks say; once it keeps it, this mark
 #: and they must go.
-MISSED = pytest.mark.xfail(strict=True, raises=AssertionError, reason="attention moves evidence between tokens below the layer that is read")
+MISSED = pytest.mark.xfail(strict=True, raises=AssertionError,
+                           reason="attention moves evidence between tokens below the layer that is read")
 
 
 @pytest.mark.slow

@@ -54,9 +54,11 @@ def cohort(people: int = 10, each: int = 8) -> ImageSet:
     own = (100 * torch.rand(people, 1, 8, 4, generator=generator)).repeat_interleave(2, dim=3)
     person = torch.arange(people * each) // each
     label = person % 2
-    images = torch.cat([torch.full((len(person), 1, 8, 8), 0.0) + (127 + 6 * (2 * label - 1))[:, None, None, None], own[person] + 60], dim=3)
+    images = torch.cat([torch.full((len(person), 1, 8, 8), 0.0) + (127 + 6 * (2 * label - 1))[:, None, None, None], own[person] + 60],
+                       dim=3)
     images += 4 * torch.rand(images.shape, generator=generator)
-    return ImageSet(images.round().byte(), label, person, torch.arange(people * each) % each, [f"{k:064x}" for k in range(people * each)], "test")
+    return ImageSet(images.round().byte(), label, person, torch.arange(people * each) % each, [f"{k:064x}" for k in range(people * each)],
+                    "test")
 
 
 def test_an_attack_on_the_diagnosis_leaves_the_person_where_they_rest_on_different_pixels():

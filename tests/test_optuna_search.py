@@ -10,7 +10,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from tests.test_training import DEVICE, TRAIN, VALIDATION, small, tiny  # noqa: F401  (tiny is a fixture)
+from tests.test_training import DEVICE, TRAIN, VALIDATION, small, tiny
 from utils import experiment, optuna_search
 from utils.config import make_config
 from utils.utils_funcs import StudyError, read_json
@@ -163,7 +163,8 @@ def test_importances_that_would_mean_nothing_are_words(study):
 
 @pytest.mark.parametrize("study", [drawn_study(0), drawn_study(0, failed=3), drawn_study(0, one_class=2)])
 def test_a_study_in_which_nothing_learnt_is_drawn_too(study):
-    assert optuna_search.search_figures(study)._repr_png_() and f"n = {len(study.trials)} trials" in words_of(optuna_search.search_figures(study))
+    figure = optuna_search.search_figures(study)
+    assert figure._repr_png_() and f"n = {len(study.trials)} trials" in words_of(figure)
 
 
 def test_units_show_the_searches_that_they_rest_on_and_make_none(tiny, tmp_path):

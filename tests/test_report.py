@@ -70,7 +70,8 @@ def probe_of(count: int) -> dict:
     """The person is recognised everywhere, the diagnosis right on clean images alone, every second row asked."""
     rows = list(range(0, count, 2))
     names, no, yes = ("clean", "1/255", "noise 1/255", "4/255", "noise 4/255"), [0] * len(rows), [1] * len(rows)
-    return {"rows": rows, "gap": 4, "recognised": dict.fromkeys(names, yes), "right": {name: yes if "/" not in name or "noise" in name else no for name in names},
+    return {"rows": rows, "gap": 4, "recognised": dict.fromkeys(names, yes),
+            "right": {name: yes if "/" not in name or "noise" in name else no for name in names},
             "bands": [0.0, 2.0, 4.0], "shares": [[0.5, 0.3, 0.2]] * len(rows), "noise_shares": [0.1, 0.2, 0.7]}
 
 
@@ -153,7 +154,8 @@ def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> 
         drawn = {names[round(container[0].get_ydata()[0])]: container[0].get_xdata()[0] for container in panel.containers}
         blocks = entry.record["attacks"]["4/255"]
         aims = {name: figures.AIMED_AT[block.get("view", "four")] for name, block in blocks.items()}
-        assert drawn == {name: pytest.approx(100 * blocks[name][aim]["value"]) for name, aim in aims.items() if blocks[name][aim]["value"] is not None}
+        assert drawn == {name: pytest.approx(100 * blocks[name][aim]["value"]) for name, aim in aims.items()
+                         if blocks[name][aim]["value"] is not None}
     sizes = [label.get_text() for label in figure.axes[2].get_yticklabels() if label.get_text().startswith("square ")]
     assert sizes == [f"square (n = – | {attacks['square']['n_slices']:,})"]
 
@@ -377,7 +379,8 @@ def test_an_attack_on_fewer_slices_prints_its_own_n(tmp_path: Path) -> None:
     for name in [name for name in rows if ":" in name]:
         rows[name] = np.where(few[:, None], rows[name], np.float16(np.nan))
     record = summarise(rows, units, n_boot=N_BOOT)
-    assert (record["clean"]["n_slices"], record["worst_case"]["4/255"]["n_slices"], record["worst_case"]["4/255"]["n_people"]) == (92, 23, 23)
+    assert (record["clean"]["n_slices"], record["worst_case"]["4/255"]["n_slices"],
+            record["worst_case"]["4/255"]["n_people"]) == (92, 23, 23)
     write_record(tmp_path / "assets" / "Resnet" / "patient.json", record, rows)
     assert "92 / 23 (23 attacked)" in report.results_markdown(read_entries(tmp_path))
 
@@ -408,7 +411,8 @@ def test_sample_measures_of_all_folds_are_pooled_with_their_own_people(tree: Pat
 def test_probes_of_all_folds_are_pooled_with_their_own_people(tree: Path) -> None:
     entry = read_entries(tree)["Resnet", "patient"]
     pooled = figures.pooled_probe(entry)
-    own = np.concatenate([np.flatnonzero(entry.predictions["fold"] == unit["fold"])[unit["leak_probe"]["rows"]] for unit in entry.record["units"]])
+    own = np.concatenate([np.flatnonzero(entry.predictions["fold"] == unit["fold"])[unit["leak_probe"]["rows"]]
+                          for unit in entry.record["units"]])
     assert np.array_equal(pooled["people"], entry.predictions["patient_id"][own]) and len(pooled["shares"]) == len(own)
     assert pooled["recognised"]["4/255"].all() and not pooled["right"]["4/255"].any()
     without = records.Entry(entry.path, entry.record | {"units": [{**unit, "leak_probe": {}} for unit in entry.record["units"]]})
@@ -624,6 +628,7 @@ def test_the_committed_model_card_follows_the_records() -> None:
     assert (ROOT / "assets" / "model_card.md").read_text(encoding="utf-8") == report.model_card(read_entries(ROOT))
 
 
-@pytest.mark.parametrize("interval, verdict", [((0.40, 0.5), "above"), ((1 / 3, 0.36), "not distinguishable from"), ((0.2, 0.3), "below"), ((0.3, 0.4), "not distinguishable from")])
+@pytest.mark.parametrize("interval, verdict", [((0.40, 0.5), "above"), ((1 / 3, 0.36), "not distinguishable from"), ((0.2, 0.3), "below"),
+                                               ((0.3, 0.4), "not distinguishable from")])
 def test_an_interval_that_touches_the_constant_is_not_above_it(interval, verdict):
     assert report._against(1 / 3, *interval) == verdict

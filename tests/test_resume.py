@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -147,8 +146,10 @@ def test_two_shards_at_the_same_time_run_every_unit_once(tmp_path):
     began = logged(tmp_path, "began")
     assert len(began) == 12 and {unit for unit, _ in began} == units_of_the_grid()
     assert [sum(process == shard.pid for _, process in began) for shard in shards] == [6, 6]
-    assert {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()} == dict(began), "nobody's unit got lost in the other's"
-    assert ended_well(start_shard(tmp_path, "1/2"), start_shard(tmp_path, "2/2")) and logged(tmp_path, "began") == began, "nothing is left to do"
+    kept = {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()}
+    assert kept == dict(began), "nobody's unit got lost in the other's"
+    assert ended_well(start_shard(tmp_path, "1/2"), start_shard(tmp_path, "2/2"))
+    assert logged(tmp_path, "began") == began, "nothing is left to do"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
@@ -283,6 +284,7 @@ def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path
     states = [trial.state for trial in study.get_trials()]
     assert len(states) == 6, "nothing lost, nothing doubled"
     assert states.count(TrialState.FAIL) == 1 and all(state.is_finished() for state in states)
-    assert len({str(trial.params) for trial in study.get_trials() if trial.state == TrialState.COMPLETE}) == states.count(TrialState.COMPLETE)
+    assert len({str(trial.params) for trial in study.get_trials()
+                if trial.state == TrialState.COMPLETE}) == states.count(TrialState.COMPLETE)
     best = {json.loads((tmp_path / name / "patient_fold0_best.json").read_text())["value"] for name in ("survivor", "second")}
     assert best == {study.best_value}, "both workers leave the same best settings"

@@ -408,7 +408,8 @@ def test_a_suite_in_bfloat16_ends_with_a_search_in_float32_and_tells_what_that_f
         "apgd_t_float32": "fp32", "apgd_t_float32_merged": "fp32"}
     fell, asked = check["figure"]["apgd_t_float32"]
     assert result.meta["4/255", "apgd_t_float32"]["n_attacked"] == asked > 0
-    standing = {name: (~fallen(rows, LABELS))[~np.isnan(rows).any(1)].sum() for (eps, name), rows in result.logits.items() if eps == "4/255"}
+    standing = {name: (~fallen(rows, LABELS))[~np.isnan(rows).any(1)].sum() for (eps, name), rows in result.logits.items()
+                if eps == "4/255"}
     assert fell <= asked and worst_case(result.logits, LABELS, "4/255").sum() <= (~fallen(result.clean_logits, LABELS)).sum() - fell
     assert standing["apgd_t_float32"] == asked - fell
 

@@ -181,7 +181,7 @@ def test_thinning_leaves_everybody_a_slice():
 
 @functools.cache
 def trained(name: str) -> sequence.StudyModel:
-    model, everyone = study_model(name), featured(studies(people=80, seed=1))
+    everyone = featured(studies(people=80, seed=1))
     reader, _ = sequence.fit_aggregator(name, everyone.pick(range(60)), everyone.pick(range(60, 80)), epochs=30)
     return sequence.StudyModel(Pixels(), reader, torch.zeros(FEATURES), torch.full((FEATURES,), 1 / 5)).eval()
 
@@ -241,7 +241,8 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
 
 def test_the_gradient_chooses_better_slices_than_chance():
     model, pixels, mask, labels = attacked("gru")
-    greedy, random_ = (sequence.slice_budgets(model, pixels, mask, labels, 0.008, (1, 2, 4, 8), steps=10, choice=choice) for choice in ("gradient", "random"))
+    greedy, random_ = (sequence.slice_budgets(model, pixels, mask, labels, 0.008, (1, 2, 4, 8), steps=10, choice=choice)
+                       for choice in ("gradient", "random"))
     fell = greedy >= 0
     assert torch.equal(fell, random_ >= 0) and greedy[fell].float().mean() < random_[fell].float().mean()
 

@@ -27,7 +27,8 @@ def striped(count: int, seed: int) -> ImageSet:
     for row, label in enumerate(labels.tolist()):
         images[row, 0, 8:24, 2 + 8 * label: 6 + 8 * label] += 180
     people = torch.arange(count) // 4 + 1000 * seed
-    return ImageSet(images.to(torch.uint8), labels, people, torch.arange(count) % 4, [f"{seed:02d}{row:062d}" for row in range(count)], "bars")
+    return ImageSet(images.to(torch.uint8), labels, people, torch.arange(count) % 4, [f"{seed:02d}{row:062d}" for row in range(count)],
+                    "bars")
 
 
 TRAIN, VALIDATION = striped(32, 1), striped(16, 2)
@@ -384,13 +385,15 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
 def own_mounts() -> list[str]:
     """The command that gives a program a mount namespace of its own, in which it may mount a disk; empty where there is none."""
     for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        if shutil.which(command[0]) and subprocess.run([*command, "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True).returncode == 0:
+        if shutil.which(command[0]) and subprocess.run([*command, "sh", "-c", "mount -t tmpfs none /mnt"],
+                                                       capture_output=True).returncode == 0:
             return command
     return []
 
 
 def test_a_disk_that_is_really_full_is_a_clear_error_and_every_old_file_stays(tmp_path):
-    """A memory disk of 2 MiB, filled to the last byte, to a part of the new file, or to the last file name; and once while a training runs."""
+    """A memory disk of 2 MiB, filled to the last byte, to a part of the new file, or to the last file name; and once while
+    a training runs."""
     if not (namespace := own_mounts()):
         pytest.skip("no mount namespace (Linux, as root or with user namespaces)")
     disk = tmp_path / "disk"

@@ -107,9 +107,10 @@ def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -
         and `high`, the edges of the gap (NaN: none), all at the recovery's search size.
     """
     rng = np.random.default_rng(seed)
-    noisy = lambda sigma: (
-        lambda image: np.clip(image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)
-    )  # noqa: E731
+
+    def noisy(sigma: float) -> Callable:
+        return lambda image: np.clip(image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)
+
     variants: list[tuple[str, Callable, dict]] = [("as published", lambda image: image, {})]
     variants += [(f"blur widths {a:g} and {b:g}", lambda image: image, {"narrow": a, "wide": b})
                  for a, b in ((0.7, 4), (1, 3), (1.5, 6), (2, 8))]

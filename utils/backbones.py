@@ -176,9 +176,9 @@ def _build_timm(backbone: str, folder: Path | None, load: bool) -> nn.Module:
 
 
 def _tuned(body: nn.Module) -> nn.Module:
-    """EfficientNet with fast layers, which compute the same, and with a head near zero, all classes alike. timm draws it from ±1/sqrt(classes), which for four classes
-    instead of a thousand makes logits of several units: a loss far above that of not knowing, and epochs spent on
-    unlearning it. ResNet's head starts small by itself."""
+    """EfficientNet with fast layers, which compute the same, and with a head near zero, all classes alike. timm draws it
+    from ±1/sqrt(classes), which for four classes instead of a thousand makes logits of several units: a loss far above
+    that of not knowing, and epochs spent on unlearning it. ResNet's head starts small by itself."""
     if hasattr(body, "conv_head"):
         for layer in body.modules():
             if isinstance(layer, nn.SiLU):
@@ -193,8 +193,8 @@ def _tuned(body: nn.Module) -> nn.Module:
 
 def _as_depthwise(layer: nn.Conv2d) -> Depthwise:
     # Without drawing weights: what a seed gives stays what it was.
-    own = nn.utils.skip_init(Depthwise, layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
-                             dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None)
+    own = nn.utils.skip_init(Depthwise, layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride,
+                             padding=layer.padding, dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None)
     own.load_state_dict(layer.state_dict())
     return own
 

@@ -184,7 +184,8 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
         # the sample for the dearest attacks is five times as large. The literature's scores on this split come from
         # memorising the training folder, so that is what is trained: every slice an epoch, as it is. Adversarial training
         # costs three passes a step and draws every second one.
-        settings |= dict(sample=128, explained=64, attack_stride=8, augmentation=0.0, epochs=8, slice_stride=2 if model.endswith("_atk") else 1)
+        settings |= dict(sample=128, explained=64, attack_stride=8, augmentation=0.0, epochs=8,
+                         slice_stride=2 if model.endswith("_atk") else 1)
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
         raise StudyError(f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`.")

@@ -38,13 +38,17 @@ from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choos
 MEMBERSHIPS = {"clean": BACKBONES, "robust": tuple(f"{name}_atk" for name in BACKBONES),
                "mixed": tuple(f"{name}{twin}" for name in BACKBONES for twin in ("", "_atk"))}
 #: (combiner, membership): who is in, and with which weights.
-FORMS = (("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("weighted", "mixed"), ("stacking", "mixed"), ("blending", "mixed"))
+FORMS = (("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("weighted", "mixed"), ("stacking", "mixed"),
+         ("blending", "mixed"))
 #: What a rehearsal has time for.
-DEMO = dict(forms=(("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("stacking", "mixed")), backbones=("Efficientnet", "Resnet"), attacked=8)
+DEMO = dict(forms=(("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("stacking", "mixed")),
+            backbones=("Efficientnet", "Resnet"), attacked=8)
 #: What a profile spends on whole persons: people of each set (None: all), eps, PGD steps, people attacked a fold, slice budgets.
 STUDY_BUDGETS = {"demo": dict(train=16, validation=8, test=10, eps=("4/255",), steps=3, attacked=4, budgets=(1, 4, 16), epochs=30),
-                 "cpu": dict(train=None, validation=None, test=None, eps=("4/255",), steps=10, attacked=10, budgets=(1, 2, 4, 8, 16), epochs=80),
-                 "paper": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=20, attacked=None, budgets=(1, 2, 4, 8, 16), epochs=80)}
+                 "cpu": dict(train=None, validation=None, test=None, eps=("4/255",), steps=10, attacked=10, budgets=(1, 2, 4, 8, 16),
+                             epochs=80),
+                 "paper": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=20, attacked=None,
+                               budgets=(1, 2, 4, 8, 16), epochs=80)}
 #: Whose features the sequence models read; two members are read side by side.
 SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")),
            "cpu": (("Efficientnet",), ("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
@@ -62,8 +66,9 @@ def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[
         MissingMembersError: a member's weights are not on this machine.
     """
     if missing := untrained(study, config, names):
-        raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} {config.unit} here: run "
-                                  f"`python -m utils.experiment train --profile {config.profile} --model {missing[0]} --protocol {config.protocol} "
+        raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} "
+                                  f"{config.unit} here: run `python -m utils.experiment train --profile "
+                                  f"{config.profile} --model {missing[0]} --protocol {config.protocol} "
                                   f"--fold {config.fold}` first.")
     return {name: load_model(study.weights(dataclasses.replace(config, model=name))).to(choose_device()) for name in names}
 
@@ -80,7 +85,8 @@ def run_available(study: Study, model: Literal["Ensemble", "Sequence"], protocol
     record = None
     for fold in folds_of(study.profile, protocol):
         try:
-            record = run_ensemble(study, protocol, fold, retrain=retrain) if model == "Ensemble" else run_sequence(study, fold, retrain=retrain)
+            record = (run_ensemble(study, protocol, fold, retrain=retrain) if model == "Ensemble"
+                      else run_sequence(study, fold, retrain=retrain))
         except MissingMembersError as error:
             print(f"{model} · {protocol} fold {fold} is left out: {error}")
     return record
@@ -103,7 +109,8 @@ def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, n
                                                                                "headline_eps", "pgd_steps", "attack_stride", "sample")}
     inits = dict.fromkeys(member.init for member in members.values())
     halved = [name for name in members if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()]
-    return {**meta, "model": model, "regime": "both", "init": " + ".join(inits), "config": settings | {"members": list(members), "fp16_members": halved},
+    return {**meta, "model": model, "regime": "both", "init": " + ".join(inits),
+            "config": settings | {"members": list(members), "fp16_members": halved},
             "weights_sha256": {name: model_digest(member) for name, member in members.items()}}
 
 
@@ -134,7 +141,8 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
     config = _config(study, protocol, fold, seed)
     known = None if retrain else recorded_as(study, "Ensemble", config)
     backbones = _backbones_of(study, protocol, backbones)
-    every = {f"{combiner} {membership}": (combiner, tuple(name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones))
+    every = {f"{combiner} {membership}": (combiner,
+                                          tuple(name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones))
              for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)}
     if unknown := set(forms or ()) - set(every):
         raise StudyError(f"Unknown form {sorted(unknown)[0]!r} of an ensemble: expected one of {', '.join(every)}.")
@@ -157,7 +165,8 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
     answers = {part: {name: training.predict(member, sets[part].images, choose_device()).log_softmax(1) for name, member in members.items()}
                for part in ("validation", "test")}
     chosen = data.spread(test, DEMO["attacked"]) if study.profile == "demo" else data.every_nth(test, config.attack_stride)
-    meta["diversity"] = ensemble.diversity({name: values.cpu().numpy() for name, values in answers["test"].items()}, test.labels.numpy(), test.people.numpy())
+    meta["diversity"] = ensemble.diversity({name: values.cpu().numpy() for name, values in answers["test"].items()}, test.labels.numpy(),
+                                           test.people.numpy())
     size = {"n_slices": len(test), "n_people": len(test.people.unique())}
     meta["members"] = {name: score(values.cpu().numpy(), test.labels.numpy(), test.people.numpy())["balanced_accuracy_3"] | size
                        for name, values in answers["test"].items()}
@@ -165,10 +174,12 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
     for form in wanted:
         combiner, own = every[form][0], {name: members[name] for name in every[form][1]}
         started = time.perf_counter()
-        rows, told, sanity = _evaluated_form(study, config, form, _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
+        rows, told, sanity = _evaluated_form(study, config, form,
+                                             _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
                                              members, test, answers["test"], chosen, relaxed=combiner == "uniform")
         seconds = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
-        record = save(study, Unit(unit_rows(test, config) | rows, {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds}),
+        record = save(study, Unit(unit_rows(test, config) | rows,
+                                  {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds}),
                       None if retrain and form == wanted[0] else grow)
     return record
 
@@ -184,8 +195,8 @@ def _backbones_of(study: Study, protocol: str, given: tuple[str, ...] | None) ->
         if (unit["profile"], unit["cohort_sha256"]) == (study.profile, study.cohort_sha256):
             held = tuple(name for name in BACKBONES if name in unit["config"]["members"])
             if given is not None and set(given) != set(held):
-                raise StudyError(f"{path} holds ensembles of {', '.join(held)}, and these are of {', '.join(given)}: give the same --backbones, "
-                                 "or delete that record to begin another.")
+                raise StudyError(f"{path} holds ensembles of {', '.join(held)}, and these are of {', '.join(given)}: give the same "
+                                 "--backbones, or delete that record to begin another.")
             return held
     return tuple(name for name in BACKBONES if name in given) if given else DEMO["backbones"] if study.profile == "demo" else BACKBONES
 
@@ -198,8 +209,10 @@ def _evaluated_form(study: Study, config: RunConfig, form: str, model: nn.Module
     folder = _folder(study, "Ensemble", config) / form.replace(" ", "_")
     stages = suite_plan(config, () if config.suite == "quick" else tuple(sources))
     if config.suite == "quick":
-        stages += [Stage("transfer", f"transfer_{name}", eps="headline", budget=dict(steps=config.pgd_steps), source=name) for name in names]
-    result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=dict(sources), state_dir=folder)
+        stages += [Stage("transfer", f"transfer_{name}", eps="headline", budget=dict(steps=config.pgd_steps), source=name)
+                   for name in names]
+    result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=dict(sources),
+                            state_dir=folder)
     with torch.no_grad():
         clean = model.combine(torch.stack([answers[name] for name in names]).to(choose_device())).cpu().numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
@@ -209,7 +222,8 @@ def _evaluated_form(study: Study, config: RunConfig, form: str, model: nn.Module
                 rows[f"{eps}:{name}"] = spread_out(logits, chosen, np.full_like(clean, np.nan))
                 attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
     rows = {f"{form}/{name}": values for name, values in rows.items() if name == "clean" or ":" in name}
-    return rows, {"attacks": attacks, "members": names, "weights": _weights_of(model)}, [{**check, "variant": form} for check in result.sanity]
+    told = {"attacks": attacks, "members": names, "weights": _weights_of(model)}
+    return rows, told, [{**check, "variant": form} for check in result.sanity]
 
 
 #: How the infeasible attacks of `_relaxations` were run, and what they are.
@@ -254,7 +268,8 @@ def _weights_of(model: nn.Module) -> dict:
     names = list(model.members)
     if isinstance(model, ensemble.Mixture):
         return {"weights": dict(zip(names, model.log_weights.exp().tolist(), strict=True))}
-    return {"coefficients": dict(zip(names, model.coefficients.tolist(), strict=True)), "bias": dict(zip(CLASSES, model.bias.tolist(), strict=True))}
+    return {"coefficients": dict(zip(names, model.coefficients.tolist(), strict=True)),
+            "bias": dict(zip(CLASSES, model.bias.tolist(), strict=True))}
 
 
 def _weights_text(model: nn.Module) -> str:
@@ -277,7 +292,8 @@ class JoinedFeatures(nn.Module):
         return torch.cat([member.features(images) for member in self.members.values()], dim=1)
 
 
-def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[tuple[str, ...], ...] | None = None, retrain: bool = False) -> dict:
+def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[tuple[str, ...], ...] | None = None,
+                 retrain: bool = False) -> dict:
     """Trains, attacks and records every aggregator over every source of features of one fold; returns the record.
 
     Each row is a *person*. The backbones stay frozen; aggregators see training people, and their epoch is chosen on
@@ -314,10 +330,12 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
         features = {name: _features(source, part, folder / f"{name}.npz") for name, part in parts.items()}
         seen = features["train"].values[features["train"].mask]
         centre, scale = seen.mean(0), seen.std(0).clamp_min(1e-6)
-        standard = {name: dataclasses.replace(part, values=((part.values - centre) / scale) * part.mask[..., None]) for name, part in features.items()}
+        standard = {name: dataclasses.replace(part, values=((part.values - centre) / scale) * part.mask[..., None])
+                    for name, part in features.items()}
         for aggregator in sequence.AGGREGATORS:
             variant, fit_started = _variant(names, aggregator), time.perf_counter()
-            reader, told = sequence.fit_aggregator(aggregator, standard["train"], standard["validation"], epochs=budget["epochs"], seed=seed)
+            reader, told = sequence.fit_aggregator(aggregator, standard["train"], standard["validation"], epochs=budget["epochs"],
+                                                   seed=seed)
             seconds["train"] += time.perf_counter() - fit_started
             model = sequence.StudyModel(source, reader.to(device), centre.to(device), scale.to(device)).eval()
             with torch.no_grad():
@@ -327,7 +345,8 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
             attacks = {}
             for eps in budget["eps"]:
                 rows[f"{variant}/{eps}:study_pgd{budget['steps']}"] = spread_out(found[eps], chosen, np.full_like(clean, np.nan))
-                attacks[eps] = {f"study_pgd{budget['steps']}": {"norm": "linf", "n_attacked": len(chosen), "steps": budget["steps"], "kind": "white-box"}}
+                attacks[eps] = {f"study_pgd{budget['steps']}": {"norm": "linf", "n_attacked": len(chosen), "steps": budget["steps"],
+                                                                "kind": "white-box"}}
             meta["variants"][variant] = {
                 "attacks": attacks, "history": told["history"], "best_epoch": told["best_epoch"],
                 "slice_budget": {"eps": budget["eps"][-1], "budgets": [0, *budget["budgets"], int(people.mask.sum(1).max())],
@@ -352,15 +371,16 @@ def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> 
     """
     old, new = known.meta["weights_sha256"], more.meta["weights_sha256"]
     if not np.array_equal(known.rows["file_sha256"], more.rows["file_sha256"]):
-        raise StudyError(f"The record of {more.meta['model']} holds other people for fold {more.meta['fold']} than its test set now: run it with "
-                         "--retrain to replace the unit.")
+        raise StudyError(f"The record of {more.meta['model']} holds other people for fold {more.meta['fold']} than its test set now: run "
+                         "it with --retrain to replace the unit.")
     if changed := [name for name in new if old.get(name, new[name]) != new[name]]:
-        raise StudyError(f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when {more.meta['model']} fold "
-                         f"{more.meta['fold']} was recorded: run it with --retrain to replace the unit.")
+        raise StudyError(f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when "
+                         f"{more.meta['model']} fold {more.meta['fold']} was recorded: run it with --retrain to replace the unit.")
     both = (known.meta, more.meta)
     variants = known.meta["variants"] | more.meta["variants"]
     place = {name: number for number, name in enumerate(dict.fromkeys((*order, *variants)))}
-    members = {key: list(dict.fromkeys(name for part in both for name in part["config"].get(key, ()))) for key in ("members", "fp16_members")}
+    members = {key: list(dict.fromkeys(name for part in both for name in part["config"].get(key, ())))
+               for key in ("members", "fp16_members")}
     meta = {**more.meta, "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])), "weights_sha256": old | new,
             "sanity": sorted(known.meta["sanity"] + more.meta["sanity"], key=lambda check: place[check["variant"]]),
             "git_dirty": any(part["git_dirty"] for part in both), "config": more.meta["config"] | members,
@@ -441,25 +461,31 @@ def _study_checks(variant: str, people: sequence.Studies, chosen: np.ndarray, cl
     standing = {eps: found[eps].argmax(1) == labels for eps in budget["eps"]}
     full = standing[budget["eps"][-1]]
     ordered = [standing[eps].sum() for eps in budget["eps"]]
-    curves = {choice: [int(step.sum()) for step in sequence.standing_curve(found[f"least_{choice}"], [0, *budget["budgets"], people.mask.shape[1]])]
+    curves = {choice: [int(step.sum())
+                       for step in sequence.standing_curve(found[f"least_{choice}"], [0, *budget["budgets"], people.mask.shape[1]])]
               for choice in ("gradient", "random")}
-    checks = [("study_attack_le_clean", all((flags <= right).all() for flags in standing.values()), ordered, "nobody stands who was not diagnosed"),
+    checks = [("study_attack_le_clean", all((flags <= right).all() for flags in standing.values()), ordered,
+               "nobody stands who was not diagnosed"),
               ("falls_with_eps", ordered == sorted(ordered, reverse=True), ordered, "no more people stand at a larger eps"),
-              ("no_slice_is_clean", all(curve[0] == right.sum() for curve in curves.values()), int(right.sum()), "a budget of no slice changes nobody"),
+              ("no_slice_is_clean", all(curve[0] == right.sum() for curve in curves.values()), int(right.sum()),
+               "a budget of no slice changes nobody"),
               ("all_slices_are_the_full_attack", all(curve[-1] == full.sum() for curve in curves.values()), int(full.sum()),
                "a budget of every slice is the full attack"),
               ("curve_does_not_rise", all(curve == sorted(curve, reverse=True) for curve in curves.values()), curves["gradient"],
                "more slices never leave more people standing")]
-    return [{"check": check, "passed": bool(passed), "figure": [int(value) for value in np.atleast_1d(figure)], "note": note, "variant": variant}
+    return [{"check": check, "passed": bool(passed), "figure": [int(value) for value in np.atleast_1d(figure)], "note": note,
+             "variant": variant}
             for check, passed, figure, note in checks]
 
 
 def _person_rows(test: ImageSet, people: sequence.Studies, config: RunConfig) -> dict[str, np.ndarray]:
     """The columns that say which person each row is; a person's hash is that of the slices' hashes in order."""
     own = {person: np.flatnonzero(test.people.numpy() == person) for person in people.people.tolist()}
-    digests = [hashlib.sha256("".join(test.files[row] for row in rows[np.argsort(test.slices.numpy()[rows])]).encode()).digest() for rows in own.values()]
+    digests = [hashlib.sha256("".join(test.files[row] for row in rows[np.argsort(test.slices.numpy()[rows])]).encode()).digest()
+               for rows in own.values()]
     count = len(people)
-    return {"labels": people.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8), "seed": np.full(count, config.seed, np.int8),
+    return {"labels": people.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8),
+            "seed": np.full(count, config.seed, np.int8),
             "patient_id": people.people.numpy().astype(np.int32), "slice_index": np.full(count, -1, np.int16),
             "file_sha256": np.frombuffer(b"".join(digests), np.uint8).reshape(count, 32)}
 
@@ -467,14 +493,16 @@ def _person_rows(test: ImageSet, people: sequence.Studies, config: RunConfig) ->
 # ---------------------------------------------------------------------------------------------------------- command line
 
 
-def ensemble_command(profile: Literal["demo", "cpu", "paper"] = "cpu", protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0,
+def ensemble_command(profile: Literal["demo", "cpu", "paper"] = "cpu", protocol: Literal["slice", "patient"] = "patient", fold: int = 0,
+                     seed: int = 0,
                      backbones: tuple[str, ...] | None = None, forms: tuple[str, ...] | None = None, raw: str | None = None) -> None:
     """Ensembles of one fold's trained models; `--forms "uniform mixed" "stacking mixed"` takes some of the forms, so that several
     processes share them."""
     print(report.results_text([run_ensemble(open_study(profile, raw), protocol, fold, seed, backbones=backbones, forms=forms)]))
 
 
-def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None, retrain: bool = False) -> None:
+def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None,
+                     retrain: bool = False) -> None:
     """Sequence models over one fold's people."""
     print(report.results_text([run_sequence(open_study(profile, raw), fold, seed, retrain=retrain)]))
 

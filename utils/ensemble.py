@@ -41,7 +41,8 @@ class Mixture(nn.Module):
         self.members = nn.ModuleDict(_at_least_one(members))
         given = np.full(len(members), 1 / len(members)) if weights is None else np.asarray(weights, dtype=np.float64)
         if given.shape != (len(members),) or (given < 0).any() or abs(given.sum() - 1) > 1e-6:
-            raise StudyError(f"A mixture of {len(members)} members needs as many weights, none negative, that sum to 1, not {given.tolist()}.")
+            raise StudyError(f"A mixture of {len(members)} members needs as many weights, none negative, that sum to 1, not "
+                             f"{given.tolist()}.")
         self.register_buffer("log_weights", torch.as_tensor(np.log(np.maximum(given, 1e-300)), dtype=torch.float32))
 
     def combine(self, log_probabilities: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ class LogLinearPool(nn.Module):
     `patient`) is still answered from the members (Satopää et al. 2014, doi:10.1016/j.ijforecast.2013.09.009).
     """
 
-    def __init__(self, members: Mapping[str, nn.Module], coefficients: Sequence[float] | np.ndarray, bias: Sequence[float] | np.ndarray) -> None:
+    def __init__(self, members: Mapping[str, nn.Module], coefficients: Sequence[float] | np.ndarray,
+                 bias: Sequence[float] | np.ndarray) -> None:
         super().__init__()
         self.members = nn.ModuleDict(_at_least_one(members))
         if len(coefficients) != len(members) or len(bias) != len(CLASSES):
@@ -79,8 +81,9 @@ class LogLinearPool(nn.Module):
 class SeparateImages(nn.Module):
     """The ensemble shown one image *a member*: pixels (N, M, H, W), the k-th channel to the k-th member.
 
-    This is what the project attacked from which this repository grew, and it is a relaxation: no single input is several images. An ensemble that
-    falls here need not fall; what the relaxation leaves standing, one shared image leaves standing too.
+    This is what the project attacked from which this repository grew, and it is a relaxation: no single input is several
+    images. An ensemble that falls here need not fall; what the relaxation leaves standing, one shared image leaves
+    standing too.
     """
 
     def __init__(self, ensemble: Mixture | LogLinearPool) -> None:
@@ -92,7 +95,8 @@ class SeparateImages(nn.Module):
         members = list(self.ensemble.members.values())
         if len(parts) != len(members):
             raise StudyError(f"{len(members)} members need as many images each, not {len(parts)}.")
-        return self.ensemble.combine(torch.stack([_log_probabilities(member(part)) for member, part in zip(members, parts, strict=True)])).to(images.dtype)
+        answers = torch.stack([_log_probabilities(member(part)) for member, part in zip(members, parts, strict=True)])
+        return self.ensemble.combine(answers).to(images.dtype)
 
 
 def _at_least_one(members: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -122,7 +126,8 @@ def refuse_test_people(people: np.ndarray, test_people: np.ndarray, what: str) -
                          "who are in no test set of this fold.")
 
 
-def fit_weights(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *, test_people: np.ndarray, steps: int = 500) -> np.ndarray:
+def fit_weights(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *, test_people: np.ndarray,
+                steps: int = 500) -> np.ndarray:
     """Mixture weights (M,) of the greatest likelihood, by expectation maximisation: the problem is convex.
 
     Args:
@@ -142,7 +147,8 @@ def fit_weights(log_probabilities: np.ndarray, labels: np.ndarray, people: np.nd
     return weights
 
 
-def fit_stacking(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *, test_people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_stacking(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
+                 test_people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients (M,), biases (4,)) of a `LogLinearPool`, its strength of regularisation and its temperature chosen out
     of fold by person (Wolpert 1992, doi:10.1016/S0893-6080(05)80023-1).
 
@@ -165,7 +171,8 @@ def fit_stacking(log_probabilities: np.ndarray, labels: np.ndarray, people: np.n
     return coefficients / temperature, bias / temperature
 
 
-def fit_blending(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *, test_people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_blending(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
+                 test_people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients (M,), biases (4,)) of a `LogLinearPool` fitted once on one half of the held-out people, its
     temperature on the other half. Cheaper than `fit_stacking`, and it spends half of the people on each."""
     refuse_test_people(people, test_people, "A blended ensemble")
@@ -178,8 +185,8 @@ def fit_blending(log_probabilities: np.ndarray, labels: np.ndarray, people: np.n
     return coefficients / temperature, bias / temperature
 
 
-def build_ensemble(combiner: str, members: Mapping[str, nn.Module], log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
-                   test_people: np.ndarray) -> Mixture | LogLinearPool:
+def build_ensemble(combiner: str, members: Mapping[str, nn.Module], log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray,
+                   *, test_people: np.ndarray) -> Mixture | LogLinearPool:
     """The members as one model in eval mode; what is fitted is fitted on the given validation rows.
 
     Args:

@@ -44,8 +44,8 @@ from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.metrics import fit_temperature, to_half
 from utils.robustness import (Stage, SuiteResult, attack_images, evaluate_suite, headline_of, model_from_factory,
                               other_norms_plan, predict_logits, sample_measures, suite_plan, verdict)
-from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, choose_device, environment, git_state, hardware, read_json,
-                               result_root, say, write_json)
+from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, choose_device, environment, git_state, hardware,
+                               read_json, result_root, say, write_json)
 
 #: The grid's order: what readers need most comes first.
 GRID_MODELS = ("Resnet", "Resnet_atk", "Efficientnet", "Efficientnet_atk", "Dinov2", "Dinov2_atk")
@@ -114,7 +114,8 @@ def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: b
 
 
 def _holds_records(profile: str) -> bool:
-    return profile != "demo" and any(entry.record["profile"] == profile and entry.model in MODELS for entry in report.read_entries(ROOT).values())
+    return profile != "demo" and any(entry.record["profile"] == profile and entry.model in MODELS
+                                     for entry in report.read_entries(ROOT).values())
 
 
 def _phantom_folder(root: Path) -> Path:
@@ -172,8 +173,8 @@ def search(study: Study, config: RunConfig) -> RunConfig:
     if config.trials and recorded(study, config) is None and not optuna_search.best_settings(folder, searched):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise StudyError(f"{config.model} has no searched settings yet and several processes cannot search together: run `python -m "
-                             f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} --fold "
-                             f"{searched.fold} --trials {config.trials}` first, or train with --trials 0.")
+                             f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} "
+                             f"--fold {searched.fold} --trials {config.trials}` first, or train with --trials 0.")
         sets = load_sets(study, searched)
         optuna_search.search(sets["train"], sets["validation"], searched, folder, choose_device(), start=start_of(study, searched))
     return dataclasses.replace(config, **optuna_search.best_settings(folder, searched)) if config.trials else config
@@ -255,15 +256,20 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
                             sources=sources, masks=masks, precision=fit.precision if config.attack_as_trained else "fp32")
     clean = training.predict(model, test.images, choose_device()).numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
-    measures = _kept_json(state / "measures.json", lambda: sample_measures(model, attacked.images, attacked.labels.numpy(),
-                                                                           attacked.people.numpy(), config.for_explanations())) if config.suite != "quick" else {}
-    probed = _kept_json(state / "leak_probe.json", lambda: probe_leak(sets, config, model)) if config.suite != "quick" else {}
-    measures |= {"rows": chosen[measures["rows"]].tolist()} if measures else {}
+    measures = probed = {}
+    if config.suite != "quick":
+        measures = _kept_json(state / "measures.json", lambda: sample_measures(
+            model, attacked.images, attacked.labels.numpy(), attacked.people.numpy(), config.for_explanations()))
+        probed = _kept_json(state / "leak_probe.json", lambda: probe_leak(sets, config, model))
+    if measures:
+        measures |= {"rows": chosen[measures["rows"]].tolist()}
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
-    return Unit(rows, {**describe(study, config), "hardware": _machines(study, config), "init": fit.init, "precision": fit.precision, "wall_seconds": seconds, "attacks": attacks,
-                       "temperature": fit_temperature(validation, sets["validation"].labels.numpy()), "sanity": result.sanity,
-                       "measures": measures, "leak_probe": probed, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+    return Unit(rows, {**describe(study, config), "hardware": _machines(study, config), "init": fit.init, "precision": fit.precision,
+                       "wall_seconds": seconds, "attacks": attacks, "sanity": result.sanity,
+                       "temperature": fit_temperature(validation, sets["validation"].labels.numpy()),
+                       "measures": measures, "leak_probe": probed, "history": fit.history, "best_epoch": fit.best_epoch,
+                       "one_class": fit.one_class})
 
 
 def probe_leak(sets: dict[str, data.ImageSet], config: RunConfig, model: torch.nn.Module) -> dict:
@@ -336,7 +342,8 @@ def describe(study: Study, config: RunConfig) -> dict:
     people = load_sets(study, dataclasses.replace(config, fold=0))["validation"].people.unique().tolist() if label == "fold0" else []
     return {"model": config.model, "regime": config.regime, "protocol": config.protocol, "data": study.data, "profile": config.profile,
             "search": label, "search_people": people, "fold": config.fold, "seed": config.seed, "cohort_sha256": study.cohort_sha256,
-            "config": json.loads(json.dumps(dataclasses.asdict(config))), "environment": environment(), "hardware": hardware(), **git_state()}
+            "config": json.loads(json.dumps(dataclasses.asdict(config))), "environment": environment(), "hardware": hardware(),
+            **git_state()}
 
 
 #: The attacks whose images are shown, with their budgets; the eps is the headline one, or the L2 and L0 one given.
@@ -363,10 +370,12 @@ def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> P
                              **{key: value for key, value in budget.items() if key != "eps"})
         probability = predict_logits(model, made).softmax(1)[0]
         norm = {"l2": "L2 ", "l0": "5 pixels"}.get(ATTACKS[name].norm, "")
-        shown[f"{name}, {norm}{'' if norm == '5 pixels' else eps}"] = made[0, 0].numpy(), f"{CLASSES[int(probability.argmax())]} {probability.max():.0%}"
+        called = f"{CLASSES[int(probability.argmax())]} {probability.max():.0%}"
+        shown[f"{name}, {norm}{'' if norm == '5 pixels' else eps}"] = made[0, 0].numpy(), called
     answer = training.predict(model, one.images, choose_device()).softmax(1)[0]
     title = f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} ({answer.max():.0%}) before the attack"
-    report.save_figure(figures.attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)), path, dpi=90, colours=32)
+    report.save_figure(figures.attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)), path, dpi=90,
+                       colours=32)
     return path
 
 
@@ -487,7 +496,8 @@ def save(study: Study, unit: Unit, grow: Callable[[Unit, Unit], Unit] | None = N
             if grow is not None and (known := _held(study, meta)) is not None:
                 unit = grow(known, unit)
                 meta = unit.meta
-            units = [known for known in old["units"] if known["profile"] == meta["profile"] and known["cohort_sha256"] == meta["cohort_sha256"]
+            units = [known for known in old["units"] if known["profile"] == meta["profile"]
+                     and known["cohort_sha256"] == meta["cohort_sha256"]
                      and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])]
             rows = rows_of(report.read_predictions(path), units)
         rows = _pool(rows, unit.rows)
@@ -576,8 +586,10 @@ def _balance_table(balances: dict[str, dict[str, tuple[int, int]]]) -> str:
 
 def protocols_text(study: Study) -> str:
     """People and slices of each set of both protocols, all folds, by class."""
-    return _balance_table({f"{protocol}{f' fold {fold}' if folds > 1 else ''} {name}": data.load_set(study.sets, protocol, fold, name).balance()
-                           for protocol, folds in (("slice", 1), ("patient", data.N_FOLDS)) for fold in range(folds) for name in data.SETS})
+    return _balance_table({f"{protocol}{f' fold {fold}' if folds > 1 else ''} {name}":
+                           data.load_set(study.sets, protocol, fold, name).balance()
+                           for protocol, folds in (("slice", 1), ("patient", data.N_FOLDS))
+                           for fold in range(folds) for name in data.SETS})
 
 
 def cohort_text(table: Cohort) -> str:
@@ -640,11 +652,13 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
         return f"No study of training defaults was run for {model}."
     study = read_json(path)
     if data not in (None, study["data"]):
-        return f"The training defaults were chosen on the {study['data']} cohort (assets/{model}/defaults.json); this run is on {data} data."
+        return (f"The training defaults were chosen on the {study['data']} cohort (assets/{model}/defaults.json); this run is on "
+                f"{data} data.")
     finished = [row for row in study["rows"].values() if "best" in row]
     present = {name: size for name, size in study["validation"].items() if size[1]}
     size = f"{study['input_size']} px" if study["input_size"] else "at native size"
-    machines = dict.fromkeys(f"{row.get('hardware', study['hardware'])}, threads: {row.get('threads', study['threads'])}" for row in study["rows"].values())
+    machines = dict.fromkeys(f"{row.get('hardware', study['hardware'])}, threads: {row.get('threads', study['threads'])}"
+                             for row in study["rows"].values())
     lines = [f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
              f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {'; '.join(machines)}",
              f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
@@ -654,10 +668,12 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
     if attacked:
         eps = max(row["last"]["train_eps"] for row in finished)
         lines.append(f"attacked: PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
-                     + (f"one in {study['slice_stride']} slices of each person" if "slice_stride" in study else "a part of each person's slices"))
+                     + (f"one in {study['slice_stride']} slices of each person" if "slice_stride" in study
+                        else "a part of each person's slices"))
     scores = {"balanced accuracy": "validation_balanced_accuracy", "loss": "validation_loss"}
     if attacked:
-        scores |= {"attacked: balanced accuracy": "adversarial_validation_balanced_accuracy", "attacked: loss": "adversarial_validation_loss"}
+        scores |= {"attacked: balanced accuracy": "adversarial_validation_balanced_accuracy",
+                   "attacked: loss": "adversarial_validation_loss"}
     wide = max(map(len, study["rows"]))
     lines += ["", f"{'':<{wide}}  best epoch  " + "  ".join(scores) + "  seconds"]
     for name, row in study["rows"].items():
@@ -666,7 +682,8 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
             continue
         cells = "  ".join(f"{row['best'][key]:>{len(title)}.3f}" for title, key in scores.items())
         epoch = f"{row['best_epoch']} of {study['epochs']}"
-        lines.append(f"{name:<{wide}}  {epoch:>10}  {cells}  {row['seconds']:>7,.0f}" + ("  ANSWERED ONE CLASS" if row["one_class"] else ""))
+        lines.append(f"{name:<{wide}}  {epoch:>10}  {cells}  {row['seconds']:>7,.0f}"
+                     + ("  ANSWERED ONE CLASS" if row["one_class"] else ""))
     return "\n".join(lines)
 
 
@@ -710,8 +727,8 @@ def run(arguments: list[str]) -> None:
         print(report.results_text([record]))
 
 
-def train_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, profile: Literal["demo", "cpu", "paper"] = "cpu",
-                  raw: str | None = None) -> None:
+def train_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0,
+                  profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None) -> None:
     """Trains a model, or goes on, and leaves its weights under checkpoints/: evaluates nothing and changes no record. For the
     weights of a unit that a record holds already."""
     study = open_study(profile, raw)
@@ -817,7 +834,8 @@ def _everything_in(raw: str | None) -> data.ImageSet:
 
 
 def main() -> None:
-    commands = {"prepare": prepare, "search": search_command, "run": run, "train": train_command, "grid": grid, "export": export, "attack": attack_command}
+    commands = {"prepare": prepare, "search": search_command, "run": run, "train": train_command, "grid": grid, "export": export,
+                "attack": attack_command}
     try:
         if sys.argv[1:2] == ["run"]:
             run(sys.argv[2:])

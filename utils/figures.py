@@ -27,7 +27,8 @@ COLOURS = {"Dinov2": "#56B4E9", "Dinov2_atk": "#0072B2", "Efficientnet": "#E69F0
            "Baselines": "#8C8C8C", "Constant answer": "#222222"}
 MARKERS = {name: "D" if name.endswith("_atk") else "o" for name in COLOURS} | {"Constant answer": "X", "Baselines": "s"}
 #: Ensembles share one hue, so each form has a shape of its own.
-FORM_MARKERS = {"uniform clean": "v", "uniform robust": "^", "uniform mixed": "P", "weighted mixed": "<", "stacking mixed": ">", "blending mixed": "h"}
+FORM_MARKERS = {"uniform clean": "v", "uniform robust": "^", "uniform mixed": "P", "weighted mixed": "<", "stacking mixed": ">",
+                "blending mixed": "h"}
 PROTOCOL_TITLES = {"slice": "slice: published split, people on both sides",
                    "patient": "patient: no person on both sides"}
 GREY, BASE = "#6b6b6b", "#222222"
@@ -531,7 +532,8 @@ def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
 def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str, whole: int) -> None:
     """`whole`: the n of the panel's title; a row of another n says its own."""
     if block["clean"]["n_slices"] != whole:
-        panel.text(102.5, row.number + 0.42, f"n = {block['clean']['n_slices']:,} / {block['clean']['n_people']:,}", ha="right", fontsize=6.5, color=GREY)
+        panel.text(102.5, row.number + 0.42, f"n = {block['clean']['n_slices']:,} / {block['clean']['n_people']:,}", ha="right",
+                   fontsize=6.5, color=GREY)
     colour, marker = COLOURS[row.model], marker_of(row)
     clean = _point(block["clean"]["slice"], "balanced_accuracy_3")
     worst = _point(block["worst_case"].get(eps), "balanced_accuracy_3") if row.trained and clean else None
@@ -735,7 +737,8 @@ def transfer_cells(entries: list[Entry], protocol: str) -> dict[tuple[str, str],
 def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     """Balanced accuracy of each model (column) on images made on each other one (row); the diagonal is PGD on itself."""
     shown = [protocol for protocol in PROTOCOLS if transfer_cells(entries, protocol)]
-    names = {protocol: [model for model in MODELS if any(model in pair for pair in transfer_cells(entries, protocol))] for protocol in shown}
+    names = {protocol: [model for model in MODELS if any(model in pair for pair in transfer_cells(entries, protocol))]
+             for protocol in shown}
     widest = max(map(len, names.values()))
     figure, axes = canvas(1, len(shown), (2.2 + len(shown) * max(1.15 * widest, 3.2), 1.5 + 0.75 * max(widest, 2)),
                            f"Images made on one model, shown to another (eps {headline_eps(entries[-1].record)})", provenance(entries))
@@ -776,8 +779,10 @@ def pooled_probe(entry: Entry) -> dict:
     first = parts[0][0]
     found = {what: {name: np.concatenate([part[what][name] for part, _, _ in parts]) for name in first[what]}
              for what in ("recognised", "neighbour", "right") if all(what in part for part, _, _ in parts)}
-    return {**found, "labels": np.concatenate([labels for _, labels, _ in parts]), "people": np.concatenate([people for _, _, people in parts]),
-            "shares": np.concatenate([part["shares"] for part, _, _ in parts]), "noise_shares": first["noise_shares"], "bands": first["bands"]}
+    return {**found, "labels": np.concatenate([labels for _, labels, _ in parts]),
+            "people": np.concatenate([people for _, _, people in parts]),
+            "shares": np.concatenate([part["shares"] for part, _, _ in parts]), "noise_shares": first["noise_shares"],
+            "bands": first["bands"]}
 
 
 #: What `leak_probe_figure` counts: key of `pooled_probe` → (kind of line, its name in the legend).
@@ -808,16 +813,18 @@ def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
                     continue
                 shares = [metrics.share(found[what][name], found["labels"], found["people"]) for name in ("clean", *eps)]
                 x = [0, *(255 * parse_eps(name) for name in eps)]
-                panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5)
-                panel.fill_between(x, [100 * share["ci"][0] for share in shares], [100 * share["ci"][1] for share in shares], color=COLOURS[entry.model],
-                                   alpha=0.08, linewidth=0)
+                panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model],
+                           markersize=3.5)
+                panel.fill_between(x, [100 * share["ci"][0] for share in shares], [100 * share["ci"][1] for share in shares],
+                                   color=COLOURS[entry.model], alpha=0.08, linewidth=0)
         _eps_axis(panel, eps)
         panel.set_ylim(0, 102)
         panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes(sizes)}\nbands: 95 % intervals")
     axes[0, 0].set_ylabel("images (%)")
     _frequency_panel(axes[0, 2], shown)
     # Models and kinds of line apart: one entry for each pair of them would not fit on the page.
-    marks = [Line2D([], [], color=COLOURS[model], marker=MARKERS[model], linestyle="", label=model) for model in dict.fromkeys(entry.model for entry in shown)]
+    marks = [Line2D([], [], color=COLOURS[model], marker=MARKERS[model], linestyle="", label=model)
+             for model in dict.fromkeys(entry.model for entry in shown)]
     marks += [Line2D([], [], color=BASE, linestyle=dashes, linewidth=1.1, label=label) for dashes, label in PROBE_LINES.values()]
     figure.legend(handles=marks, loc="outside lower left", ncols=(len(marks) + 1) // 2)
     return figure
@@ -827,13 +834,15 @@ def _frequency_panel(panel: Axes, shown: list[Entry]) -> None:
     for entry in shown:
         found = pooled_probe(entry)
         shares = 100 * np.array(found["shares"]).mean(0)
-        panel.plot(range(len(shares)), shares, "-" if entry.protocol == "patient" else ":", color=COLOURS[entry.model], marker=MARKERS[entry.model], markersize=3.5)
+        panel.plot(range(len(shares)), shares, "-" if entry.protocol == "patient" else ":", color=COLOURS[entry.model],
+                   marker=MARKERS[entry.model], markersize=3.5)
     panel.plot(range(len(found["noise_shares"])), 100 * np.array(found["noise_shares"]), color=GREY, linewidth=1)
     edges = found["bands"]
     names = [f"{low:g}–{high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g}+"]
     panel.set_xticks(range(len(names)), names, fontsize=7.5)
     panel.set(xlabel="cycles per image width", ylabel="share of the perturbation's energy (%)", ylim=(0, None),
-              title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice\ngrey, unmarked: noise of the same size")
+              title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice\ngrey, unmarked: "
+                    "noise of the same size")
 
 
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).

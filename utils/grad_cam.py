@@ -817,12 +817,15 @@ def planted_text(model: str, path: Path | str = ROOT / "assets" / "planted_evide
     table = [["trained", "on images", "side", "cells a side", "around the patch", "accuracy", *methods]]
     for row in rows:
         seen = f"{row['tokens_trained_on']:,} + {row['trained_on']:,}" if row["tokens_trained_on"] else f"{row['trained_on']:,}"
-        table.append([row["training"], seen, f"{row['side']} px", str(row["cells"]), "noise" if row["noise"] else "grey", f"{row['accuracy']:.2f}",
-                      *(_shown(row["inside"][method]) + (f", {empty} empty" if (empty := row["inside"][method]["empty"]) else "") for method in methods)])
+        table.append([row["training"], seen, f"{row['side']} px", str(row["cells"]), "noise" if row["noise"] else "grey",
+                      f"{row['accuracy']:.2f}",
+                      *(_shown(row["inside"][method]) + (f", {empty} empty" if (empty := row["inside"][method]["empty"]) else "")
+                        for method in methods)])
     trainings = dict.fromkeys(row["training"] for row in rows)
     verdict = " ".join(_planted_verdict([row for row in rows if row["training"] == training], methods, limit) for training in trainings)
     return (f"Planted evidence (phantom, random init): share of a map inside the patch that alone decides the class, limit {limit:.2f}, "
-            f"{rows[0]['area']:.2f} for an even map, 0 for an empty one; n = {rows[0]['inside'][methods[0]]['n']} images a row\n{_aligned(table)}\n{verdict}")
+            f"{rows[0]['area']:.2f} for an even map, 0 for an empty one; n = {rows[0]['inside'][methods[0]]['n']} images a "
+            f"row\n{_aligned(table)}\n{verdict}")
 
 
 def _planted_verdict(rows: Sequence[dict], methods: Sequence[str], limit: float) -> str:
@@ -831,7 +834,8 @@ def _planted_verdict(rows: Sequence[dict], methods: Sequence[str], limit: float)
             if row["accuracy"] > 0.9 and min(row["inside"][method]["value"] for method in methods) >= limit]
     if rows[0]["training"] != "whole":
         return ("Where the patch tokens first learned what lies under them, "
-                + ("the limit is kept: this kind of map finds evidence that stays in its token. A network that learns everything from the class, as "
+                + ("the limit is kept: this kind of map finds evidence that stays in its token. A network that learns everything from the "
+                   "class, as "
                    "the models of this study that start from random weights do, may move it to other tokens." if len(kept) == len(rows)
                    else "the limit is not kept either."))
     if not kept:
@@ -922,7 +926,8 @@ def _about_attacks(topics: dict) -> list[Verdict]:
     verdicts = []
     for topic, entries in topics.items():
         if topic.startswith("attack "):
-            verdicts.append(_about_likeness(entries.get("iou_top20"), f"an attack on the prediction at eps {topic.removeprefix('attack ')}"))
+            verdicts.append(_about_likeness(entries.get("iou_top20"),
+                                            f"an attack on the prediction at eps {topic.removeprefix('attack ')}"))
     return verdicts or [("undecided", "whether it is stable under attacks on the prediction: not measured.")]
 
 

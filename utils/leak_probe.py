@@ -59,8 +59,8 @@ def band_shares(perturbations: np.ndarray) -> np.ndarray:
 
 
 def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig) -> dict:
-    """Recognition (also where neighbouring slices count) and diagnosis on the fixed stratified sample of `test`, clean, under PGD on the diagnosis, and under noise
-    of the same size, at every eps, as JSON.
+    """Recognition (also where neighbouring slices count) and diagnosis on the fixed stratified sample of `test`, clean,
+    under PGD on the diagnosis, and under noise of the same size, at every eps, as JSON.
 
     PGD goes on after success to the end of its steps, so that every image is attacked with the same budget.
 
@@ -95,5 +95,6 @@ def probe(model: nn.Module, test: ImageSet, gallery: ImageSet, config: RunConfig
         look(f"noise {eps}", noise)
         if eps == headline_of(config):
             shares, noise_shares = band_shares((made - clean)[:, 0].numpy()), band_shares((noise - clean)[:, 0].numpy())
-    return {"rows": rows.tolist(), "gap": GAP, "recognised": apart, "neighbour": near, "right": right, "bands": [float(edge) for edge in BANDS[:-1]],
+    return {"rows": rows.tolist(), "gap": GAP, "recognised": apart, "neighbour": near, "right": right,
+            "bands": [float(edge) for edge in BANDS[:-1]],
             "shares": shares.round(4).tolist(), "noise_shares": noise_shares.mean(0).round(4).tolist()}

@@ -447,7 +447,8 @@ def kept_shares(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, 
     Returns:
         first, second: share of the rows with `before` that have `after` too; difference. Undefined where nothing was there before.
     """
-    flags = [flag for before, after in (first, second) for flag in (np.asarray(before, bool), np.asarray(before, bool) & np.asarray(after, bool))]
+    flags = [flag for before, after in (first, second)
+             for flag in (np.asarray(before, bool), np.asarray(before, bool) & np.asarray(after, bool))]
     sums, person_class = _sums_by_person(np.column_stack(flags).astype(float), labels, people)
 
     def scores(weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -484,7 +485,8 @@ def risk_coverage(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
     for coverage in np.linspace(0.1, 1, 10) if coverages is None else coverages:
         count = max(1, round(float(coverage) * len(confidence)))
         threshold = np.sort(confidence)[::-1][count - 1]
-        curve.append({"coverage": float(coverage), **selective_risk(wrong, confidence, threshold, labels, people, n_boot=n_boot, seed=seed)})
+        curve.append({"coverage": float(coverage),
+                      **selective_risk(wrong, confidence, threshold, labels, people, n_boot=n_boot, seed=seed)})
     return curve
 
 

@@ -311,7 +311,8 @@ def _importance_panel(panel: Axes, study: optuna.Study, colour: str) -> None:
     panel.set_title(f"what puts a trial among the best, n = {complete}")
     importances = importances_of(study)
     if not importances:
-        _absent(panel, f"importances need at least {LEAST_FOR_IMPORTANCE} complete trials\nthat differ; this search has {complete} complete")
+        _absent(panel, f"importances need at least {LEAST_FOR_IMPORTANCE} complete trials\nthat differ; this search has {complete} "
+                       "complete")
         return
     bars = panel.barh(list(importances)[::-1], list(importances.values())[::-1], color=colour)
     panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)

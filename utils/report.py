@@ -141,7 +141,8 @@ def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
     if not units:
         return ""
     told = "; ".join(f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: "
-                     + ", ".join(f"{fell} of {asked} ({'three' if name.endswith('_merged') else 'four'} classes)" for name, (fell, asked) in check["figure"].items())
+                     + ", ".join(f"{fell} of {asked} ({'three' if name.endswith('_merged') else 'four'} classes)"
+                                 for name, (fell, asked) in check["figure"].items())
                      for row, check in units)
     return ("\n\n<sub>Attacks on these units searched in bfloat16, on all others in float32; what fell is decided in float32 everywhere. "
             "How many of the sample's images that such a search left standing at the headline eps then fell to APGD-T in float32, which "
@@ -162,7 +163,8 @@ def _machines(rows: list[StudyRow], protocol: str) -> str:
             found.setdefault(machine, {}).setdefault(tuple(sorted(set(own))), []).append(row.number)
     if not found:
         return ""
-    told = "; ".join(f"{machine}: " + ", ".join(f"{_plural('row', numbers)} ({_plural('fold', folds)})" for folds, numbers in groups.items())
+    told = "; ".join(f"{machine}: " + ", ".join(f"{_plural('row', numbers)} ({_plural('fold', folds)})"
+                                                for folds, numbers in groups.items())
                      for machine, groups in sorted(found.items()))
     return f"\n\n<sub>Machines (a + joins those that one unit went on on). {told}.</sub>"
 
@@ -365,7 +367,8 @@ def what_the_split_adds(slice_: Entry, patient: Entry) -> dict[str, dict]:
 def _standing_at(entry: Entry, eps: str | None) -> tuple[np.ndarray, ...]:
     """(four, three, labels, people) of the images that were attacked at that eps; of all, as they are, where it is None."""
     attacked = attacks_of(entry.predictions).get(eps, {})
-    four, three, covered = standing(entry.predictions["clean"], [attacked[name] for name in entry.record["attacks"].get(eps, {})], entry.rows.labels)
+    four, three, covered = standing(entry.predictions["clean"], [attacked[name] for name in entry.record["attacks"].get(eps, {})],
+                                    entry.rows.labels)
     rows = covered if eps else metrics.scored(entry.predictions["clean"])
     return four[rows], three[rows], entry.rows.labels[rows], entry.rows.people[rows]
 
@@ -385,25 +388,29 @@ def leak_markdown(rows: list[StudyRow]) -> str:
     rows = [row for row in rows if row.model in MODELS]
     added = [(row, by_eps) for row in rows if set(PROTOCOLS) <= set(row.entries)
              and (by_eps := what_the_split_adds(*(row.entries[protocol] for protocol in PROTOCOLS)))]
-    kept = [(row, protocol, shares) for row in rows for protocol, entry in row.entries.items() if (shares := person_against_diagnosis(entry))]
+    kept = [(row, protocol, shares) for row in rows for protocol, entry in row.entries.items()
+            if (shares := person_against_diagnosis(entry))]
     if not (added or kept):
         return ""
-    parts = ["**Does the attack break the leak before the medicine?** If recognising people rests on fine texture and the disease on coarse "
-             "anatomy, an attack should take away first what the published split adds, and the person before the diagnosis."]
+    parts = ["**Does the attack break the leak before the medicine?** If recognising people rests on fine texture and the disease on "
+             "coarse anatomy, an attack should take away first what the published split adds, and the person before the diagnosis."]
     if added:
         eps = list(dict.fromkeys(name for _, by_eps in added for name in by_eps))
         table = [["row", *(name if name == "clean" else f"worst case at {name}" for name in eps), "n people"]]
         table += [[f"{row.number} `{row.name}`", *(show(by_eps.get(name), brief=True, signed=True) for name in eps),
-                   " to ".join(dict.fromkeys(f"{of(score['n_people'] for score in by_eps.values()):,}" for of in (min, max)))] for row, by_eps in added]
+                   " to ".join(dict.fromkeys(f"{of(score['n_people'] for score in by_eps.values()):,}" for of in (min, max)))]
+                  for row, by_eps in added]
         parts += ["What the split adds: balanced accuracy over three classes under `slice` minus under `patient`, in points; beneath each "
-                  "value its 95 % interval, the same people resampled in both. The two models of a row were trained differently too (*Protocols* in "
-                  "README), which may be a part of it.", _markdown(table)]
+                  "value its 95 % interval, the same people resampled in both. The two models of a row were trained differently too "
+                  "(*Protocols* in README), which may be a part of it.", _markdown(table)]
     if kept:
-        table = [["row", "protocol", "persons kept (%)", "diagnoses kept (%)", "persons − diagnoses, points", "n recognised / right / images"]]
-        table += [[f"{row.number} `{row.name}`", f"`{protocol}`", show(shares["first"]), show(shares["second"]), show(shares["difference"], signed=True),
+        table = [["row", "protocol", "persons kept (%)", "diagnoses kept (%)", "persons − diagnoses, points",
+                  "n recognised / right / images"]]
+        table += [[f"{row.number} `{row.name}`", f"`{protocol}`", show(shares["first"]), show(shares["second"]),
+                   show(shares["difference"], signed=True),
                    f"{shares['n_recognised']} / {shares['n_right']} / {shares['n']}"] for row, protocol, shares in kept]
-        parts += [f"What PGD on the diagnosis at {LEAK_EPS} leaves of the persons whom the features told on clean images, and of the diagnoses that were "
-                  "right there:", _markdown(table), _who_goes_first(kept)]
+        parts += [f"What PGD on the diagnosis at {LEAK_EPS} leaves of the persons whom the features told on clean images, and of the "
+                  "diagnoses that were right there:", _markdown(table), _who_goes_first(kept)]
     return "\n\n".join(parts)
 
 
@@ -416,9 +423,10 @@ def _who_goes_first(kept: list[tuple[StudyRow, str, dict]]) -> str:
                    "person" if high < 0 else "diagnosis" if low > 0 else "undecided")
         verdicts[verdict].append(f"row {row.number} under `{protocol}`")
     told = {name: ", ".join(of) or "none" for name, of in verdicts.items()}
-    return (f"The person goes first (interval below 0): {told['person']}. The diagnosis goes first (above 0): {told['diagnosis']}. Undecided: "
-            f"{told['undecided']}. Too few to judge (under {LEAST_TO_JUDGE}): {told['few']}. To tell a person is a choice among many, a diagnosis one "
-            "among four; that alone may make the first easier to upset, so the shares are a hint at what each rests on, and no proof.")
+    return (f"The person goes first (interval below 0): {told['person']}. The diagnosis goes first (above 0): {told['diagnosis']}. "
+            f"Undecided: {told['undecided']}. Too few to judge (under {LEAST_TO_JUDGE}): {told['few']}. To tell a person is a choice "
+            "among many, a diagnosis one among four; that alone may make the first easier to upset, so the shares are a hint at what each "
+            "rests on, and no proof.")
 
 
 # ------------------------------------------------------------------------------------------------------- figures
@@ -472,7 +480,8 @@ def draw_explanations(root: Path | str) -> dict[Path, Figure]:
         shown = {name: kept for name, kept in found.items() if kept["files"].tolist() == next(iter(found.values()))["files"].tolist()}
         if shown:
             rows = {name: (kept["images"][:, None] / 255, kept["maps"] / 255, kept["probabilities"]) for name, kept in shown.items()}
-            figure = grad_cam.comparison_figure(rows, next(iter(shown.values()))["labels"], title=f"Grad-CAM, the same slices for all models · {protocol} · {provenance(own)}")
+            figure = grad_cam.comparison_figure(rows, next(iter(shown.values()))["labels"],
+                                                title=f"Grad-CAM, the same slices for all models · {protocol} · {provenance(own)}")
             drawn[save_figure(figure, Path(root) / "assets" / "results" / f"explanations_{protocol}.png", dpi=100, colours=192)] = figure
     return drawn
 
@@ -519,7 +528,8 @@ CAPTIONS = {
     "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
                    "images.",
     "leak_probe": "Solid: the diagnosis is right; dashed: the features' nearest other slice, four or more slices away, is of the same "
-                  "person; dotted, where it was measured: neighbouring slices count too. All on the same images, under PGD on the diagnosis.",
+                  "person; dotted, where it was measured: neighbouring slices count too. All on the same images, under PGD on the "
+                  "diagnosis.",
     "transfer": "Momentum PGD on one model, shown to another; the diagonal is PGD on the model itself.",
 }
 
@@ -583,8 +593,8 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
                     f"where always answering *Non* (row 1) gives {100 * constant:.1f} %.")
         added = what_the_split_adds(*(best.entries[protocol] for protocol in PROTOCOLS)) if best.model in MODELS else {}
         if {"clean", LEAK_EPS} <= set(added):
-            said.append(f"The {show(added['clean'], signed=True)} points that the split adds to row {best.number} are {show(added[LEAK_EPS], signed=True)} in the "
-                        f"worst case at {LEAK_EPS} (n = {added[LEAK_EPS]['n_people']} people).")
+            said.append(f"The {show(added['clean'], signed=True)} points that the split adds to row {best.number} are "
+                        f"{show(added[LEAK_EPS], signed=True)} in the worst case at {LEAK_EPS} (n = {added[LEAK_EPS]['n_people']} people).")
     attacked = [row for row in trained if (rehearsal or earnest(row, "patient")) and value(row, "patient", worst) is not None]
     if attacked:
         best = max(attacked, key=lambda row: value(row, "patient", worst))
@@ -597,8 +607,8 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
         for row in attacked:
             verdict = _against(constant, *_score(row, "patient", worst)["ci"])
             if row.model.endswith("_atk") and row is not best and verdict != "above":
-                said.append(f"Adversarially trained `{row.name}` (row {row.number}), with {_cell(row, 'patient', worst)} % ({_attacked_size(row)}), "
-                            f"is {verdict} the constant answer there.")
+                said.append(f"Adversarially trained `{row.name}` (row {row.number}), with {_cell(row, 'patient', worst)} % "
+                            f"({_attacked_size(row)}), is {verdict} the constant answer there.")
                 said.append(_beside_its_twin(row, rows))
             elif row.model in BACKBONES and row is not best and verdict != "below":
                 said.append(f"Never attacked in training, `{row.name}` (row {row.number}) keeps {_cell(row, 'patient', worst)} % "
@@ -668,10 +678,10 @@ def _notice(entries: Entries) -> list[str]:
 
 #: Model → figure of ensembles and whole persons that README shows → what it says.
 UNIT_CAPTIONS = {
-    "Ensemble": {"relaxation": "Ensembles under one image that all members see, and under an image of its own for each member, which is no input. "
-                               "The original project attacked the second way, with steps of 0.0001."},
-    "Sequence": {"slice_budget": "Whole persons: whose diagnosis is right and stands, against the number of slices that an attacker may touch; n stands above "
-                                 "each panel."}}
+    "Ensemble": {"relaxation": "Ensembles under one image that all members see, and under an image of its own for each member, which is no "
+                               "input. The original project attacked the second way, with steps of 0.0001."},
+    "Sequence": {"slice_budget": "Whole persons: whose diagnosis is right and stands, against the number of slices that an attacker may "
+                                 "touch; n stands above each panel."}}
 
 
 def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
@@ -698,7 +708,8 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
             whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
             parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
                          f"{_markdown(_full_table(shown, protocol, eps))}"
-                         f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}\n\n</details>")
+                         f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}"
+                         "\n\n</details>")
     if any(row.trained for row in rows):
         parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(*_compared(entries))]
@@ -737,7 +748,8 @@ def findings_markdown(entries: Entries) -> str:
 
 #: What the project reported from which this repository grew (published split, 224 px, L-infinity eps 0.005, accuracy in
 #: percent): without and with adversarial training, and the latter under its own FGSM and PGD.
-ORIGINAL = {"Dinov2": ("96.0", "92.0", "41.7", "71.9 to 73.7"), "Resnet": ("98.6", "93.4", "43.8", "88.6"), "Efficientnet": ("98.9", "99.5", "8.1", "98.7 to 98.8")}
+ORIGINAL = {"Dinov2": ("96.0", "92.0", "41.7", "71.9 to 73.7"), "Resnet": ("98.6", "93.4", "43.8", "88.6"),
+            "Efficientnet": ("98.9", "99.5", "8.1", "98.7 to 98.8")}
 ORIGINAL_EPS = "0.005"
 
 
@@ -753,17 +765,20 @@ def original_markdown(entries: Entries) -> str:
         score = block and (block if worst else block["slice"]).get("accuracy")
         return f"{show(score)} (n = {block['n_slices']:,} / {block['n_people']:,})" if score else MISSING
 
-    table = [["model", "reported: clean", "reported: FGSM", "reported: PGD", "ours, `slice`: clean", f"ours, `slice`: worst case at {ORIGINAL_EPS}",
+    table = [["model", "reported: clean", "reported: FGSM", "reported: PGD", "ours, `slice`: clean",
+              f"ours, `slice`: worst case at {ORIGINAL_EPS}",
               "ours, `patient`: clean", f"ours, `patient`: worst case at {ORIGINAL_EPS}"]]
     for backbone, (clean, trained, fgsm, pgd) in ORIGINAL.items():
-        for model, reported in ((backbone, (clean, "0.3 to 3.4 over the three", "not given for each")), (f"{backbone}_atk", (trained, fgsm, pgd))):
-            table.append([model, *reported, *(ours(model, protocol, worst) for protocol in ("slice", "patient") for worst in (False, True))])
+        for model, reported in ((backbone, (clean, "0.3 to 3.4 over the three", "not given for each")),
+                                (f"{backbone}_atk", (trained, fgsm, pgd))):
+            table.append([model, *reported,
+                          *(ours(model, protocol, worst) for protocol in ("slice", "patient") for worst in (False, True))])
     return _markdown(table) + """
 
-Accuracy in percent; *n* slices / people. The reported figures are of the published split, where everybody is on both sides; only the `slice`
-columns are their like. That PGD scores *above* FGSM cannot be, for a working PGD: its step of 0.0001 with few steps never reaches the edge of the
-ball, and the images were standardised outside [0, 1] while the attack clipped to [0, 1]. The reported ensemble (98.5 clean, FGSM 32.6, PGD 92.2) was
-shown a separate image for each member, which no single input can be."""
+Accuracy in percent; *n* slices / people. The reported figures are of the published split, where everybody is on both sides;
+only the `slice` columns are their like. That PGD scores *above* FGSM cannot be, for a working PGD: its step of 0.0001 with few
+steps never reaches the edge of the ball, and the images were standardised outside [0, 1] while the attack clipped to [0, 1]. The
+reported ensemble (98.5 clean, FGSM 32.6, PGD 92.2) was shown a separate image for each member, which no single input can be."""
 
 
 def _explanations(root: Path) -> list[str]:
@@ -772,10 +787,11 @@ def _explanations(root: Path) -> list[str]:
              for protocol in PROTOCOLS if (root / "assets" / "results" / f"explanations_{protocol}.png").is_file()]
     moving = [f"assets/{model}/person_patient.gif" for model in MODELS if (root / "assets" / model / "person_patient.gif").is_file()]
     if moving:
-        parts.append(" ".join(f'<img src="{path}" width="256" alt="Grad-CAM of {path.split("/")[1]} through the slices of one person">' for path in moving))
+        parts.append(" ".join(f'<img src="{path}" width="256" alt="Grad-CAM of {path.split("/")[1]} through the slices of one person">'
+                              for path in moving))
         names = ", ".join(f"`{path.split('/')[1]}`" for path in moving)
-        parts.append(f"<sub>One test person from the top of the head down, each slice beside its Grad-CAM: {names}. Whether a map can be believed "
-                     f"is measured in each model's notebook.{_planted(root)}</sub>")
+        parts.append(f"<sub>One test person from the top of the head down, each slice beside its Grad-CAM: {names}. Whether a map can be "
+                     f"believed is measured in each model's notebook.{_planted(root)}</sub>")
     return parts
 
 
@@ -791,13 +807,13 @@ def _planted(root: Path) -> str:
     for (name, training), row in ways.items():
         method, share = min(row["inside"].items(), key=lambda item: item[1]["value"])
         how = "" if training == "whole" else f" trained {training}"
-        found.append(f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}] for `{name}`{how} ({method}, {row['cells']} × {row['cells']} cells, "
-                     f"{'noise' if row['noise'] else 'plain grey'} around the patch, n = {share['n']})")
+        found.append(f"{share['value']:.2f} [{share['ci'][0]:.2f}, {share['ci'][1]:.2f}] for `{name}`{how} ({method}, {row['cells']} × "
+                     f"{row['cells']} cells, {'noise' if row['noise'] else 'plain grey'} around the patch, n = {share['n']})")
     return (f" On phantom images in which one patch, {row['area']:.2f} of the area, alone decides the class, the weakest kind "
             f"of map of a network trained from {record['init']} weights has this share of itself inside (an empty map: none; "
             f"[record](assets/planted_evidence.json), `python tests/benchmarks/planted_evidence.py`): {'; '.join(found)}. "
-            "Tokens first: its patch tokens learned what lies under them before its last block and head learned the class; everything else here, "
-            "and every model of the tables above that started from random weights, learned whole from the class. "
+            "Tokens first: its patch tokens learned what lies under them before its last block and head learned the class; everything else "
+            "here, and every model of the tables above that started from random weights, learned whole from the class. "
             "A slice of 128 px has 4 × 4 cells in a ResNet or EfficientNet: "
             "a map of it is no finer than a quarter of its width.")
 
@@ -818,25 +834,30 @@ def model_card(entries: Entries) -> str:
     """What the trained models are, what they were trained on, what they may be used for, and their scores with intervals."""
     entries = without_rehearsals(entries)
     rows = [row for row in study_rows(entries) if row.model in MODELS]
-    table = [["model", "protocol", "trained", "init", "profile, folds", "balanced accuracy, 3 classes (%)", "AUROC, Non vs rest", "worst case (%)", "n slices / people"]]
+    table = [["model", "protocol", "trained", "init", "profile, folds", "balanced accuracy, 3 classes (%)", "AUROC, Non vs rest",
+              "worst case (%)", "n slices / people"]]
     for row in rows:
         for protocol, entry in row.entries.items():
             record = entry.record
             how = "clean" if record["regime"] == "clean" else "adversarially"
             eps = headline_eps(record)
-            table.append([f"`{row.model}`", f"`{protocol}`", how, record["init"], f"{record['profile']}, {', '.join(map(str, record['folds']))}",
-                          *(_cell(row, protocol, column) for column in HEADLINE[:2]), f"{_cell(row, protocol, HEADLINE[2])} at {eps}", _number(row, protocol)])
-    return "\n\n".join(["# Model card", provenance(list(entries.values())) if entries else "no record yet", _markdown(table) if rows else "", MODEL_CARD])
+            table.append([f"`{row.model}`", f"`{protocol}`", how, record["init"],
+                          f"{record['profile']}, {', '.join(map(str, record['folds']))}",
+                          *(_cell(row, protocol, column) for column in HEADLINE[:2]), f"{_cell(row, protocol, HEADLINE[2])} at {eps}",
+                          _number(row, protocol)])
+    return "\n\n".join(["# Model card", provenance(list(entries.values())) if entries else "no record yet",
+                        _markdown(table) if rows else "", MODEL_CARD])
 
 
-MODEL_CARD = """- **What they are.** DINOv2 ViT-S/14, EfficientNet-B0 and ResNet-34 with four outputs (Non, Very mild, Mild, Moderate), from one grey
-  slice of a brain MRI, pixels in [0, 1]; resizing and normalisation happen inside. `_atk` was trained on adversarial images (PGD or TRADES, L-infinity).
-- **Trained on** the training people of one fold (`patient`) or the published training folder (`slice`); the epoch chosen on validation data alone.
-  See the [data card](Baselines/data_card.md).
-- **For** research on evaluation, robustness and explanation. **Not for** diagnosis or any other clinical use, and not for images of other scanners,
-  sequences or planes: nothing here was tested on them.
-- **Known faults.** Scores under `slice` measure recognition of people. Moderate is two people. Age is a confound. Without adversarial training
-  a change that nobody sees turns the answer; with it a stronger attack than ours may.
+MODEL_CARD = """- **What they are.** DINOv2 ViT-S/14, EfficientNet-B0 and ResNet-34 with four outputs (Non, Very mild, Mild, Moderate),
+  from one grey slice of a brain MRI, pixels in [0, 1]; resizing and normalisation happen inside. `_atk` was trained on
+  adversarial images (PGD or TRADES, L-infinity).
+- **Trained on** the training people of one fold (`patient`) or the published training folder (`slice`); the epoch chosen on
+  validation data alone. See the [data card](Baselines/data_card.md).
+- **For** research on evaluation, robustness and explanation. **Not for** diagnosis or any other clinical use, and not for
+  images of other scanners, sequences or planes: nothing here was tested on them.
+- **Known faults.** Scores under `slice` measure recognition of people. Moderate is two people. Age is a confound. Without
+  adversarial training a change that nobody sees turns the answer; with it a stronger attack than ours may.
 - **Licence** of code and weights: that of this repository. The images are not part of it.
 """
 

@@ -62,8 +62,8 @@ def gather_studies(values: Tensor, labels: Tensor, people: Tensor, slices: Tenso
     for person, rows in zip(identity.tolist(), own, strict=True):
         order = slices[rows]
         if bool((order < 0).any()) or len(order.unique()) < len(order):
-            raise StudyError(f"Person {person} has no slice order (an index is missing or doubled): recover it with `python -m utils.cohort`, "
-                             "or score this person slice by slice.")
+            raise StudyError(f"Person {person} has no slice order (an index is missing or doubled): recover it with `python -m "
+                             "utils.cohort`, or score this person slice by slice.")
         if len(labels[rows].unique()) > 1:
             raise StudyError(f"Person {person} has slices of {len(labels[rows].unique())} classes: a study has one label.")
     longest = max(map(len, own))
@@ -132,7 +132,8 @@ class SmallTransformer(nn.Module):
         super().__init__()
         self.hidden = hidden
         self.reduce = nn.Linear(features, hidden)
-        self.encoder = nn.TransformerEncoderLayer(hidden, nhead=4, dim_feedforward=2 * hidden, dropout=0.25, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoderLayer(hidden, nhead=4, dim_feedforward=2 * hidden, dropout=0.25, batch_first=True,
+                                                  norm_first=True)
         self.head = nn.Linear(hidden, len(CLASSES))
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -280,7 +281,8 @@ def attack_study(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor
     return torch.cat([made for made, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
-def _attack_part(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, labels: Tensor, eps: float, steps: int) -> tuple[Tensor, Tensor]:
+def _attack_part(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, labels: Tensor, eps: float,
+                 steps: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         clean = model.features(pixels, mask)
         logits = model.aggregator(clean, mask)

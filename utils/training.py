@@ -60,8 +60,9 @@ class Fit:
 
     def __str__(self) -> str:
         best = self.history[self.best_epoch - 1]
-        return (f"best epoch {self.best_epoch} of {len(self.history)} · validation balanced accuracy {best['validation_balanced_accuracy']:.3f}"
-                f" · {self.precision} · init {self.init} · {self.seconds:.0f} s" + (" · ANSWERED ONE CLASS" if self.one_class else ""))
+        return (f"best epoch {self.best_epoch} of {len(self.history)} · validation balanced accuracy "
+                f"{best['validation_balanced_accuracy']:.3f} · "
+                f"{self.precision} · init {self.init} · {self.seconds:.0f} s" + (" · ANSWERED ONE CLASS" if self.one_class else ""))
 
 
 def training_settings(config: RunConfig) -> dict:
@@ -209,7 +210,8 @@ def attacked_logits(model: nn.Module, images: Tensor, labels: Tensor, eps: float
     rows = []
     for chunk, truth in zip(images.split(batch_size), labels.split(batch_size)):
         with autocast():
-            moved = perturb_for_training(model, pixels(chunk, device), truth.to(device), eps, steps=steps, step_size=step_size, random_start=False)
+            moved = perturb_for_training(model, pixels(chunk, device), truth.to(device), eps, steps=steps, step_size=step_size,
+                                         random_start=False)
         with torch.no_grad():
             rows.append(model(moved).float().cpu())
     return torch.cat(rows)
@@ -415,7 +417,8 @@ class _Trainer:
             else:
                 skipped, self.skipped_in_a_row = skipped + 1, self.skipped_in_a_row + 1
                 if self.skipped_in_a_row == MAX_SKIPPED:
-                    raise StudyError(f"{config.model}: the gradient was not finite in {MAX_SKIPPED} steps in a row (epoch {number + 1}, step "
+                    raise StudyError(f"{config.model}: the gradient was not finite in {MAX_SKIPPED} steps in a row (epoch {number + 1}, "
+                                     "step "
                                      f"{step + 1}); lower lr (now {config.lr:g}) and run again: it goes on from the last finished epoch.")
             if self.average is not None:
                 self.average.update_parameters(self.model)
@@ -447,7 +450,8 @@ class _Trainer:
 
     def state(self) -> dict:
         return {"settings": json.dumps(training_settings(self.config)), "history": json.dumps(self.history), "precision": self.precision,
-                "recipe": [self.recipe.method, self.recipe.train_steps], "init": self.model.init, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "recipe": [self.recipe.method, self.recipe.train_steps], "init": self.model.init, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
                 "average": None if self.average is None else self.average.state_dict()}
 
     def restore(self, state: dict, source: Path) -> None:

@@ -59,7 +59,8 @@ def lines(result: SuiteResult, rows: dict[str, np.ndarray], labels: np.ndarray, 
     return found
 
 
-def ratio(attack: str, budget: dict, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float, rounds: int = 3) -> str:
+def ratio(attack: str, budget: dict, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float,
+          rounds: int = 3) -> str:
     """Processor seconds of both searches, taking turns."""
     seconds = {"fp32": [], "bf16": []}
     for _ in range(rounds):
@@ -99,10 +100,12 @@ def main() -> None:
           f"{torch.get_num_threads()} thread(s), {hardware()}, data: real, init: random\n"
           f"  {'attack':24} {'view':7}    n   standing after fp32 / bf16")
     print("\n".join(lines(result, rows, labels, eps)))
-    print("  checks:", "; ".join(f"{row['check']} {row['figure']}" for row in result.sanity if not row["passed"] or "float32" in row["check"]))
+    print("  checks:", "; ".join(f"{row['check']} {row['figure']}" for row in result.sanity if not row["passed"]
+                                 or "float32" in row["check"]))
     standing = np.flatnonzero(~fallen(result.logits[eps, f"pgd{config.pgd_steps}"], labels))[:16]
     for attack, budget in (("apgd_t", dict(steps=5)), ("square", dict(queries=20))):
-        print(ratio(attack, budget, model, as_pixels(attacked.images)[standing], torch.as_tensor(labels[standing]), parse_eps(eps)), flush=True)
+        print(ratio(attack, budget, model, as_pixels(attacked.images)[standing], torch.as_tensor(labels[standing]), parse_eps(eps)),
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> 
     config = make_config("cpu", "Resnet_atk", suite="standard", eps=(options.eps,), headline_eps=options.eps, attack_batch=options.batch)
     answers = predict_logits(model, as_pixels(images)).argmax(1).numpy()
     seen = f", seen at {model.input_size} px" if model.input_size else ""
-    print(f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = {len(labels)} of "
+    print(f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = "
+          f"{len(labels)} of "
           f"{len(np.unique(people))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
           f"clean accuracy {(answers == labels).mean():.1%}, answers by class: {np.bincount(answers, minlength=4).tolist()}", flush=True)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -130,7 +131,8 @@ def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> 
     print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)")
     print(f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
           f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}")
-    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)", flush=True)
+    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)",
+          flush=True)
 
 
 def main() -> None:

@@ -93,7 +93,8 @@ def whole(multiple: int) -> str:
         whole_people = [next(iter(ids)) for ids in groups.values() if len(ids) == 1 and "" not in ids]
     gib = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
     return (f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: {seconds:,.0f} s, peak {gib:.2f} GiB; "
-            f"{len(set(whole_people)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} found beyond them")
+            f"{len(set(whole_people)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} "
+            "found beyond them")
 
 
 def _rows(path: Path) -> list[dict]:
@@ -110,8 +111,8 @@ def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
     ]
     for row in rows:
         lines.append(
-            f"{row['images'] // base:5d} | {row['images']:7,d} | {row['people']:6,d} | {row['seconds']:8.1f} | {row['cpu_seconds']:17.1f} | "
-            f"{row['gib']:8.2f} | measured"
+            f"{row['images'] // base:5d} | {row['images']:7,d} | {row['people']:6,d} | {row['seconds']:8.1f} | {row['cpu_seconds']:17.1f} "
+            f"| {row['gib']:8.2f} | measured"
         )
     if len(rows) > 1:
         exponent, scale = np.polyfit(np.log(size), np.log(seconds), 1)
@@ -120,8 +121,8 @@ def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
             n = multiple * base
             # Beyond the measured sizes the quadratic part rules: the last row is carried on with exponent 2.
             lines.append(
-                f"{multiple:5d} | {n:7,d} |      – |        – | {seconds[-1] * (n / size[-1]) ** 2:17.0f} | {start + slope * n:8.2f} | extrapolated "
-                "(time with exponent 2 from the last row, memory on the fitted line)"
+                f"{multiple:5d} | {n:7,d} |      – |        – | {seconds[-1] * (n / size[-1]) ** 2:17.0f} | {start + slope * n:8.2f} | "
+                "extrapolated (time with exponent 2 from the last row, memory on the fitted line)"
             )
         lines += [
             "",

@@ -1,7 +1,9 @@
 """What a full Grad-CAM set costs beside the forward and backward passes that it needs, and its peak memory by batch size.
 
-    python tests/benchmarks/grad_cam.py --models Resnet Efficientnet Dinov2 --rounds 1 > tests/benchmarks/grad_cam.txt    the committed file
-    python tests/benchmarks/grad_cam.py --images 64                                                                    a look at ResNet-34, minutes
+    python tests/benchmarks/grad_cam.py --models Resnet Efficientnet Dinov2 --rounds 1 > tests/benchmarks/grad_cam.txt
+    python tests/benchmarks/grad_cam.py --images 64
+
+The first writes the committed file, the second is a look at ResNet-34 in minutes.
 
 Two costs over the same images in the same batches, in float32: `needed` is one forward pass and one backward pass from
 the logits down to the explained layer, which no gradient map can do without; `full` goes on down to the pixels, as one
@@ -122,7 +124,8 @@ def main() -> int:
         return 0
     print(f"{hardware()}, {torch.get_num_threads()} threads, {chosen.images} images of {SIDE} px, batch {chosen.batch}, float32, "
           f"median of {chosen.rounds} rounds, random weights")
-    print(f"{'backbone':<14}{'method':<11}{'needed':>10}{'full':>10}{'maps':>10}{'maps/needed':>14}{'maps/full':>12}   (first three: ms per image)")
+    print(f"{'backbone':<14}{'method':<11}{'needed':>10}{'full':>10}{'maps':>10}{'maps/needed':>14}{'maps/full':>12}   (first three: ms "
+          "per image)")
     ratios = []
     for name in chosen.models:
         for method in chosen.methods:

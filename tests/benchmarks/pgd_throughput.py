@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", nargs="*", default=[], help="measure these instead of --models")
     parser.add_argument("--raw", help="folder or zip of the real cohort; the phantom without it")
     options = parser.parse_args()
-    print(f"PGD-{STEPS}, n = {options.n}, batches of {options.batch}, our search in {options.precision}, theirs in fp32, median of {options.rounds} rounds, "
-          f"{torch.get_num_threads()} thread(s), {hardware()}, data: {'real' if options.raw else 'phantom'}")
+    print(f"PGD-{STEPS}, n = {options.n}, batches of {options.batch}, our search in {options.precision}, theirs in fp32, median of "
+          f"{options.rounds} rounds, {torch.get_num_threads()} thread(s), {hardware()}, data: {'real' if options.raw else 'phantom'}")
     wanted = [(load_model(path), 128) for path in options.checkpoints]
     for spec in [] if wanted else options.models:
         name, size = spec.split(":")

@@ -48,7 +48,8 @@ def interval(values: np.ndarray) -> dict:
     nothing inside."""
     empty, values = int(np.isnan(values).sum()), np.nan_to_num(values)
     drawn = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
-    return {"value": float(values.mean()), "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))], "n": len(values), "empty": empty}
+    return {"value": float(values.mean()), "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))], "n": len(values),
+            "empty": empty}
 
 
 def main() -> None:
@@ -65,7 +66,8 @@ def main() -> None:
                                                      for row in rows_of(name, training)]
         for row in record["backbones"][name]:
             print(f"{name:<13}{row['training']:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
-                  + "   ".join(f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['empty']})" for method, found in row["inside"].items())
+                  + "   ".join(f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['empty']})"
+                               for method, found in row["inside"].items())
                   + f"   (empty maps, of {COUNT})", flush=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")

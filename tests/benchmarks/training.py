@@ -103,8 +103,8 @@ def compare(model: str, size: int | None, images: int, batch: int, repeats: int)
     trainer = training._Trainer(train, validation, config, DEVICE)
     ours = [our_epoch(trainer, adversarial) for _ in range(repeats)]
     what = "PGD-2 training pass" if adversarial else "epoch with validation"
-    print(f"{model:<16} {size or 'native':>6} px  {what:<22} plain {min(plain):6.1f} s   ours {min(ours):6.1f} s   ratio {min(plain) / min(ours):.2f}"
-          f"   ({trainer.precision})", flush=True)
+    print(f"{model:<16} {size or 'native':>6} px  {what:<22} plain {min(plain):6.1f} s   ours {min(ours):6.1f} s   ratio "
+          f"{min(plain) / min(ours):.2f}   ({trainer.precision})", flush=True)
 
 
 def scores(model: str, size: int | None, raw: str, images: int, epochs: int, seeds: int) -> None:
@@ -114,7 +114,8 @@ def scores(model: str, size: int | None, raw: str, images: int, epochs: int, see
     study, found = open_study("cpu", raw), {}
     for precision in ("fp32", "bf16"):
         for seed in range(seeds):
-            config = make_config("cpu", model, input_size=size, max_train=images, epochs=epochs, precision=precision, pretrained=False, seed=seed)
+            config = make_config("cpu", model, input_size=size, max_train=images, epochs=epochs, precision=precision, pretrained=False,
+                                 seed=seed)
             sets = load_sets(study, config)
             sets["validation"] = sets["validation"].pick(every_nth(sets["validation"], 4))
             with tempfile.TemporaryDirectory() as folder:
@@ -126,8 +127,8 @@ def scores(model: str, size: int | None, raw: str, images: int, epochs: int, see
         means = {precision: statistics.mean(own) for precision, own in values.items()}
         noise = max(statistics.stdev(own) for own in values.values())
         print(f"{model:<14} {size or 'native':>6} px  {name:<18} fp32 {' '.join(f'{value:.3f}' for value in values['fp32'])}   bf16 "
-              f"{' '.join(f'{value:.3f}' for value in values['bf16'])}   bf16 - fp32 {means['bf16'] - means['fp32']:+.3f}   seeds differ by {noise:.3f} "
-              "(standard deviation)", flush=True)
+              f"{' '.join(f'{value:.3f}' for value in values['bf16'])}   bf16 - fp32 {means['bf16'] - means['fp32']:+.3f}   seeds differ "
+              f"by {noise:.3f} (standard deviation)", flush=True)
 
 
 def main() -> None:
@@ -146,14 +147,17 @@ def main() -> None:
     wanted = options.only or ["Resnet", "Dinov2", "Efficientnet", *([] if options.scores else ["Resnet_atk"])]
     head = f"{hardware()}, {torch.get_num_threads()} thread(s)"
     if options.scores:
-        print(f"{head}, {options.train} training slices (every fourth an epoch), {options.epochs} epochs, {options.seeds} seeds, random init, best epoch", flush=True)
+        print(f"{head}, {options.train} training slices (every fourth an epoch), {options.epochs} epochs, {options.seeds} seeds, random "
+              "init, best epoch", flush=True)
         for model in wanted:
             scores(model, 70 if model == "Dinov2" else 64, options.raw, options.train, options.epochs, options.seeds)
         return
-    print(f"{head}, {options.images} images of 128 px, batches of {options.batch}, best of {options.repeats}, processor seconds", flush=True)
+    print(f"{head}, {options.images} images of 128 px, batches of {options.batch}, best of {options.repeats}, processor seconds",
+          flush=True)
     for model in wanted:
         for size in (None,) if model.endswith("_atk") else (224, None):
-            process = multiprocessing.get_context("spawn").Process(target=compare, args=(model, size, options.images, options.batch, options.repeats))
+            process = multiprocessing.get_context("spawn").Process(target=compare,
+                                                                   args=(model, size, options.images, options.batch, options.repeats))
             process.start()
             process.join()
             if process.exitcode:
