@@ -263,6 +263,22 @@ def test_any_attack_may_search_in_bfloat16(attack, budget, wrap, model, thousand
     assert abs(scores[0] - scores[1]) <= 0.02 and scores[0] < accuracy(model, images, labels)
 
 
+class CoarseInBfloat16(torch.nn.Module):
+    """Sure of the first class, by a margin that brightness lowers, and a small step by less than bfloat16 can tell there."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.stack([100 - images.mean((1, 2, 3)), *images.new_zeros(3, len(images))], dim=1)
+        return logits.bfloat16().float() if torch.is_autocast_enabled("cpu") else logits
+
+
+def test_an_image_that_bfloat16_cannot_tell_from_a_step_is_attacked_in_float32():
+    model, images, labels = CoarseInBfloat16(), torch.full((2, 1, 4, 4), 0.2), torch.zeros(2, dtype=torch.int64)
+    budget = dict(steps=10, loss="margin", push=True)
+    assert (ATTACKS["pgd"](attacks._InBfloat16(model), images, labels, 4 / 255, **budget) == images).all()
+    moved = ATTACKS["pgd"](model, images, labels, 4 / 255, precision="bf16", **budget)
+    assert (margin(model(moved), labels) < margin(model(images), labels)).all()
+
+
 def test_targeted_success_means_hitting_the_target(model, batch):
     images, labels = batch
     targets = (labels + 1) % 4

@@ -180,14 +180,16 @@ def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
 
 def _search_in_bfloat16(attack: Callable[..., Tensor], model: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
                         targets: Tensor | None, mask: Tensor | None = None, **budget: object) -> Tensor:
-    """What `attack` finds against the model computed in bfloat16. An image that still stands in float32, by less than what
-    rounding moved its margin, was not attacked by a model to be trusted about it: it is attacked again in float32."""
+    """What `attack` finds against the model computed in bfloat16. An image that still stands in float32 is attacked again, in
+    float32, where bfloat16 is too coarse to be trusted about it: it stands by less than what rounding moved its margin, or it
+    came back as it was, because no step changed its margin by as much as bfloat16 can tell (0.008 between 1 and 2)."""
     mask = None if mask is None else mask.to(images)
     masked = {} if mask is None else {"mask": mask}
     adversarial = attack(_InBfloat16(model), images, labels, eps, targets=targets, **masked, **budget)
     rounded = _succeeded(_InBfloat16(model), adversarial, labels, targets)[0]
     remaining, fell = _succeeded(model, adversarial, labels, targets)
-    rows = (~fell & ((rounded - remaining).abs() >= remaining)).nonzero().squeeze(1)
+    unmoved = (adversarial == images).flatten(1).all(1)
+    rows = (~fell & (unmoved | ((rounded - remaining).abs() >= remaining))).nonzero().squeeze(1)
     if len(rows):
         masked = {} if mask is None else {"mask": _of_rows(mask, rows)}
         adversarial[rows] = attack(model, images[rows], labels[rows], eps, targets=_rows(targets, rows), **masked, **budget)
