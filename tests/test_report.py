@@ -60,7 +60,7 @@ def study(model: str = "Resnet", protocol: str = "patient", *, seed: int = 0, fa
             "cohort_sha256": "ab",
             "config": {"headline_eps": "4/255", "epochs": 3}, "environment": {"torch": "2"}, "hardware": "2 cores",
             "wall_seconds": {"train": 10.0, "attack": 5.0}, "git_commit": "abc", "git_dirty": False, "attacks": meta,
-            "sanity": [{"check": "pgd_le_fgsm", "passed": True, "figure": 0.1, "note": ""}], "history": history,
+            "sanity": [{"check": "pgd_le_fgsm", "passed": True, "figure": {"1/255": [0.1, 0.2]}, "note": ""}], "history": history,
             "best_epoch": 2, "explanation": {}, **told}
     return rows, [{**copy.deepcopy(unit), "fold": int(fold), "measures": sample_of(labels[folds == fold]) if full else {},
                    "leak_probe": probe_of(int((folds == fold).sum())) if full else {}} for fold in np.unique(folds)]
@@ -139,6 +139,19 @@ def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> Non
     check = row.entries["patient"].record["sanity"][1]
     check["passed"], check["note"] = False, "the stronger attack does not work"
     assert f"row {row.number}, `{row.model}`, fold 1, seed 0: the stronger attack does not work" in report._failed_checks(rows, "patient")
+
+
+def test_what_pgd_left_and_fgsm_felled_is_counted_from_the_predictions(tmp_path: Path) -> None:
+    rows, units = study(fall=0.0)
+    two = np.flatnonzero((rows["fold"] == 1) & (rows["labels"] == 2))[:2]
+    for name, answer in (("pgd20", (0, 0, 1, 0.5)), ("fgsm", (0, 1, 0.5, 0))):
+        rows[f"4/255:{name}"][rows["fold"] == 1] = 9 * np.eye(4)[rows["labels"][rows["fold"] == 1]]
+        rows[f"4/255:{name}"][two] = answer
+    units[1]["sanity"][0] |= {"passed": False, "note": "look", "figure": {"1/255": [0.1, 0.1], "4/255": [0.5, 0.4]}}
+    write_record(tmp_path / "assets" / "Resnet" / "patient.json", summarise(rows, units, n_boot=N_BOOT), rows)
+    told = report._failed_checks(study_rows(read_entries(tmp_path)), "patient")
+    assert (f"look (at 4/255 PGD left 2 of {(rows['fold'] == 1).sum()} images that FGSM fells, pulled towards *Moderate*, where FGSM makes "
+            "them *Very mild*)") in told
 
 
 def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> None:

@@ -31,7 +31,7 @@ from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, 
                            read_predictions,
                            read_record, standing, study_rows, summarise, without_rehearsals,
                            write_record)
-from utils.utils_funcs import BACKBONES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, read_json, result_root
+from utils.utils_funcs import BACKBONES, CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, read_json, result_root
 
 __all__ = ["attacks_text", "draw_explanations", "draw_model_figures", "draw_study_figures", "findings_markdown",
            "original_markdown", "publish", "read_entries", "read_predictions",
@@ -126,12 +126,39 @@ def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]
 
 def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
     """What each check that did not pass says, by row and fold, as a note beneath the table; empty where all passed."""
-    failed = [f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: {check['note']}" for row in rows if row.trained
+    failed = [f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: {check['note']}"
+              + _left_by_pgd(row, protocol, check) for row in rows if row.trained
               for check in row.checks(protocol) if not check["passed"]]
     if not failed:
         return ""
     return ("\n\n<sub>Checks that did not pass: " + "; ".join(failed) + ". Whatever attack fells an image, the worst case counts it as "
             "fallen; a failed check says that some attack was weaker than it should be.</sub>")
+
+
+def _left_by_pgd(row: StudyRow, protocol: str, check: dict) -> str:
+    """Where PGD left images that FGSM felled: how many, the class that it had pulled them towards, and FGSM's. Empty for any
+    other check."""
+    if check["check"] != "pgd_le_fgsm":
+        return ""
+    predictions, told = row.entries[protocol].predictions, []
+    own = (predictions["fold"] == check["fold"]) & (predictions["seed"] == check["seed"])
+    labels = predictions["labels"][own].astype(int)
+    for eps, attacks in attacks_of(predictions, row.variant).items():
+        logits = {name.rstrip("0123456789"): rows[own].astype(float) for name, rows in attacks.items()}
+        below, above = check["figure"].get(eps, (0.0, 0.0))
+        if below <= above or not {"pgd", "fgsm"} <= set(logits):
+            continue
+        run = metrics.scored(logits["pgd"]) & metrics.scored(logits["fgsm"])
+        left = run & (logits["pgd"].argmax(1) == labels) & (logits["fgsm"].argmax(1) != labels)
+        pulled = np.where(np.eye(len(CLASSES), dtype=bool)[labels[left]], -np.inf, logits["pgd"][left]).argmax(1)
+        told.append(f"at {eps} PGD left {left.sum()} of {run.sum()} images that FGSM fells, pulled towards {_answers(pulled)}, where FGSM "
+                    f"makes them {_answers(logits['fgsm'][left].argmax(1))}")
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _answers(classes: np.ndarray) -> str:
+    """The classes among `classes`, most frequent first: *Very mild* or *Mild*."""
+    return " or ".join(f"*{CLASSES[label].replace('_', ' ')}*" for label, _ in Counter(classes.tolist()).most_common())
 
 
 def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
