@@ -266,9 +266,11 @@ def accuracy_figure(model: str, entries: dict[str, Entry]) -> Figure:
 
 def _eps_axis(panel: Axes, eps: list[str]) -> None:
     values = sorted({255 * parse_eps(text) for text in eps})
-    whole = [value for value in values if value in (0.5, 1, 2, 4, 8, 16, 32)]
+    round_ones = [value for value in values if value in (0.5, 1, 2, 4, 8, 16, 32)]
+    # 0.005 is 1.275/255: a tick of its own, except close to another's, where the labels would run into each other.
+    ticks = [value for value in values if value in round_ones or all(not 0.7 < value / other < 1.4 for other in round_ones)]
     panel.set_xscale("symlog", base=2, linthresh=0.5, linscale=0.6)
-    panel.set_xticks([0, *(whole or values)], ["0", *(f"{value:g}" for value in whole or values)])
+    panel.set_xticks([0, *ticks], ["0", *(f"{value:g}" for value in ticks)])
     panel.set_xticks([], minor=True)
     panel.set_xlim(-0.05, 1.12 * values[-1])
     panel.set_xlabel("eps of the L∞ attack (1/255; 0: clean)")
