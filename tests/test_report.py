@@ -154,6 +154,21 @@ def test_what_pgd_left_and_fgsm_felled_is_counted_from_the_predictions(tmp_path:
             "them *Very mild*)") in told
 
 
+def test_persons_are_scored_by_the_mean_of_their_slices(tree: Path) -> None:
+    entries = read_entries(tree)
+    table = report.persons_markdown(entries)
+    predictions = entries["Resnet", "patient"].predictions
+    people, labels = predictions["patient_id"], predictions["labels"]
+    logits = predictions["clean"].astype(float)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    mean = np.stack([shares[people == person].mean(axis=0) for person in np.unique(people)])
+    three = np.stack([mean[:, 0], mean[:, 1], mean[:, 2] + mean[:, 3]], axis=1).argmax(axis=1)
+    truth = np.minimum([labels[people == person][0] for person in np.unique(people)], 2)
+    [line] = [line for line in table.splitlines() if "| Resnet |" in line]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[5].split()[0] == f"{100 * balanced_accuracy_score(truth, three):.1f}" and cells[-2] == "23 / 23"
+
+
 def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> None:
     """Two records rarely hold the same attacks in the same order."""
     whole = read_entries(ROOT)["Resnet", "patient"]
@@ -346,7 +361,7 @@ def test_tables_work_with_any_subset_of_records(tmp_path: Path) -> None:
     write_record(tmp_path / "assets" / "Dinov2_atk" / "slice.json", record, rows)
     assert "Dinov2_atk" in report.results_text([record]) and "WORST CASE" in report.attacks_text(record)
     assert "assets/results/headline.png" in report.results_markdown(read_entries(tmp_path))
-    assert len(report.draw_figures(tmp_path)) == 9
+    assert len(report.draw_figures(tmp_path)) == 10
 
 
 def test_numbers_in_the_readme_are_those_of_the_records(tree: Path) -> None:

@@ -19,7 +19,7 @@ from utils import metrics
 from utils.config import parse_eps
 from utils.records import (Entry, StudyRow, attacks_of, clean_of, headline_eps, provenance, standing, study_rows,
                            temperatures)
-from utils.utils_funcs import CLASSES, MODELS, PROTOCOLS, atomic_path
+from utils.utils_funcs import BACKBONES, CLASSES, MODELS, PROTOCOLS, atomic_path
 
 #: Pairs from the Okabe-Ito colour-blind-safe set: one hue a backbone, the darker one adversarially trained.
 COLOURS = {"Dinov2": "#56B4E9", "Dinov2_atk": "#0072B2", "Efficientnet": "#E69F00", "Efficientnet_atk": "#D55E00",
@@ -190,27 +190,31 @@ def image_grid(images: list[np.ndarray], titles: list[str], columns: int, *, lab
 def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
     """True class against decision, in percent of the true class and in slices. `entries`: protocol → entry."""
     figure, axes = canvas(1, 2, (9, 4.5), f"{model}: confusion matrix, clean images", provenance([*entries.values()]))
-    shades = LinearSegmentedColormap.from_list(model, ["#ffffff", COLOURS[model]])
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
-        panel.grid(False)
         if protocol not in entries:
             panel.set_title(PROTOCOL_TITLES[protocol])
             _absent(panel)
             continue
-        entry = entries[protocol]
-        counts = metrics.confusion_matrix(entry.predictions["clean"], entry.rows.labels)
-        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        panel.imshow(share, cmap=shades, vmin=0, vmax=1)
-        for (row, column), value in np.ndenumerate(share):
-            panel.text(column, row, f"{value:.0%}\n{counts[row, column]:,}", ha="center", va="center", fontsize=8.5,
-                       color="white" if value > 0.6 and model.endswith("_atk") else BASE)
-        people = [len(np.unique(entry.rows.people[entry.rows.labels == label])) for label in range(4)]
-        panel.set(xticks=range(4), xticklabels=CLASSES, xlabel="decision", yticks=range(4), ylabel="true class",
+        _confusion(panel, entries[protocol], 8.5)
+        people = [len(np.unique(entries[protocol].rows.people[entries[protocol].rows.labels == label])) for label in range(4)]
+        panel.set(xlabel="decision", ylabel="true class",
                   yticklabels=[f"{name}\n{n} {'person' if n == 1 else 'people'}" for name, n in zip(CLASSES, people, strict=True)])
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(entry.record['clean'])}")
-        panel.spines[["left", "bottom"]].set_visible(False)
-        panel.tick_params(length=0)
+        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{size_of(entries[protocol].record['clean'])}")
     return figure
+
+
+def _confusion(panel: Axes, entry: Entry, size: float) -> None:
+    """One confusion matrix of clean images: true classes downwards, decisions to the right, text of `size` points."""
+    counts = metrics.confusion_matrix(entry.predictions["clean"], entry.rows.labels)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    panel.imshow(share, cmap=LinearSegmentedColormap.from_list(entry.model, ["#ffffff", COLOURS[entry.model]]), vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(share):
+        panel.text(column, row, f"{value:.0%}\n{counts[row, column]:,}", ha="center", va="center", fontsize=size,
+                   color="white" if value > 0.6 and entry.model.endswith("_atk") else BASE)
+    panel.set(xticks=range(4), xticklabels=CLASSES, yticks=range(4), yticklabels=CLASSES)
+    panel.grid(False)
+    panel.spines[["left", "bottom"]].set_visible(False)
+    panel.tick_params(length=0)
 
 
 def _history_figure(model: str, entries: dict[str, Entry], title: str, unit: str, curves: dict[str, tuple[str, str]],
@@ -651,6 +655,27 @@ def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
+@styled
+def confusion_matrices_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+    """Every model's confusion matrix on clean images: a backbone a line, under each protocol the clean model beside its twin."""
+    found = {(entry.model, entry.protocol): entry for entry in entries if entry.model in MODELS}
+    backbones = [name for name in BACKBONES if any(model.removesuffix("_atk") == name for model, _ in found)]
+    columns = [(protocol, twin) for protocol in _protocols(rows) for twin in ("", "_atk")]
+    figure, axes = canvas(len(backbones), len(columns), (3 * len(columns), 0.9 + 2.9 * len(backbones)),
+                          "Confusion matrices, clean images: true class downwards, decision to the right",
+                          provenance([*found.values()]))
+    for backbone, line in zip(backbones, axes, strict=True):
+        for (protocol, twin), panel in zip(columns, line, strict=True):
+            entry = found.get((backbone + twin, protocol))
+            panel.set_title(f"{backbone}{twin}, {protocol}" + (f"\n{size_of(entry.record['clean'])}" if entry else ""), fontsize=8.5)
+            if entry is None:
+                _absent(panel)
+                continue
+            _confusion(panel, entry, 7.5)
+            panel.tick_params(labelsize=7.5, labelleft=panel is line[0])
+    return figure
+
+
 def _of_class(counts: set[tuple[int, int]]) -> str:
     """(slices, people) of one class in every model shown: `20 to 100 people,` and `640 to 3,200 slices`."""
     if not counts:
@@ -849,7 +874,7 @@ def _frequency_panel(panel: Axes, shown: list[Entry]) -> None:
 
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
 STUDY_FIGURES = {"headline": headline_figure, "robustness": robustness_figure, "trade_off": trade_off_figure,
-                 "per_class": per_class_figure, "reliability": reliability_figure,
+                 "per_class": per_class_figure, "confusion_matrices": confusion_matrices_figure, "reliability": reliability_figure,
                  "transfer": transfer_figure, "leak_probe": leak_probe_figure}
 MODEL_FIGURES = {"confusion_matrix": confusion_figure, "loss_curve": loss_figure, "accuracy_curve": accuracy_figure,
                  "robustness": model_robustness_figure, "measures": measures_figure}

@@ -34,7 +34,7 @@ from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, 
 from utils.utils_funcs import BACKBONES, CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, read_json, result_root
 
 __all__ = ["attacks_text", "draw_explanations", "draw_model_figures", "draw_study_figures", "findings_markdown",
-           "original_markdown", "publish", "read_entries", "read_predictions",
+           "original_markdown", "persons_markdown", "publish", "read_entries", "read_predictions",
            "read_record", "results_markdown", "results_text", "save_figure", "summarise", "without_rehearsals", "write_readme",
            "write_record"]
 
@@ -115,6 +115,17 @@ def _folds(row: StudyRow, protocol: str) -> str:
         return ""
     whole, have = len(folds_of(row.entries[protocol].record["profile"], protocol)), row.folds(protocol)
     return f", fold{'s' * (len(have) > 1)} {', '.join(map(str, have))} of {whole}" if len(have) < whole else ""
+
+
+def persons_markdown(entries: Entries) -> str:
+    """Scores of persons, each diagnosed by the mean of its slices, by protocol: the rows that count slices."""
+    entries, rows = _compared(without_rehearsals(entries))
+    protocols = [protocol for protocol in PROTOCOLS if any(protocol in row.blocks for row in rows)]
+    columns = [(protocol, name) for protocol in protocols for name in COLUMNS if COLUMNS[name][0] == "person"]
+    titles = ["#", "row", *(f"`{protocol}`: {name.removeprefix('by person: ')}" for protocol, name in columns), "n people"]
+    return _markdown([titles, *([str(row.number), row.name, *(_cell(row, *column) for column in columns),
+                                 " / ".join(f"{row.blocks[protocol]['clean']['n_people']:,}" if protocol in row.blocks else MISSING
+                                            for protocol in protocols)] for row in rows)])
 
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
@@ -518,7 +529,8 @@ def _drawable(entries: Entries, rows: list[StudyRow]) -> list[str]:
     if not any(row.trained for row in rows):
         return ["headline"] if rows else []
     transfer = any(figures.transfer_cells([*entries.values()], protocol) for protocol in PROTOCOLS)
-    has = {"transfer": transfer, "leak_probe": bool(figures.probed([*entries.values()]))}
+    has = {"transfer": transfer, "leak_probe": bool(figures.probed([*entries.values()])),
+           "confusion_matrices": any(model in MODELS for model, _ in entries)}
     return [name for name in figures.STUDY_FIGURES if has.get(name, True)]
 
 
@@ -552,6 +564,7 @@ CAPTIONS = {
     "trade_off": "What adversarial training costs (leftwards) and buys (upwards): an arrow leads from each clean "
                  "model to its twin.",
     "per_class": "The same by class. Moderate is two people: no claim rests on it.",
+    "confusion_matrices": "What each model decides on clean images: percent of the true class, and slices.",
     "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
                    "images.",
     "leak_probe": "Solid: the diagnosis is right; dashed: the features' nearest other slice, four or more slices away, is of the same "
@@ -738,7 +751,7 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
                          f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}"
                          "\n\n</details>")
     if any(row.trained for row in rows):
-        parts += [f"![{name}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
+        parts += [f"![{name.replace('_', ' ')}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(*_compared(entries))]
         parts += [f"![{model}, {protocol}: {name.replace('_', ' ')}](assets/{model}/{name}_{protocol}.png)\n\n<sub>{caption}</sub>"
                   for model, protocol in entries for name, caption in UNIT_CAPTIONS.get(model, {}).items()]
