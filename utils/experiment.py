@@ -662,18 +662,17 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
     lines = [f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
              f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {'; '.join(machines)}",
              f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
-             f"{study['n_validation']:,} slices; balanced accuracy over the {len(present)} classes present ({', '.join(present)}), "
-             "loss: cross-entropy averaged over them (nats)"]
+             f"{study['n_validation']:,} slices; bal.acc.: balanced accuracy over the {len(present)} classes present "
+             f"({', '.join(present)}), loss: cross-entropy averaged over them (nats)"]
     attacked = any("adversarial_validation_loss" in row["best"] for row in finished)
     if attacked:
         eps = max(row["last"]["train_eps"] for row in finished)
-        lines.append(f"attacked: PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
+        lines.append(f"attacked: bal.acc. under PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
                      + (f"one in {study['slice_stride']} slices of each person" if "slice_stride" in study
                         else "a part of each person's slices"))
-    scores = {"balanced accuracy": "validation_balanced_accuracy", "loss": "validation_loss"}
+    scores = {"bal.acc.": "validation_balanced_accuracy", "loss": "validation_loss"}
     if attacked:
-        scores |= {"attacked: balanced accuracy": "adversarial_validation_balanced_accuracy",
-                   "attacked: loss": "adversarial_validation_loss"}
+        scores |= {"attacked": "adversarial_validation_balanced_accuracy", "attacked loss": "adversarial_validation_loss"}
     wide = max(map(len, study["rows"]))
     lines += ["", f"{'':<{wide}}  best epoch  " + "  ".join(scores) + "  seconds"]
     for name, row in study["rows"].items():

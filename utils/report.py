@@ -19,6 +19,7 @@ import shutil
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,8 @@ from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, 
 from utils.utils_funcs import BACKBONES, CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, read_json, result_root
 
 __all__ = ["attacks_text", "draw_explanations", "draw_model_figures", "draw_study_figures", "findings_markdown",
-           "original_markdown", "persons_markdown", "publish", "read_entries", "read_predictions",
-           "read_record", "results_markdown", "results_text", "save_figure", "summarise", "without_rehearsals", "write_readme",
-           "write_record"]
+           "original_markdown", "publish", "read_entries", "read_predictions", "read_record", "results_markdown",
+           "results_text", "save_figure", "scores_markdown", "summarise", "without_rehearsals", "write_readme", "write_record"]
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 Entries = dict[tuple[str, str], Entry]
@@ -115,17 +115,6 @@ def _folds(row: StudyRow, protocol: str) -> str:
         return ""
     whole, have = len(folds_of(row.entries[protocol].record["profile"], protocol)), row.folds(protocol)
     return f", fold{'s' * (len(have) > 1)} {', '.join(map(str, have))} of {whole}" if len(have) < whole else ""
-
-
-def persons_markdown(entries: Entries) -> str:
-    """Scores of persons, each diagnosed by the mean of its slices, by protocol: the rows that count slices."""
-    entries, rows = _compared(without_rehearsals(entries))
-    protocols = [protocol for protocol in PROTOCOLS if any(protocol in row.blocks for row in rows)]
-    columns = [(protocol, name) for protocol in protocols for name in COLUMNS if COLUMNS[name][0] == "person"]
-    titles = ["#", "row", *(f"`{protocol}`: {name.removeprefix('by person: ')}" for protocol, name in columns), "n people"]
-    return _markdown([titles, *([str(row.number), row.name, *(_cell(row, *column) for column in columns),
-                                 " / ".join(f"{row.blocks[protocol]['clean']['n_people']:,}" if protocol in row.blocks else MISSING
-                                            for protocol in protocols)] for row in rows)])
 
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
@@ -241,34 +230,65 @@ def _commands(rows: list[StudyRow]) -> list[tuple[str, str, str]]:
     return [(f"Row{'s' * (len(of) > 1)} {', '.join(of)}", command, run) for (command, run), of in rows_of.items()]
 
 
-#: The plain-text table: short title → column.
-TEXT_COLUMNS = {"bal.acc. 3": "balanced accuracy, 3 classes (%)", "bal.acc. 4": "balanced accuracy, 4 classes (%)",
-                "AUROC": "AUROC, Non vs rest", "kappa": "kappa, quadratic", "macro-F1": "macro-F1 (%)",
-                "ECE": "ECE (%)",
-                "worst case": "worst case at {eps}: balanced accuracy, 3 classes (%)"}
+#: The tables of terminal and notebooks: short title → column.
+SHORT_COLUMNS = {"bal.acc. 3": "balanced accuracy, 3 classes (%)", "bal.acc. 4": "balanced accuracy, 4 classes (%)",
+                 "AUROC": "AUROC, Non vs rest", "kappa": "kappa, quadratic", "macro-F1": "macro-F1 (%)",
+                 "ECE": "ECE (%)",
+                 "worst case": "worst case at {eps}: balanced accuracy, 3 classes (%)"}
+#: What notebooks show beside them for a row that counts slices.
+BY_PERSON = {"by person: bal.acc. 3": "by person: balanced accuracy, 3 classes (%)", "by person: AUROC": "by person: AUROC"}
+
+
+def _rows_of(records: list[dict]) -> list[StudyRow]:
+    return study_rows({(record["model"], record["protocol"]): Entry(Path(), record) for record in records})
+
+
+def _by_protocol(rows: list[StudyRow]) -> Iterator[tuple[str, list[StudyRow]]]:
+    """Each protocol with the rows of one table: those that count slices, then those that count persons."""
+    for protocol, group in itertools.product(rows[0].blocks, _apart(rows)):
+        if shown := [row for row in group if protocol in row.blocks]:
+            yield protocol, shown
+
+
+def _provenance(records: list[dict]) -> str:
+    return provenance([Entry(Path(), record) for record in records])
+
+
+def _meaning(records: list[dict]) -> str:
+    return ("Percent, but AUROC and kappa; [95 % interval over resampled people]; bal.acc. over 3 classes (Mild "
+            "and Moderate merged) or 4;\nworst case: bal.acc. 3 over all L-infinity attacks at eps "
+            f"{headline_eps(records[-1])}; checks: how many sanity checks passed.")
 
 
 def results_text(records: list[dict]) -> str:
-    """Plain-text results of any set of records: one table a protocol, then what each row is and its command."""
-    rows = study_rows({(record["model"], record["protocol"]): Entry(Path(), record) for record in records})
-    if not rows:
+    """Plain-text results of any set of records, for a terminal: one table a protocol, then what each row is and its command."""
+    if not (rows := _rows_of(records)):
         return "No records yet: run `python reproduce.py`."
-    eps = headline_eps(records[-1])
     parts = []
-    for protocol, group in itertools.product(rows[0].blocks, _apart(rows)):
-        shown = [row for row in group if protocol in row.blocks]
-        if not shown:
-            continue
-        table = [["#", protocol, *TEXT_COLUMNS, _counted(shown), "checks"]]
+    for protocol, shown in _by_protocol(rows):
+        table = [["#", protocol, *SHORT_COLUMNS, _counted(shown), "checks"]]
         table += [[str(row.number), row.name,
-                   *(_narrow(_score(row, protocol, column), COLUMNS[column][2]) for column in TEXT_COLUMNS.values()),
+                   *(_narrow(_score(row, protocol, column), COLUMNS[column][2]) for column in SHORT_COLUMNS.values()),
                    _number(row, protocol), _checks(row, protocol)] for row in shown]
         parts.append(_plain(table))
-    parts.append(f"{provenance([Entry(Path(), record) for record in records])}\n"
-                 "Percent, but AUROC and kappa; [95 % interval over resampled people]; bal.acc. over 3 classes (Mild "
-                 "and Moderate merged) or 4;\nworst case: bal.acc. 3 over all L-infinity attacks at eps "
-                 f"{eps}; checks: how many sanity checks passed.")
+    parts.append(f"{_provenance(records)}\n{_meaning(records)}")
     parts.append("\n".join(f"{which}: {command}   ({run})" for which, command, run in _commands(rows)))
+    return "\n\n".join(parts)
+
+
+def scores_markdown(records: list[dict]) -> str:
+    """What `results_text` says, as tables for a notebook, which has the room to score persons by the mean of their slices too."""
+    if not (rows := _rows_of(records)):
+        return "*No records yet: run `python reproduce.py`.*"
+    parts = []
+    for protocol, shown in _by_protocol(rows):
+        columns = SHORT_COLUMNS if shown[-1].counts_persons else SHORT_COLUMNS | BY_PERSON
+        table = [["#", f"`{protocol}`", *columns, _counted(shown), "checks"]]
+        table += [[str(row.number), row.name, *(_cell(row, protocol, column) for column in columns.values()), _number(row, protocol),
+                   _checks(row, protocol)] for row in shown]
+        parts.append(_markdown(table))
+    parts += [_provenance(records), f"{_meaning(records)} By person: one decision a person, by the mean of its slices' probabilities."]
+    parts.append("\n".join(f"- {which}: `{command}` ({run})" for which, command, run in _commands(rows)))
     return "\n\n".join(parts)
 
 
@@ -743,13 +763,12 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
              f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>", *_persons_table(rows, eps),
              "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows)), _still_to_run(everything, entries)]
     parts += _comparisons(entries, rows, eps)
-    for protocol, group in itertools.product(protocols, _apart(rows)):
-        if shown := [row for row in group if protocol in row.blocks]:
-            whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
-            parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
-                         f"{_markdown(_full_table(shown, protocol, eps))}"
-                         f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}"
-                         "\n\n</details>")
+    for protocol, shown in _by_protocol(rows):
+        whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
+        parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
+                     f"{_markdown(_full_table(shown, protocol, eps))}"
+                     f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}"
+                     "\n\n</details>")
     if any(row.trained for row in rows):
         parts += [f"![{name.replace('_', ' ')}](assets/results/{name}.png)\n\n<sub>{caption}</sub>" for name, caption in CAPTIONS.items()
                   if name in _drawable(*_compared(entries))]
