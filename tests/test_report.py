@@ -190,8 +190,9 @@ def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> 
 
 
 def test_a_unit_that_names_no_precision_searched_in_float32() -> None:
-    metas = [{"norm": "linf", "seconds": 1.0}, {"norm": "linf", "seconds": 2.0, "precision": "bf16"}]
-    assert records._merge_meta(metas) == {"norm": "linf", "seconds": 3.0, "precision": ["fp32", "bf16"]}
+    metas = [{"norm": "linf", "seconds": 1.0, "n_set": 80, "n_unchanged": 0},
+             {"norm": "linf", "seconds": 2.0, "n_set": 80, "n_unchanged": 1, "precision": "bf16"}]
+    assert records._merge_meta(metas) == {"norm": "linf", "seconds": 3.0, "n_set": 160, "n_unchanged": 1, "precision": ["fp32", "bf16"]}
     assert records._merge_meta(metas[1:])["precision"] == "bf16" and "precision" not in records._merge_meta(metas[:1])
 
 

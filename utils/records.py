@@ -29,7 +29,7 @@ Key = TypeVar("Key")
 #: Units of one record must agree on these: their rows are pooled into one score.
 AGREED = ("model", "regime", "protocol", "data", "profile", "cohort_sha256")
 #: Attack metadata that adds up over units; every other entry is kept once, or as the list of its distinct values.
-ADDED = ("n_attacked", "seconds", "forward_passes", "backward_passes")
+ADDED = ("n_attacked", "n_set", "n_unchanged", "seconds", "forward_passes", "backward_passes")
 #: Attack metadata that units of earlier code do not name, and what it was there.
 BEFORE = {"precision": "fp32"}
 PERSON_UNDER_ATTACK = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "auroc")
