@@ -146,6 +146,18 @@ class RandomResizing(Wrapped):
         return self.model(F.pad(small, (left, SIDE - size - left, top, SIDE - size - top)))
 
 
+class ChangesItsMind(Wrapped):
+    """Calls every image right once and every image wrong the next time."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__(model)
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(images).roll(self.calls % 2, dims=1)
+
+
 class NonFiniteLogits(Wrapped):
     """Answers NaN to what looks attacked, so that every comparison with it is false."""
 
@@ -206,5 +218,5 @@ class MeanOfMembers(nn.Module):
 
 #: Each must be attacked successfully or flagged, never reported as robust.
 ZOO = {"quantised input": QuantisedInput, "scaled logits": ScaledLogits, "zero gradient": ZeroGradient,
-       "random resizing": RandomResizing, "non-finite logits": NonFiniteLogits, "changes its mode": ChangesItsMode,
-       "constant answer": ConstantAnswer, "knows its attacker": KnowsItsAttacker}
+       "random resizing": RandomResizing, "changes its mind": ChangesItsMind, "non-finite logits": NonFiniteLogits,
+       "changes its mode": ChangesItsMode, "constant answer": ConstantAnswer, "knows its attacker": KnowsItsAttacker}

@@ -346,7 +346,7 @@ def test_sham_defence_is_flagged_or_broken(name):
 
 
 @pytest.mark.parametrize(("defence", "flag"), [
-    (zoo.RandomResizing, "same_every_time"), (zoo.KnowsItsAttacker, "same_under_attack"),
+    (zoo.RandomResizing, "same_every_time"), (zoo.ChangesItsMind, "same_every_time"), (zoo.KnowsItsAttacker, "same_under_attack"),
     (zoo.ChangesItsMode, "same_under_attack"), (zoo.ConstantAnswer, "not_constant"),
     (zoo.NonFiniteLogits, "finite_logits"), (zoo.QuantisedInput, "gradients_present")])
 def test_the_flag_names_the_defect(defence, flag):
