@@ -130,6 +130,8 @@ def test_metadata_of_units_is_merged(record: dict) -> None:
     assert (block["n_attacked"], block["seconds"], block["steps"], block["n_slices"]) == (14, 3.0, 20, 92)
     assert record["wall_seconds"] == {"train": 20.0, "attack": 10.0}
     assert [check["fold"] for check in record["sanity"]] == [0, 1]
+    counts = [{"n_set": 80, "n_unchanged": 0}, {"n_set": 80, "n_unchanged": 1}]
+    assert records._merge_meta(counts) == {"n_set": 160, "n_unchanged": 1}
 
 
 def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> None:
@@ -190,9 +192,8 @@ def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> 
 
 
 def test_a_unit_that_names_no_precision_searched_in_float32() -> None:
-    metas = [{"norm": "linf", "seconds": 1.0, "n_set": 80, "n_unchanged": 0},
-             {"norm": "linf", "seconds": 2.0, "n_set": 80, "n_unchanged": 1, "precision": "bf16"}]
-    assert records._merge_meta(metas) == {"norm": "linf", "seconds": 3.0, "n_set": 160, "n_unchanged": 1, "precision": ["fp32", "bf16"]}
+    metas = [{"norm": "linf", "seconds": 1.0}, {"norm": "linf", "seconds": 2.0, "precision": "bf16"}]
+    assert records._merge_meta(metas) == {"norm": "linf", "seconds": 3.0, "precision": ["fp32", "bf16"]}
     assert records._merge_meta(metas[1:])["precision"] == "bf16" and "precision" not in records._merge_meta(metas[:1])
 
 

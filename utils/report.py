@@ -19,7 +19,7 @@ import shutil
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +119,13 @@ def _folds(row: StudyRow, protocol: str) -> str:
 
 def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
     titles = ["#", "row", *(column.format(eps=eps) for column in COLUMNS), _counted(rows), "checks passed", "data · profile · init"]
-    return [titles,
-            *([str(row.number), row.name, *(_cell(row, protocol, column) for column in COLUMNS), _number(row, protocol),
-                       _checks(row, protocol), _runs(row)] for row in rows)]
+    return [titles, *([*cells, _runs(row)] for row, cells in zip(rows, _scores(rows, protocol, COLUMNS), strict=True))]
+
+
+def _scores(rows: list[StudyRow], protocol: str, columns: Iterable[str], cell: Callable[..., str] = _cell) -> list[list[str]]:
+    """A line a row: its number and name, the columns, how many it counts, its checks."""
+    return [[str(row.number), row.name, *(cell(row, protocol, column) for column in columns), _number(row, protocol),
+             _checks(row, protocol)] for row in rows]
 
 
 def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
@@ -158,7 +162,7 @@ def _left_by_pgd(row: StudyRow, protocol: str, check: dict) -> str:
 
 def _answers(classes: np.ndarray) -> str:
     """The classes among `classes`, most frequent first: *Very mild* or *Mild*."""
-    return " or ".join(f"*{CLASSES[label].replace('_', ' ')}*" for label, _ in Counter(classes.tolist()).most_common())
+    return " or ".join(f"*{CLASSES[label]}*" for label, _ in Counter(classes.tolist()).most_common())
 
 
 def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
@@ -266,11 +270,8 @@ def results_text(records: list[dict]) -> str:
         return "No records yet: run `python reproduce.py`."
     parts = []
     for protocol, shown in _by_protocol(rows):
-        table = [["#", protocol, *SHORT_COLUMNS, _counted(shown), "checks"]]
-        table += [[str(row.number), row.name,
-                   *(_narrow(_score(row, protocol, column), COLUMNS[column][2]) for column in SHORT_COLUMNS.values()),
-                   _number(row, protocol), _checks(row, protocol)] for row in shown]
-        parts.append(_plain(table))
+        titles = ["#", protocol, *SHORT_COLUMNS, _counted(shown), "checks"]
+        parts.append(_plain([titles, *_scores(shown, protocol, SHORT_COLUMNS.values(), _narrow)]))
     parts.append(f"{_provenance(records)}\n{_meaning(records)}")
     parts.append("\n".join(f"{which}: {command}   ({run})" for which, command, run in _commands(rows)))
     return "\n\n".join(parts)
@@ -283,20 +284,20 @@ def scores_markdown(records: list[dict]) -> str:
     parts = []
     for protocol, shown in _by_protocol(rows):
         columns = SHORT_COLUMNS if shown[-1].counts_persons else SHORT_COLUMNS | BY_PERSON
-        table = [["#", f"`{protocol}`", *columns, _counted(shown), "checks"]]
-        table += [[str(row.number), row.name, *(_cell(row, protocol, column) for column in columns.values()), _number(row, protocol),
-                   _checks(row, protocol)] for row in shown]
-        parts.append(_markdown(table))
-    parts += [_provenance(records), f"{_meaning(records)} By person: one decision a person, by the mean of its slices' probabilities."]
+        parts.append(_markdown([["#", f"`{protocol}`", *columns, _counted(shown), "checks"], *_scores(shown, protocol, columns.values())]))
+    by_person = "" if all(row.counts_persons for row in rows if row.trained) else \
+        " By person: one decision a person, by the mean of its slices' probabilities."
+    parts += [_provenance(records), _meaning(records) + by_person]
     parts.append("\n".join(f"- {which}: `{command}` ({run})" for which, command, run in _commands(rows)))
     return "\n\n".join(parts)
 
 
-def _narrow(score: dict | None, style: str) -> str:
+def _narrow(row: StudyRow, protocol: str, column: str) -> str:
     """`61.0 [55, 67]` or `0.81 [.75, .84]`, for a terminal; percentages of the interval are rounded outwards."""
+    score = _score(row, protocol, column)
     if not score or score["value"] is None:
         return MISSING
-    if style == "percent":
+    if COLUMNS[column][2] == "percent":
         value, low, high = (100 * x for x in (score["value"], *score["ci"]))
         return f"{value:.1f} [{math.floor(low)}, {math.ceil(high)}]"
     low, high = (f"{x:.2f}".replace("0.", ".", 1) for x in score["ci"])
