@@ -119,13 +119,6 @@ def test_nearest_rows_are_the_nearest():
     assert (audit.nearest_rows(queries, gallery) == expected).all()
 
 
-def test_labels_are_permuted_among_people_and_never_across_the_split():
-    people = np.repeat([0, 1, 2, 3, -1], 2)
-    donor = audit.permuted_people(people, np.array([0, 1, 2]), seed=1)
-    assert set(donor) == {0, 1, 2, 3} == set(donor.values())
-    assert {donor[0], donor[1]} == {0, 1} and {donor[2], donor[3]} == {2, 3}
-
-
 def test_recognising_people_wins_the_published_split_even_with_permuted_labels(audited):
     _, found = audited
     assert score(found["slice"], "nearest_neighbour") > 0.97
@@ -140,38 +133,6 @@ def test_with_people_apart_the_permuted_neighbour_is_at_chance(audited):
         score(found["patient"], "nearest_neighbour", "balanced_accuracy")
         < score(found["slice"], "nearest_neighbour", "balanced_accuracy") - 0.3
     )
-
-
-def test_the_controls_give_probabilities_for_every_test_image(study):
-    raw, cohort, _ = study
-    real = np.flatnonzero(cohort.kind == "real")
-    train, test = real[cohort.source_split[real] == "train"], real[cohort.source_split[real] == "test"]
-    answers = audit.control_predictions(raw.images, cohort.label, cohort.patient_id, train, test)
-    assert list(answers) == list(audit.CONTROLS)
-    for value in answers.values():
-        assert value.shape == (len(test), 4) and (value > 0).all()
-        np.testing.assert_allclose(value.sum(1), 1, atol=1e-6)
-    assert len(set(answers["constant"].argmax(1))) == 1
-
-
-def test_a_person_never_answers_for_its_own_fold(study):
-    raw, cohort, folds = study
-    rows = audit.control_rows(raw, cohort, folds, "patient")
-    fold_of = dict(zip(folds.patient_id.tolist(), folds.fold.tolist()))
-    assert (rows["fold"] == [fold_of[who] for who in rows["patient_id"].tolist()]).all()
-    assert len(rows["labels"]) == (cohort.kind == "real").sum()
-    assert set(rows) == {
-        "labels",
-        "fold",
-        "seed",
-        "patient_id",
-        "slice_index",
-        "file_sha256",
-        "nearest_neighbour/clean",
-        "linear_32/clean",
-        "nearest_neighbour_permuted/clean",
-    }
-    assert rows["file_sha256"].shape == (len(rows["labels"]), 32)
 
 
 # ----------------------------------------------------------------------------------------------- records and figures
@@ -193,7 +154,7 @@ def test_the_audit_leaves_valid_records_and_small_arrays(audited):
 
 def test_a_finished_audit_is_shown_and_not_measured_again(study, audited, monkeypatch):
     out, found = audited
-    monkeypatch.setattr(audit, "control_rows", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(audit, "baseline_record", lambda *_, **__: pytest.fail("measured again"))
     assert audit.run_audit(out, *study, data="phantom", profile="cpu", cohort_sha256="x") == found
 
 

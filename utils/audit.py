@@ -1,9 +1,12 @@
 """The leak audit of any image folder: who is on both sides of its split, and what a classifier without medicine scores.
 
     python -m utils.audit RAW --out report.html        # any class folders, with or without train/ and test/
+    python -m utils.audit RAW --against OTHER          # the patients that two sets share, in counts alone
+    python -m utils.audit RAW --against OTHER --ages TABLE.csv --id-pattern REGEX --age-from 60 --scores age.json
 
-Exit code 0: people were found and the page says what the split shares; 3: the images show no people that can be told
-apart (the page says so); 2: the images cannot be read.
+Exit code 0: people were found and the page says what the split shares, or patients that two sets share; 3: the images
+show no people that can be told apart (the page says so), or no patient whom two sets share; 2: something cannot be
+read.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import base64
 import html
 import io
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,18 +23,14 @@ import numpy as np
 from PIL import Image
 
 from utils import audit_figures, cohort as recovery
-from utils import metrics, records
+from utils import records, shared_patients
 from utils.cohort import Cohort, NoPeopleError, RawImages, Recovery, features, members_of, nearest
+from utils.controls import as_rows, baseline_record, nearest_rows, shrunk
 from utils.data import Folds, split_people, split_slices
-from utils.utils_funcs import CLASSES, PROTOCOLS, StudyError, atomic_path, environment, git_state, hardware, progress
+from utils.utils_funcs import CLASSES, PROTOCOLS, ROOT, StudyError, atomic_path, progress
 
 NO_PEOPLE = 3
 ARRAYS = audit_figures.ARRAYS
-#: Controls that know no medicine, in the order of tables.
-CONTROLS = {"constant": "always the most frequent training class",
-            "nearest_neighbour": "nearest training image, raw pixels",
-            "linear_32": "linear classifier on 32×32 pixels",
-            "nearest_neighbour_permuted": "nearest training image, people's labels permuted at random"}
 #: Above so many images the audit measures correlations at the search size only, to stay within memory.
 FULL_SIZE_LIMIT = 12_000
 THRESHOLDS = np.round(np.arange(0.50, 0.9951, 0.005), 3)
@@ -93,10 +91,6 @@ def recompressed(image: np.ndarray, quality: int) -> np.ndarray:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality)
     return np.asarray(Image.open(buffer))
-
-
-def shrunk(image: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
 
 
 def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -> list[dict]:
@@ -167,165 +161,6 @@ def distance_to_training(cohort: Cohort) -> np.ndarray:
         if len(own):
             distances[row] = np.abs(own - cohort.slice_index[i]).min()
     return distances
-
-
-def nearest_rows(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Row of the gallery that is nearest to each query in Euclidean distance, block by block; both (·, D)."""
-    length = (gallery ** 2).sum(1) / 2
-    found = np.empty(len(queries), np.int64)
-    for start in progress(range(0, len(queries), 512), "nearest neighbours"):
-        found[start:start + 512] = (queries[start:start + 512] @ gallery.T - length).argmax(1)
-    return found
-
-
-def as_rows(images: Sequence[np.ndarray], side: int | None = None) -> np.ndarray:
-    """Images as centred `float32` rows (N, H·W) in [-0.5, 0.5]; of one side where one is given or sizes differ."""
-    if side is None and len({image.shape for image in images}) > 1:
-        side = recovery.SEARCH_SIDE
-    if side is not None:
-        images = [shrunk(image, side) for image in images]
-    return np.stack([image.ravel() for image in images]).astype(np.float32) / 255 - 0.5
-
-
-def _certain(answers: np.ndarray, classes: int) -> np.ndarray:
-    """Probabilities of a rule that gives only an answer: 0.97 on it, so that none is ever zero."""
-    return (
-        np.full((len(answers), classes), 0.03 / (classes - 1))
-        + (0.97 - 0.03 / (classes - 1)) * np.eye(classes)[answers]
-    )
-
-
-def permuted_people(people: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[int, int]:
-    """Who is given whose label, at random: the people of the test images among themselves, all others among themselves.
-    What is left to learn is who somebody is."""
-    rng = np.random.default_rng(seed)
-    everybody, tested = (set(rows[rows >= 0].tolist()) for rows in (people, people[test]))
-    return {int(who): int(donor) for part in (tested, everybody - tested)
-            for who, donor in zip(sorted(part), rng.permutation(sorted(part)))}
-
-
-def control_predictions(images: Sequence[np.ndarray], labels: np.ndarray, people: np.ndarray, train: np.ndarray,
-                        test: np.ndarray, *, classes: int = len(CLASSES), seed: int = 0) -> dict[str, np.ndarray]:
-    """What the controls answer on the test images: control → probabilities (len(test), classes).
-
-    `nearest_neighbour_permuted` learns, and is asked for, labels that were permuted among people; only images of known
-    people train. So that it is scored on the given labels, a row of it holds the answer for an image of the person who
-    was given the label of that row's person (in turn, where the two have different numbers of test images).
-
-    Args:
-        images: `uint8` images, all that `train` and `test` index.
-        labels, people: (N,); -1 is nobody known. Test images are of known people.
-    """
-    used = np.concatenate([train, test])
-    trains, tests = np.arange(len(train)), np.arange(len(train), len(used))
-    chosen, labels, people = [images[i] for i in used], labels[used], people[used]
-    rows, answers = as_rows(chosen), {}
-    answers["constant"] = _certain(np.full(len(test), np.bincount(labels[trains]).argmax()), classes)
-    answers["nearest_neighbour"] = _certain(labels[nearest_rows(rows[tests], rows[trains])], classes)
-    answers["linear_32"] = _linear(as_rows(chosen, 32), labels, trains, tests, classes)
-    known = trains[people[trains] >= 0]
-    neighbour = known[nearest_rows(rows[tests], rows[known])]
-    answers["nearest_neighbour_permuted"] = _certain(_permuted_answers(labels, people, tests, neighbour, seed), classes)
-    return answers
-
-
-def _permuted_answers(
-    labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int
-) -> np.ndarray:
-    donor = permuted_people(people, tests, seed)
-    own = {int(who): int(np.bincount(labels[people == who]).argmax()) for who in donor}
-    guess = np.array([own[donor[int(who)]] for who in people[neighbour]])
-    answers = np.empty(len(tests), np.int64)
-    for who, other in donor.items():
-        asked, held = np.flatnonzero(people[tests] == who), np.flatnonzero(people[tests] == other)
-        if len(asked):
-            answers[held] = np.resize(guess[asked], len(held))
-    return answers
-
-
-def _linear(rows: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:
-    from sklearn.linear_model import LogisticRegression
-
-    mean, scale = rows[train].mean(0), rows[train].std() + 1e-6
-    model = LogisticRegression(C=0.01, max_iter=80, class_weight="balanced")
-    model.fit((rows[train] - mean) / scale, labels[train])
-    result = np.full((len(test), classes), 1e-6)
-    result[:, model.classes_] = model.predict_proba((rows[test] - mean) / scale)
-    return result / result.sum(1, keepdims=True)
-
-
-def control_rows(
-    raw: RawImages,
-    cohort: Cohort,
-    folds: Folds,
-    protocol: str,
-    *,
-    test_folds: Sequence[int] = (0, 1, 2, 3, 4),
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """The predictions file of `Baselines` under one protocol: one row per test image, `"<control>/clean"` logits.
-
-    Under `slice` the whole published train folder trains (nothing is chosen on validation), and its test folder tests;
-    under `patient` each test fold is answered from the people of the others. The constant answer is left out: every
-    record holds it (`constant_answer`).
-    """
-    parts = []
-    for fold in (0,) if protocol == "slice" else test_folds:
-        sets = split_slices(cohort) if protocol == "slice" else split_people(cohort, folds, fold)
-        train, test = np.concatenate([sets["train"], sets["validation"]]), sets["test"]
-        answers = control_predictions(raw.images, cohort.label, cohort.patient_id, train, test, seed=seed)
-        digests = np.frombuffer(bytes.fromhex("".join(cohort.file_sha256[test])), np.uint8).reshape(-1, 32)
-        parts.append(
-            {
-                "labels": cohort.label[test].astype(np.int8),
-                "fold": np.full(len(test), fold, np.int8),
-                "seed": np.full(len(test), 0, np.int8),
-                "patient_id": cohort.patient_id[test].astype(np.int32),
-                "slice_index": cohort.slice_index[test].astype(np.int16),
-                "file_sha256": digests,
-                **{
-                    f"{name}/clean": metrics.to_half(np.log(value))
-                    for name, value in answers.items()
-                    if name != "constant"
-                },
-            }
-        )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def baseline_record(raw: RawImages, cohort: Cohort, folds: Folds, protocol: str, *, data: str, profile: str,
-                    cohort_sha256: str, **options) -> tuple[dict, dict[str, np.ndarray]]:
-    """Record and predictions of `Baselines` under one protocol (`records.write_record` takes both)."""
-    start = time.monotonic()
-    predictions = control_rows(raw, cohort, folds, protocol, **options)
-    seconds = round(time.monotonic() - start, 1)
-    common = {
-        "model": "Baselines",
-        "regime": "clean",
-        "protocol": protocol,
-        "data": data,
-        "profile": profile,
-        "init": "none",
-        "search": "none",
-        "search_people": [],
-        "seed": 0,
-        "cohort_sha256": cohort_sha256,
-        "config": {"controls": CONTROLS},
-        "environment": environment(),
-        "hardware": hardware(),
-        **git_state(),
-        "attacks": {},
-        "sanity": [],
-    }
-    units = [
-        {
-            **common,
-            "fold": int(fold),
-            "wall_seconds": {"train": seconds if fold == predictions["fold"][0] else 0, "attack": 0},
-        }
-        for fold in np.unique(predictions["fold"])
-    ]
-    return records.summarise(predictions, units), predictions
 
 
 # ---------------------------------------------------------------------------------------------- synthetic images
@@ -626,24 +461,109 @@ def _page(source: str, raw: RawImages, body: list[str]) -> str:
     )
 
 
-def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
-    """Audits a folder or zip of class folders and writes one self-contained page.
+def main(
+    raw: Path,
+    /,
+    out: Path | None = None,
+    against: Path | None = None,
+    other_name: str | None = None,
+    id_pattern: str | None = None,
+    ages: Path | None = None,
+    id_column: str = "ID",
+    age_column: str = "Age",
+    age_from: float | None = None,
+    age_to: float | None = None,
+    scores: Path | None = None,
+    records_root: Path = ROOT,
+    skip_unreadable: bool = False,
+) -> None:
+    """Audits a folder or zip of class folders, or finds the patients that it shares with another set.
 
     Args:
         raw: class folders of any names, with or without train/ and test/ above them.
         out: the HTML page to write.
-        skip_unreadable: go on without images that cannot be read.
+        against: another folder or zip of images; the audit is then of what the two sets share, as counts.
+        other_name: what the page and the file of scores call the other set; its path's name by default.
+        id_pattern: regular expression that finds a patient's id in the other set's file names, by its first
+            group where it has one; without it each image is a patient of its own.
+        ages: CSV of the other set's patients. The patients found in a range of ages are then the age-matched
+            part.
+        id_column: the column of `ages` that holds the ids.
+        age_column: the column of `ages` that holds ages in years.
+        age_from: the least age of the part.
+        age_to: the greatest age of the part.
+        scores: JSON file for the scores of committed predictions on the part, beside those on everybody.
+        records_root: the folder whose assets/ hold the records to score.
+        skip_unreadable: go on without images of this set that cannot be read.
     """
     images = recovery.read_raw(raw, skip_unreadable=skip_unreadable, any_classes=True)
+    if against is None:
+        _audit_one(images, raw, out, {"ages": ages, "scores": scores, "id_pattern": id_pattern,
+                                      "age_from": age_from, "age_to": age_to})
+        return
+    if ages is None and (age_from, age_to) != (None, None):
+        raise StudyError("A range of ages needs a table of ages: name it with --ages.")
+    table = None if ages is None else shared_patients.read_ages(ages, id_column, age_column)
+    other = shared_patients.read_other(against, id_pattern)
+    _audit_two(images, raw.name, other, other_name or against.name, table, age_from=age_from, age_to=age_to,
+               out=out, scores=scores, records_root=records_root)
+
+
+def _audit_one(images: RawImages, raw: Path, out: Path | None, needs_other: dict[str, object]) -> None:
+    """The audit of one set; `needs_other` are options that mean nothing without another."""
+    given = [f"--{name.replace('_', '-')}" for name, value in needs_other.items() if value is not None]
+    if given:
+        raise StudyError(f"{' and '.join(given)} need another set of images: name it with --against.")
+    if out is None:
+        raise StudyError("Name the page to write with --out.")
     page, found = report_page(images, raw.name)
+    _write_page(page, out)
+    if not found:
+        print(f"No people can be told apart in {raw}: its images show no gap between groups of slices.",
+              file=sys.stderr)
+        sys.exit(NO_PEOPLE)
+
+
+def _audit_two(
+    images: RawImages,
+    source: str,
+    other: shared_patients.OtherSet,
+    other_name: str,
+    ages: dict[str, float] | None,
+    *,
+    age_from: float | None,
+    age_to: float | None,
+    out: Path | None,
+    scores: Path | None,
+    records_root: Path,
+) -> None:
+    """What two sets share, printed, and written where a page or a file of scores is asked for."""
+    images = shared_patients.in_study_order(images)
+    try:
+        cohort = recovery.cohort_for(images)
+        comparison, part = shared_patients.compare(images, cohort, other, other_name, ages,
+                                                   age_from=age_from, age_to=age_to)
+    except (NoPeopleError, shared_patients.NoGapError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(NO_PEOPLE)
+    for name, value in shared_patients.facts(comparison):
+        print(f"{name}: {value}")
+    print(shared_patients.explanation(comparison))
+    rows = {}
+    if scores is not None:
+        identity = shared_patients.cohort_identity(cohort)
+        entries = records.read_entries(records_root).values()
+        rows = shared_patients.score_rows(entries, part, identity)
+        shared_patients.write_scores(scores, comparison, rows, identity)
+        print(f"written to {scores}")
+    if out is not None:
+        _write_page(_page(source, images, shared_patients.page_body(comparison, rows)), out)
+
+
+def _write_page(page: str, out: Path) -> None:
     with atomic_path(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"written to {out}")
-    if not found:
-        print(
-            f"No people can be told apart in {raw}: its images show no gap between groups of slices.", file=sys.stderr
-        )
-        sys.exit(NO_PEOPLE)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,13 @@ OWN, OTHER, MADE = "#0072B2", "#D55E00", "#CC79A7"
 CLASS_COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#882255")
 CONTROL_NAMES = {
     "constant": "constant answer",
-    "nearest_neighbour": "nearest neighbour",
+    "nearest_neighbour": "nearest neighbor",
+    "nearest_neighbour_permuted": "nearest neighbor,\npatients' labels permuted",
     "linear_32": "linear, 32×32 pixels",
-    "nearest_neighbour_permuted": "nearest neighbour,\npeople's labels permuted",
+    "robust_linear_32": "robust linear, 32×32 pixels",
+    "atrophy": "atrophy statistics, a slice",
+    "atrophy_scan": "atrophy statistics, whole scan",
+    "kernel_ridge_16": "kernel ridge, 16×16 pixels",
 }
 
 
@@ -191,14 +195,17 @@ def controls_figure(found: dict[str, dict]) -> Figure:
     """The controls under both protocols; `found` maps protocol → record of `Baselines`."""
     protocols = [protocol for protocol in PROTOCOLS if protocol in found]
     first = found[protocols[0]]
-    figure, axes = canvas(1, len(protocols), (5.2 * len(protocols), 3.2), "What a rule without medicine scores",
-                           f"data: {first['data']} · bars: 95% intervals over people", sharey=True)
+    figure, axes = canvas(1, len(protocols), (5.2 * len(protocols), 4.2), "What simple rules and small models score",
+                           f"data: {first['data']} · bars: 95% intervals over patients", sharey=True)
     for panel, protocol in zip(axes[0], protocols):
         blocks = {"constant": found[protocol]["constant_answer"],
                   **{name: block["clean"] for name, block in found[protocol]["variants"].items()}}
         for row, name in enumerate(CONTROL_NAMES):
+            if name not in blocks:
+                panel.text(1.5, row, "the split divides scans", va="center", fontsize=8, color=GREY)
+                continue
             block = blocks[name]["slice"]["balanced_accuracy_3"]
-            value, low, high = (100 * x for x in (block["value"], *block["ci"]))
+            value, low, high = (100 * x for x in (block["value"], *(block["ci"] or [block["value"]] * 2)))
             panel.barh(row, value, color=OTHER if "permuted" in name else COLOURS["Baselines"], height=0.6)
             panel.plot((low, high), (row, row), color=BASE, linewidth=1.4)
             panel.text(max(value, high) + 1.5, row, f"{value:.1f}%", va="center", fontsize=8)

@@ -1,0 +1,223 @@
+"""controls: settings never see a test image, and the robust linear model's worst case is exact."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils import cohort as c
+from utils import controls, data, metrics
+from utils.attacks import ATTACKS, THREE
+from utils.config import make_config, parse_eps
+from utils.data import assign_folds, people_of
+from utils.phantom import write_phantom
+from utils.robustness import evaluate_suite, worst_case
+
+REAL = os.environ.get("ALZHEIMER_RAW")
+SWEEP = ("1/255", "4/255")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = write_phantom(
+        tmp_path_factory.mktemp("controls") / "raw",
+        people=(10, 8, 6, 5),
+        slices=12,
+        size=64,
+        synthetic=20,
+        duplicates=5,
+        cross_duplicates=3,
+        seed=9,
+    )
+    raw = c.read_raw(folder)
+    cohort = c.build_cohort(raw)[0]
+    return raw, cohort, assign_folds(*people_of(cohort))
+
+
+def parts_of(study, protocol: str) -> dict[str, controls.Slices]:
+    raw, cohort, folds = study
+    rows = data.split_slices(cohort) if protocol == "slice" else data.split_people(cohort, folds, 0)
+    images = data.stack_images(raw)[:, 0].numpy()
+    every = controls.Slices(images, cohort.label, cohort.patient_id, cohort.slice_index)
+    return {name: every.pick(own) for name, own in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def answers(study) -> dict[str, dict[str, controls.Answers]]:
+    return {
+        protocol: dict(controls.control_answers(**parts_of(study, protocol), sweep=SWEEP, headline="4/255"))
+        for protocol in ("slice", "patient")
+    }
+
+
+
+def test_every_control_answers_every_test_slice(study, answers):
+    for protocol, found in answers.items():
+        wanted = [name for name in controls.CONTROLS if name != "constant"]
+        if protocol == "slice":
+            wanted = [name for name in wanted if name not in controls.OF_SCANS]
+        assert list(found) == wanted
+        for answer in found.values():
+            assert answer.logits.shape == (len(parts_of(study, protocol)["test"]), 4)
+            assert np.isfinite(answer.logits).all()
+
+
+def test_no_answer_depends_on_a_test_label(study, answers):
+    parts = parts_of(study, "patient")
+    test = parts["test"]
+    shuffled = controls.Slices(test.images, (test.labels + 1) % 4, test.patients, test.positions)
+    again = dict(controls.control_answers(parts["train"], parts["validation"], shuffled, sweep=(), headline="4/255"))
+    for name, answer in answers["patient"].items():
+        if name != "nearest_neighbour_permuted":  # its labels are permuted among the test patients too
+            np.testing.assert_array_equal(again[name].logits, answer.logits, name)
+
+
+def test_settings_are_judged_by_patients_who_were_not_fitted(study):
+    parts = parts_of(study, "patient")
+    splits = controls.validation_splits(parts["train"], parts["validation"])
+    patients = np.concatenate([parts["train"].patients, parts["validation"].patients])
+    judged = np.concatenate([rows for _, rows in splits])
+    assert sorted(judged.tolist()) == list(range(len(patients))), "every patient judges once"
+    for fitted, rows in splits:
+        assert not set(patients[fitted]) & set(patients[rows])
+
+
+def test_the_whole_scan_gives_one_answer_a_patient(study, answers):
+    test = parts_of(study, "patient")["test"]
+    logits = answers["patient"]["atrophy_scan"].logits
+    for patient in np.unique(test.patients):
+        assert len(np.unique(logits[test.patients == patient], axis=0)) == 1
+
+
+def test_labels_are_permuted_among_people_and_never_across_the_split():
+    people = np.repeat([0, 1, 2, 3, -1], 2)
+    donor = controls.permuted_people(people, np.array([0, 1, 2]), seed=1)
+    assert set(donor) == {0, 1, 2, 3} == set(donor.values())
+    assert {donor[0], donor[1]} == {0, 1} and {donor[2], donor[3]} == {2, 3}
+
+
+def test_a_patient_never_answers_for_its_own_fold(study):
+    raw, cohort, folds = study
+    runs = controls.control_runs(raw, cohort, folds, "patient", test_folds=(0, 1))
+    fold_of = dict(zip(folds.patient_id.tolist(), folds.fold.tolist(), strict=True))
+    for rows, told in runs:
+        assert (rows["fold"] == [fold_of[who] for who in rows["patient_id"].tolist()]).all()
+        assert {f"{name}/clean" for name in told} < set(rows)
+        assert "robust_linear_32/4/255:exact" in rows and told["robust_linear_32"]["settings"]["eps"] > 0
+    assert rows["file_sha256"].shape == (len(rows["labels"]), 32)
+
+
+# -- exact robust accuracy --------------------------------------------------------------------------------------------
+
+
+def linear_model(classes_of: np.ndarray, seed: int = 0, size: int = 8) -> nn.Module:
+    """An affine model with four free classes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(size * size, len(classes_of))).eval()
+
+
+def robust(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> np.ndarray:
+    with torch.no_grad():
+        return (model(controls.exact_worst_images(model, images, labels, eps)).argmax(1) == labels).numpy()
+
+
+def test_the_exact_worst_case_is_that_of_every_corner_of_the_ball():
+    torch.manual_seed(3)
+    model = linear_model(np.arange(4), size=2)
+    images = torch.rand(60, 1, 2, 2)
+    images[::3] *= 0.05  # pixels near 0 have little room downwards
+    labels = model(images).argmax(1).detach()
+    eps = 0.4
+    found = robust(model, images, labels, eps)
+    corners = torch.tensor(list(itertools.product((-eps, eps), repeat=4))).view(-1, 1, 1, 2, 2)
+    with torch.no_grad():
+        moved = (images[None] + corners).clamp(0, 1)
+        stays = torch.stack([model(part).argmax(1) == labels for part in moved]).all(0).numpy()
+    np.testing.assert_array_equal(found, stays)
+    assert 0.2 < found.mean() < 0.95
+
+
+@pytest.mark.parametrize("view", ["four", "three"])
+def test_the_suite_comes_within_the_exact_number(view):
+    """The oracle of the whole suite, four and three classes: its robust accuracy may lie above the exact one by no
+    image here, and below it never."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 16)
+    images = np.clip(rng.normal(110, 30, (64, 16, 16)) + 12 * labels[:, None, None] * (np.arange(16) < 8), 0, 255)
+    images = images.astype(np.uint8)
+    model = controls.fit_robust_linear(images, labels, 2 / 255, side=8, steps=150)
+    config = make_config("demo", eps=("1/255", "4/255"), suite="standard", sample=16, pgd_steps=20, attack_batch=64)
+    result = evaluate_suite(model, images[:, None], labels, np.arange(64), config)
+    pixels = torch.from_numpy(images)[:, None].float() / 255
+    for eps in config.eps:
+        with torch.no_grad():
+            groups = None if view == "four" else THREE
+            worst = controls.exact_worst_images(model, pixels, torch.from_numpy(labels), parse_eps(eps), groups)
+            logits = model(worst).numpy()
+        exact = metrics.correct(logits, labels)[0 if view == "four" else 1]
+        exact &= metrics.correct(result.clean_logits, labels)[0 if view == "four" else 1]
+        # The worst case inherits what smaller balls misclassified, as every record does.
+        suite = worst_case(result.logits, labels, eps, view)
+        suite &= metrics.correct(result.clean_logits, labels)[0 if view == "four" else 1]
+        assert (suite >= exact).all(), "no attack leaves the ball"
+        assert suite.sum() - exact.sum() <= 0, f"the suite misses {suite.sum() - exact.sum()} images at {eps}"
+    assert 0 < exact.sum() < 60, "something must be left, and something must fall, or nothing was shown"
+
+
+def test_no_attack_beats_the_exact_worst_case_of_four_free_classes():
+    torch.manual_seed(5)
+    model = linear_model(np.arange(4), seed=5)
+    images = torch.rand(80, 1, 8, 8)
+    labels = model(images).argmax(1).detach()
+    exact = robust(model, images, labels, 4 / 255)
+    made = ATTACKS["apgd_t"](model, images, labels, 4 / 255, steps=50)
+    with torch.no_grad():
+        attacked = (model(made).argmax(1) == labels).numpy()
+    assert (attacked >= exact).all()
+    assert attacked.sum() - exact.sum() <= 1
+
+
+def test_merging_the_four_logits_gives_the_three_class_model_back():
+    three = np.random.default_rng(0).normal(size=(50, 3)) * 4
+    merged = metrics.merge_classes(metrics.probabilities(controls.four_logits(three, 0.07)))
+    np.testing.assert_allclose(merged, metrics.probabilities(three), atol=1e-12)
+    assert (controls.four_logits(three, controls.moderate_share(np.array([2, 3]))).argmax(1) != 3).all()
+
+
+def test_training_for_the_worst_case_buys_exact_robust_accuracy(study):
+    parts = parts_of(study, "patient")
+    train, test = parts["train"], parts["test"]
+    pixels = torch.from_numpy(np.ascontiguousarray(test.images)).float()[:, None] / 255
+    labels = torch.from_numpy(test.labels)
+    share = {}
+    for eps in (0.0, 8 / 255):
+        model = controls.fit_robust_linear(train.images, train.labels, eps)
+        with torch.no_grad():
+            logits = model(controls.exact_worst_images(model, pixels, labels, 8 / 255, THREE)).numpy()
+        share[eps] = metrics.correct(logits, test.labels)[1].mean()
+    assert share[8 / 255] > share[0.0]
+
+
+def test_the_room_of_a_block_is_what_its_pixels_have():
+    images = np.array([[[0, 255], [10, 100]]], np.uint8)
+    lower, upper = controls.room(images, 20 / 255, 1)
+    assert lower.item() == pytest.approx((0 + 20 + 10 + 20) / 4 / 255)
+    assert upper.item() == pytest.approx((20 + 0 + 20 + 20) / 4 / 255)
+
+
+@pytest.mark.skipif(not REAL, reason="ALZHEIMER_RAW is not set")
+def test_atrophy_is_in_five_numbers_a_slice_of_the_real_set():
+    """The committed record's claim in small: statistics without any learned feature rank unseen patients."""
+    raw = c.read_raw(Path(REAL))
+    cohort = c.cohort_for(raw)
+    rows = data.split_people(cohort, data.read_folds(data.COMMITTED_FOLDS), 0)
+    images = data.stack_images(raw)[:, 0].numpy()
+    every = controls.Slices(images, cohort.label, cohort.patient_id, cohort.slice_index)
+    train, validation, test = (every.pick(rows[name]) for name in data.SETS)
+    fit = controls.Slices(*(np.concatenate([getattr(p, n) for p in (train, validation)]) for n in train.__annotations__))
+    logits = controls._atrophy_scan(fit, test, controls.validation_splits(train, validation)).logits
+    assert metrics.score_people(logits, test.labels, test.patients, n_boot=100)["auroc"]["value"] > 0.75
