@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import (accuracy_score, balanced_accuracy_score, cohen_kappa_score, confusion_matrix, f1_score,
                              log_loss, roc_auc_score)
 
@@ -73,28 +76,38 @@ def test_merging_sums_probabilities_so_that_mild_beats_non_only_together() -> No
     assert not four[0] and three[0]
 
 
-def test_bootstrap_draws_equal_scores_of_resampled_people() -> None:
-    """The weighted sums give, draw by draw, what scikit-learn gives on the people really repeated."""
+def test_bootstrap_draws_equal_scores_of_weighted_slices() -> None:
+    """Each draw of the weighted sums is what scikit-learn gives where slices have their patient's weight."""
     logits, labels, people = cohort(slices=4)
     sums = metrics.tally(logits, labels, people)
     weights = metrics._weights(sums.person_class.tobytes(), 5, 0)
     drawn = metrics._statistic(sums)(weights)
-    for draw, weight in enumerate(weights.astype(int)):
-        rows = np.concatenate([np.flatnonzero(people == person)
-                               for person in np.repeat(np.arange(len(weight)), weight)])
-        decided = logits[rows].argmax(1)
-        assert drawn["balanced_accuracy"][draw] == pytest.approx(balanced_accuracy_score(labels[rows], decided))
-        assert drawn["auroc"][draw] == pytest.approx(roc_auc_score(labels[rows] > 0,
-                                                                   metrics.disease_margin(logits[rows])))
-        assert drawn["qwk"][draw] == pytest.approx(cohen_kappa_score(labels[rows], decided, weights="quadratic"))
+    decided, margin = logits.argmax(1), metrics.disease_margin(logits)
+    for draw, weight in enumerate(weights):
+        own = weight[people]
+        assert drawn["balanced_accuracy"][draw] == pytest.approx(
+            balanced_accuracy_score(labels, decided, sample_weight=own))
+        assert drawn["auroc"][draw] == pytest.approx(roc_auc_score(labels > 0, margin, sample_weight=own))
+        assert drawn["qwk"][draw] == pytest.approx(
+            cohen_kappa_score(labels, decided, weights="quadratic", sample_weight=own))
 
 
-def test_each_resample_keeps_the_number_of_people_of_every_class() -> None:
-    person_class = np.repeat(np.arange(4), PEOPLE_OF_CLASS)
-    weights = metrics._weights(person_class.tobytes(), 200, 1)
-    for label, number in enumerate(PEOPLE_OF_CLASS):
-        assert (weights[:, person_class == label].sum(1) == number).all()
+def test_each_resample_draws_all_patients_of_a_class_but_one_and_keeps_its_size() -> None:
+    patient_class = np.repeat(np.arange(5), (*PEOPLE_OF_CLASS, 1))
+    weights = metrics._weights(patient_class.tobytes(), 200, 1)
+    for label, number in enumerate((*PEOPLE_OF_CLASS, 1)):
+        of_class = weights[:, patient_class == label]
+        drawn = max(number - 1, 1)
+        times = of_class * drawn / number
+        assert times == pytest.approx(np.round(times)) and times.sum(1) == pytest.approx(drawn)
+        assert of_class.sum(1) == pytest.approx(number)
     assert (weights > 1).any()
+
+
+def test_resampled_variance_is_the_unbiased_one_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=5)
+    weights = metrics._weights(np.zeros(5, dtype=np.int64).tobytes(), 100_000, 0)
+    assert (weights @ values / 5).var() == pytest.approx(values.var(ddof=1) / 5, rel=0.02)
 
 
 def test_intervals_over_people_are_wider_than_over_slices() -> None:
@@ -114,16 +127,131 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     assert 0.86 <= hits / 80 <= 1.0
 
 
+def simulated_coverage(of_class: tuple[int, ...], rate: float, trials: int,
+                       correlation: float = 0.3) -> float:
+    """How often the interval of balanced accuracy over three classes holds the true rate.
+
+    Each of a patient's 32 slices is right with the patient's own probability, beta-distributed around the
+    rate; `correlation` is that of two slices of a patient (0.2 to 0.7 in the study's models).
+    """
+    generator = np.random.default_rng(0)
+    concentration = (1 - correlation) / correlation
+    patient_class = np.repeat(np.arange(3), of_class)
+    size, held = len(patient_class), 0
+    for _ in range(trials):
+        own = generator.beta(rate * concentration, (1 - rate) * concentration, size)
+        right = generator.binomial(32, own)
+        counts = np.zeros((size, 3, 2))
+        counts[np.arange(size), patient_class] = np.column_stack([right, 32 - right])
+        view = metrics._View(counts, np.zeros(3, dtype=np.int64), metrics._merged_share_scores)
+        problem = metrics._Problem(metrics._view_statistic(view), partial(metrics._view_widths, view),
+                                   patient_class, 32 * size, {})
+        low, high = metrics._intervals(problem, 500, 0)["balanced_accuracy_3"]["ci"]
+        held += low <= rate <= high
+    return held / trials
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.5, 0.97])
+@pytest.mark.parametrize(("of_class", "least"), [((100, 70, 30), 0.93), ((20, 14, 6), 0.91)],
+                         ids=["200 patients", "40 patients"])
+def test_simulated_intervals_cover_the_truth(of_class: tuple[int, ...], least: float, rate: float) -> None:
+    assert simulated_coverage(of_class, rate, trials=600) >= least
+
+
+@pytest.mark.parametrize("slices", [1, 32])
+@pytest.mark.parametrize(("right", "patients"), [(0, 10), (10, 10), (0, 1), (2, 2), (0, 200)])
+def test_where_all_or_no_patients_are_right_the_interval_is_the_exact_one_over_patients(
+        right: int, patients: int, slices: int) -> None:
+    people = np.repeat(np.arange(patients), slices)
+    found = metrics.share(people < right, np.zeros(len(people)), people)
+    expected = binomtest(right, patients).proportion_ci(0.95, method="exact")
+    assert found["ci"] == pytest.approx([expected.low, expected.high], abs=2e-6)
+
+
+@pytest.mark.parametrize("right", range(0, 21, 4))
+def test_with_one_slice_a_patient_the_exact_interval_is_that_of_clopper_and_pearson(right: int) -> None:
+    flags = np.arange(20) < right
+    expected = binomtest(right, 20).proportion_ci(0.95, method="exact")
+    found = metrics.exact_interval(flags.astype(float), np.ones(20))
+    assert found == pytest.approx((expected.low, expected.high))
+    low, high = metrics.share(flags, np.zeros(20), np.arange(20))["ci"]
+    assert low <= expected.low + 1e-6 and high >= expected.high - 1e-6
+
+
+def test_an_exact_interval_knows_that_slices_of_a_patient_are_alike() -> None:
+    right = np.repeat([1.0, 0.0], [5, 15])
+    alike = metrics.exact_interval(32 * right, np.full(20, 32.0))
+    assert alike == pytest.approx(metrics.exact_interval(right, np.ones(20)))
+    unlike = np.random.default_rng(0).binomial(32, 0.25, 20)
+    low, high = metrics.exact_interval(unlike.astype(float), np.full(20, 32.0))
+    assert high - low < (alike[1] - alike[0]) / 2
+
+
+@pytest.mark.parametrize("answer", ["right", "wrong", "Non"])
+def test_no_interval_has_width_zero_or_leaves_the_range(answer: str) -> None:
+    _, labels, people = cohort()
+    decided = {"right": labels, "wrong": (labels + 1) % 4, "Non": np.zeros_like(labels)}[answer]
+    logits = 50.0 * np.eye(4)[decided]
+    flags = decided == labels
+    of_flags = metrics.score_standing(flags, flags, labels, people)
+    scores = metrics.score(logits, labels, people)
+    scores |= {f"flags {name}": entry for name, entry in of_flags.items()}
+    for name, entry in scores.items():
+        low, high = entry["ci"]
+        assert low < high and low <= entry["value"] <= high, name
+        assert (-1 if name == "qwk" else 0) <= low and high <= 1, name
+    if answer == "right":
+        assert {name: entry["value"] for name, entry in scores.items() if name != "ece"} == pytest.approx(
+            dict.fromkeys(set(scores) - {"ece"}, 1)) and scores["ece"]["value"] == pytest.approx(0)
+
+
+def test_bounds_of_several_classes_are_combined_in_quadrature() -> None:
+    _, labels, people = cohort(of_class=(20, 14, 6, 0))
+    found = metrics.score(50.0 * np.eye(4)[labels], labels, people)
+    exact = [1 - binomtest(n, n).proportion_ci(0.95, method="exact").low for n in (20, 14, 6)]
+    expected = np.sqrt(np.sum(np.square(exact))) / 3
+    assert found["balanced_accuracy"]["ci"] == pytest.approx([1 - expected, 1], abs=2e-6)
+    assert found["balanced_accuracy_3"]["ci"] == found["balanced_accuracy"]["ci"]
+    pairs = binomtest(20, 20).proportion_ci(0.95, method="exact").low
+    assert found["auroc"]["ci"] == pytest.approx([pairs, 1], abs=2e-6)
+
+
+def test_a_class_without_variance_widens_the_interval_of_the_others() -> None:
+    logits, labels, people = cohort(of_class=(20, 14, 6, 0))
+    never = logits.copy()
+    never[labels == 2] = 50.0 * np.eye(4)[0]
+    found = metrics.score(never, labels, people)["balanced_accuracy"]
+    assert found["ci"][1] - found["value"] > metrics._no_event_bound(6) / 3
+
+
+def test_means_of_numbers_stay_inside_the_numbers() -> None:
+    _, labels, people = cohort()
+    numbers = np.random.default_rng(0).uniform(-0.4, -0.2, len(labels))
+    found = metrics.score_standing(numbers, numbers, labels, people)["accuracy"]
+    assert found["value"] == pytest.approx(numbers.mean(), abs=1e-6)
+    assert numbers.min() <= found["ci"][0] < found["value"] < found["ci"][1] <= numbers.max()
+    one = metrics.score_standing(numbers[:8], numbers[:8], labels[:8], people[:8])["accuracy"]
+    assert numbers[:8].min() <= one["ci"][0] < one["ci"][1] <= numbers[:8].max(), "one patient says little"
+    same = np.full(len(labels), 0.25)
+    found = metrics.score_standing(same, same, labels, people)["accuracy"]
+    assert found == {"value": 0.25, "ci": [0.25, 0.25]}
+
+
+def test_an_answer_that_is_known_without_sampling_has_exact_scores() -> None:
+    logits, labels, people = cohort()
+    sampled = metrics.score(logits, labels, people)
+    for name, entry in metrics.score(logits, labels, people, n_boot=0).items():
+        assert entry == {"value": sampled[name]["value"], "ci": None, "exact": True}
+    by_patient = metrics.score_people(logits, labels, people, n_boot=0)
+    assert all(entry["exact"] for entry in by_patient.values())
+    only = metrics.score(logits[labels == 0], labels[labels == 0], people[labels == 0], n_boot=0)
+    assert only["auroc"] == {"value": None, "ci": None, "n": int((labels == 0).sum())}
+
+
 def test_the_same_seed_gives_the_same_intervals() -> None:
     logits, labels, people = cohort()
     assert metrics.score(logits, labels, people) == metrics.score(logits, labels, people)
     assert metrics.score(logits, labels, people) != metrics.score(logits, labels, people, seed=1)
-
-
-def test_all_correct_gives_a_valid_interval() -> None:
-    _, labels, people = cohort()
-    for name, score in metrics.score(50.0 * np.eye(4)[labels], labels, people).items():
-        assert score["value"] == pytest.approx(0 if name == "ece" else 1) and score["ci"] == [score["value"]] * 2
 
 
 def test_constant_answer_scores_chance() -> None:
@@ -190,7 +318,64 @@ def test_paired_difference_is_tighter_than_two_separate_intervals() -> None:
     alone = [metrics.score(x, labels, people)["accuracy"] for x in (better, logits)]
     assert paired["value"] == pytest.approx(alone[0]["value"] - alone[1]["value"], abs=1e-6)
     assert paired["ci"][1] - paired["ci"][0] < min(score["ci"][1] - score["ci"][0] for score in alone)
-    assert metrics.paired_difference(logits, logits, labels, people)["auroc"] == {"value": 0.0, "ci": [0.0, 0.0]}
+
+
+def test_equal_answers_differ_by_no_more_than_so_many_patients_can_tell() -> None:
+    logits, labels, people = cohort(of_class=(20, 14, 6, 0))
+    found = metrics.paired_difference(logits, logits, labels, people)
+    for name, entry in found.items():
+        assert entry["value"] == 0 and entry["p"] == 1, name
+        assert entry["ci"][0] < 0 < entry["ci"][1], name
+    bounds = [metrics._no_event_bound(n) for n in (20, 14, 6)]
+    expected = np.sqrt(np.sum(np.square(bounds))) / 3
+    assert found["balanced_accuracy"]["ci"] == pytest.approx([-expected, expected], abs=2e-6)
+    assert found["auroc"]["ci"] == pytest.approx([-bounds[0], bounds[0]], abs=2e-6)
+
+
+def test_a_difference_of_all_against_none_has_one_sided_bounds() -> None:
+    _, labels, people = cohort(of_class=(20, 0, 0, 0))
+    every, none = np.ones(len(labels), bool), np.zeros(len(labels), bool)
+    found = metrics.paired_standing_difference((every, every), (none, none), labels, people)["accuracy"]
+    assert found["value"] == 1 and found["ci"][1] == 1 and found["p"] == pytest.approx(2 / 2001, abs=1e-6)
+    assert 1 - 2 * metrics._no_event_bound(20) < found["ci"][0] < 1 - metrics._no_event_bound(20) + 2e-6
+
+
+def test_p_values_agree_with_the_intervals_and_turn_with_the_sign() -> None:
+    logits, labels, people = cohort(slices=4)
+    decided = []
+    for gain in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):
+        other = logits + gain * np.eye(4)[labels] + 0.3 * np.random.default_rng(1).normal(size=logits.shape)
+        forward = metrics.paired_difference(other, logits, labels, people)
+        backward = metrics.paired_difference(logits, other, labels, people)
+        for name, entry in forward.items():
+            assert 0 < entry["p"] <= 1 and entry["p"] == pytest.approx(backward[name]["p"], abs=2e-6)
+            if entry["ci"][0] <= 0 <= entry["ci"][1]:
+                assert entry["p"] >= 0.049, (gain, name)
+        decided.append(forward["accuracy"]["p"])
+    assert decided[0] > 0.3 and decided[-1] < 0.01
+
+
+def test_p_values_are_rare_where_there_is_no_difference() -> None:
+    generator = np.random.default_rng(0)
+    labels, people = np.repeat(np.arange(40) % 2, 8), np.repeat(np.arange(40), 8)
+    below = 0
+    for _ in range(200):
+        first, second = (generator.random(320) < generator.random(40)[people] for _ in range(2))
+        below += metrics.paired_standing_difference((first, first), (second, second), labels, people,
+                                                    n_boot=400)["accuracy"]["p"] <= 0.05
+    assert 2 <= below <= 20
+
+
+def test_holm_adjusts_as_in_a_known_example_whatever_the_order() -> None:
+    p_values = np.array([0.01, 0.04, 0.03, 0.005])
+    assert metrics.holm(p_values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    for order in itertools.permutations(range(4)):
+        assert metrics.holm(p_values[list(order)]) == pytest.approx(metrics.holm(p_values)[list(order)])
+    assert metrics.holm([0.5, 0.6]) == pytest.approx([1, 1]) and metrics.holm([0.2]) == pytest.approx([0.2])
+    assert metrics.holm([0.02, 0.02]) == pytest.approx([0.04, 0.04]) and len(metrics.holm([])) == 0
+    for wrong in ([1.2], [-0.1], [np.nan]):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            metrics.holm(wrong)
 
 
 def test_paired_standing_difference_is_that_of_the_scores() -> None:
@@ -220,6 +405,45 @@ def test_kept_shares_count_only_what_was_there_before() -> None:
     assert [shares[name]["value"] for name in ("first", "second", "difference")] == [0.5, 0.75, -0.25]
     assert metrics.kept_shares((had, ~had), (had_too, had_too), labels, people)["first"]["value"] == 0, "what comes up later is not kept"
     assert metrics.kept_shares((~had_too, had), (had_too, had_too), labels, people)["difference"]["value"] is None
+
+
+def test_recalls_are_those_of_each_class_by_slice_and_by_patient() -> None:
+    logits, labels, people = cohort()
+    logits[::9] = np.nan
+    rows = metrics.scored(logits)
+    _, three = metrics.correct(logits, labels)
+    found = metrics.recalls(logits, labels, people)
+    for index, entry in enumerate(found):
+        own = rows & (metrics.THREE[labels] == index)
+        assert entry["value"] == pytest.approx(three[own].mean(), abs=1e-6) and entry["n_slices"] == own.sum()
+        assert entry["ci"][0] < entry["value"] < entry["ci"][1]
+    assert [entry["n_people"] for entry in found] == [20, 14, 8]
+    balanced = metrics.score(logits, labels, people)["balanced_accuracy_3"]["value"]
+    assert np.mean([entry["value"] for entry in found]) == pytest.approx(balanced, abs=2e-6)
+    four = metrics.recalls(logits, labels, people, np.arange(4))
+    right, _ = metrics.correct(logits, labels)
+    assert four == metrics.share_by_class(right[rows], labels[rows], people[rows])
+    by_patient = metrics.recalls(*metrics.by_person(logits, labels, people))
+    assert [entry["n_slices"] for entry in by_patient] == [20, 14, 8]
+    absent = metrics.recalls(logits[labels == 0], labels[labels == 0], people[labels == 0])[1]
+    assert absent["value"] is None and absent["n_people"] == 0
+
+
+def test_shares_of_two_decisions_have_no_interval_of_width_zero() -> None:
+    labels, people = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
+    every, none = np.ones(80, bool), np.zeros(80, bool)
+    kept = metrics.kept_shares((every, every), (every, every), labels, people)
+    bound = np.sqrt(2) * metrics._no_event_bound(10) / 2
+    assert kept["first"]["ci"] == kept["second"]["ci"] == pytest.approx([1 - bound, 1], abs=2e-6)
+    assert kept["difference"]["ci"] == pytest.approx([-bound, bound], abs=2e-6)
+    assert metrics.share(none, labels, people)["ci"] == pytest.approx([0, bound], abs=2e-6)
+    alike = np.arange(80) % 8 < 4
+    pair = metrics.pair_scores(none, alike, alike, labels, people)
+    assert pair["error_correlation"]["value"] == 1 and -1 <= pair["error_correlation"]["ci"][0] < 1
+    assert pair["disagreement"]["value"] == 0 and pair["disagreement"]["ci"][1] > 0
+    sure = metrics.calibration_curve(50.0 * np.eye(4)[labels], labels, people)
+    assert [entry["accuracy"] for entry in sure] == [1.0] and sure[0]["ci"][0] < 1 == sure[0]["ci"][1]
+
 
 
 def test_half_precision_keeps_every_decision() -> None:
