@@ -1,20 +1,24 @@
-"""A person's ordered slices as one study: models over the sequence, attacks on the whole study, and their slice budget.
+"""A patient's ordered slices as one scan: models over the sequence, attacks on the whole scan, and their slice budget.
 
 A `StudyModel` maps the slices of several people, pixels (B, S, 1, H, W) in [0, 1] with a mask (B, S) of the slices that
 exist, to logits (B, 4): a frozen backbone turns each slice into features, an aggregator reads them in body order. It is
-differentiable end to end, so an adversary may perturb every slice of a study towards another diagnosis of the *person*.
+differentiable end to end, so an adversary may perturb every slice of a scan towards another diagnosis of the *patient*.
+Each decision (four classes, three, Non against the rest) is attacked in its own right: one that withstands an attack on
+another has not been attacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.attacks import margin, no_parameter_gradients
+from utils.attacks import group_labels, group_logits, margin, no_parameter_gradients
+from utils.robustness import VIEWS
 from utils.training import class_weights, macro_cross_entropy
 from utils.utils_funcs import CLASSES, StudyError
 
@@ -192,54 +196,72 @@ class StudyModel(nn.Module):
 
 def fit_aggregator(name: str, train: Studies, validation: Studies, *, epochs: int = 80, lr: float = 3e-3, weight_decay: float = 0.05,
                    batch_size: int = 16, seed: int = 0) -> tuple[nn.Module, dict]:
-    """An aggregator trained on standardised features and the history of its training; the epoch with the least
-    class-balanced validation cross-entropy is kept.
+    """An aggregator trained on standardised features, and the history of its training.
 
-    Each epoch a person loses a random part of the slices, up to half, and the features carry noise: the backbone has seen
-    its training people, so their features are cleaner than anybody else's.
+    The weights are those of the last epoch, where the schedule has annealed the learning rate to nothing. No epoch is
+    chosen: twenty validation patients decide nothing, and the minimum of their noisy curve made two fits of the same
+    features end 43 epochs apart. So that a fit is the same on every machine it runs in float64 on one thread, from
+    features rounded to float16, which takes away the last bits in which two runs of a backbone differ.
+
+    Each epoch a patient loses a random part of the slices, up to half, and the features carry noise: the backbone has
+    seen its training patients, so their features are cleaner than anybody else's.
 
     Args:
-        train, validation: features (P, S, D); the people of the two must differ.
+        train, validation: features (P, S, D); the patients of the two must differ.
+
+    Returns:
+        The aggregator in float32 and eval mode; {"history": one entry an epoch, "score": class-balanced cross-entropy
+        of the last one on validation patients, for information}.
 
     Raises:
-        StudyError: a person is in both sets.
+        StudyError: a patient is in both sets, or the training diverged.
     """
     shared = np.intersect1d(train.people.numpy(), validation.people.numpy())
     if len(shared):
         raise StudyError(f"Person {shared[0]} is in training and validation: keep people apart before a sequence model is fitted.")
-    generator = torch.Generator().manual_seed(seed)
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(seed)  # weights and dropout
+    torch.set_num_threads(1)
     try:
-        model = build_aggregator(name, train.values.shape[2])
-        weights = class_weights(train.labels)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * -(-len(train) // batch_size))
-        best, kept, history = float("inf"), {}, []
-        for epoch in range(1, epochs + 1):
-            model.train()
-            for rows in torch.randperm(len(train), generator=generator).split(batch_size):
-                part = train.pick(rows)
-                features = part.values + 0.3 * torch.randn(part.values.shape, generator=generator)
-                loss = nn.functional.cross_entropy(model(features, _thinned(part.mask, generator)), part.labels, weight=weights)
-                optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
-                schedule.step()
-            model.eval()
-            with torch.no_grad():
-                score = macro_cross_entropy(model(validation.values, validation.mask), validation.labels)
-            history.append({"epoch": epoch, "train_loss": float(loss.detach()), "score": score})
-            if score < best:
-                best, kept = score, {key: value.clone() for key, value in model.state_dict().items()}
+        model, history = _fit_in_float64(name, _rounded(train), _rounded(validation), epochs, lr, weight_decay, batch_size, seed)
     finally:
+        torch.set_num_threads(threads)
         torch.set_rng_state(state)
-    if not kept:
-        raise StudyError(f"No epoch of the {name} aggregator gave a finite validation loss: lower its learning rate.")
-    model.load_state_dict(kept)
+    if not np.isfinite(history[-1]["score"]):
+        raise StudyError(f"The {name} aggregator's validation loss is not finite: lower its learning rate.")
     model.zero_grad()
-    return model.eval(), {"history": history, "best_epoch": 1 + min(range(epochs), key=lambda k: history[k]["score"]), "score": best}
+    return model.float().eval(), {"history": history, "score": history[-1]["score"]}
+
+
+def _rounded(part: Studies) -> Studies:
+    return replace(part, values=part.values.half().double())
+
+
+def _fit_in_float64(name: str, train: Studies, validation: Studies, epochs: int, lr: float, weight_decay: float, batch_size: int,
+                    seed: int) -> tuple[nn.Module, list[dict]]:
+    generator = torch.Generator().manual_seed(seed)
+    model = build_aggregator(name, train.values.shape[2]).double()
+    weights = class_weights(train.labels).double()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * -(-len(train) // batch_size))
+    history = []
+    for epoch in range(1, epochs + 1):
+        model.train()
+        for rows in torch.randperm(len(train), generator=generator).split(batch_size):
+            part = train.pick(rows)
+            noise = torch.randn(part.values.shape, generator=generator)
+            logits = model(part.values + 0.3 * noise, _thinned(part.mask, generator))
+            loss = nn.functional.cross_entropy(logits, part.labels, weight=weights)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            score = macro_cross_entropy(model(validation.values, validation.mask), validation.labels)
+        history.append({"epoch": epoch, "train_loss": float(loss.detach()), "score": score})
+    return model, history
 
 
 def _thinned(mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -250,62 +272,144 @@ def _thinned(mask: Tensor, generator: torch.Generator) -> Tensor:
     return mask & ((chance >= share) | first)
 
 
-# -- attacks on the whole study ----------------------------------------------------------------------------------------
+# -- attacks on whole scans --------------------------------------------------------------------------------------------
+
+#: Decay of the accumulated gradient in the second attack (momentum iterative FGSM, Dong et al. 2018, arXiv:1710.06081).
+MOMENTUM = 1.0
 
 
-def attack_study(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, eps: float, *, steps: int = 20,
-                 allowed: Tensor | None = None, batch: int = 1) -> tuple[Tensor, Tensor]:
-    """PGD on all slices of each study at once, towards another diagnosis of the person, keeping the best iterate.
+@dataclass(frozen=True)
+class ScanAttack:
+    """What one attack on scans does.
+
+    `view`: the decision that is attacked, one of `robustness.VIEWS`; a patient is given up only where *that* decision is
+    wrong. `steps`: of each ascent. `attempts`: ascents; the first starts at the scan itself and climbs towards the nearest
+    other class, the k-th starts at random and climbs towards the k-th nearest. `momentum`: None for plain PGD. `push`: go
+    on after success to the lowest margin, which is what a rank statistic like AUROC asks of an attacker.
+    """
+
+    view: str = "four"
+    steps: int = 20
+    attempts: int = 1
+    momentum: float | None = None
+    push: bool = False
+
+
+def attack_scan(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, eps: float, attack: ScanAttack = ScanAttack(), *,
+                allowed: Tensor | None = None, candidates: Sequence[Tensor] = (),
+                seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Changes all slices of each scan at once, within eps and [0, 1], towards another diagnosis of the patient, and keeps the
+    best iterate. One patient at a time: 32 images fill a processor, and nobody's answer depends on the others'.
 
     Args:
-        pixels: (B, S, 1, H, W) in [0, 1]; mask: (B, S); labels: (B,).
+        pixels: (B, S, 1, H, W) in [0, 1]; mask: (B, S); labels: (B,) in 0..3.
         eps: L-infinity budget a pixel.
         allowed: (B, S), the slices that may be changed (None: every slice that exists).
-        batch: people attacked at a time. One at a time, 32 images fill a processor, and nobody's answer depends on the others'.
+        candidates: scans (B, S, 1, H, W) within the same ball, found by other attacks, that are tried first.
+        seeds: (B,), of each patient's random starts (None: 0 for everybody).
 
     Returns:
-        Adversarial studies (B, S, 1, H, W) and their logits (B, 4). The ascent climbs the margin towards the nearest other
-        class; there is no random start, so the same study gives the same answer whoever else is attacked. A person fallen
-        already, or with no slice that may be changed, comes back unchanged.
+        Adversarial scans (B, S, 1, H, W) and their logits (B, 4). A patient whose decision in this view is wrong already
+        (unless `push`), or with no slice that may be changed, comes back unchanged.
     """
     changed = mask if allowed is None else mask & allowed
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with no_parameter_gradients(model):
-            parts = [_attack_part(model, pixels[rows], mask[rows], changed[rows], labels[rows], eps, steps)
-                     for rows in torch.arange(len(labels), device=labels.device).split(batch)]
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with _evaluating(model), no_parameter_gradients(model):
+        parts = [_attack_one(model, pixels[k:k + 1], mask[k:k + 1], changed[k:k + 1], labels[k:k + 1], eps, attack,
+                             [found[k:k + 1] for found in candidates], 0 if seeds is None else int(seeds[k]))
+                 for k in range(len(labels))]
     return torch.cat([made for made, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
-def _attack_part(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, labels: Tensor, eps: float,
-                 steps: int) -> tuple[Tensor, Tensor]:
+class _Best:
+    """The iterate of one scan that lies lowest in a view, with its logits."""
+
+    def __init__(self, scan: Tensor, logits: Tensor, label: Tensor, view: str) -> None:
+        self.groups = VIEWS[view][0]
+        self.label = label if self.groups is None else group_labels(label, self.groups)
+        self.scan, self.logits = scan, logits
+        self.margin, self.wrong = self._judge(logits)
+
+    def grouped(self, logits: Tensor) -> Tensor:
+        return logits if self.groups is None else group_logits(logits, self.groups)
+
+    def _judge(self, logits: Tensor) -> tuple[float, bool]:
+        """Margin in the view, and whether the answer is wrong, decided by `argmax` as every score is."""
+        grouped = self.grouped(logits)
+        return float(margin(grouped, self.label)), int(grouped.argmax(1)) != int(self.label)
+
+    def offer(self, scan: Tensor, logits: Tensor) -> None:
+        lowest, wrong = self._judge(logits)
+        if (wrong, -lowest) > (self.wrong, -self.margin):
+            self.scan, self.logits, self.margin, self.wrong = scan, logits, lowest, wrong
+
+
+def _attack_one(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, label: Tensor, eps: float, attack: ScanAttack,
+                candidates: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         clean = model.features(pixels, mask)
-        logits = model.aggregator(clean, mask)
-    best, current, lowest = pixels.clone(), pixels.clone(), margin(logits, labels)
-    open_ = (logits.argmax(1) == labels) & changed.any(1) & (eps > 0)
-    for step in range(steps + 1):
-        rows = open_.nonzero().squeeze(1)
-        if not len(rows):
+        best = _Best(pixels, model.aggregator(clean, mask), label, attack.view)
+        if eps == 0 or not bool(changed.any()) or best.wrong and not attack.push:
+            return best.scan, best.logits
+        for found in candidates:
+            best.offer(found, model.reread(found, mask, changed, clean))
+    order = best.grouped(best.logits).scatter(1, best.label[:, None], -torch.inf).argsort(1, descending=True)[0, :-1]
+    generator = torch.Generator().manual_seed(seed)
+    for attempt in range(attack.attempts):
+        if best.wrong and not attack.push:
             break
-        y, at = labels[rows], current[rows].requires_grad_(step < steps)
-        with torch.set_grad_enabled(step < steps):
-            answer = model.reread(at, mask[rows], changed[rows], clean[rows])
-            if step < steps:
-                gradient = torch.autograd.grad(-margin(answer, y).sum(), at)[0].nan_to_num(0.0, 0.0, 0.0)
-        answer, at = answer.detach(), at.detach()
-        reached, fell = margin(answer, y), answer.argmax(1) != y
-        better = fell | (reached < lowest[rows])
-        best[rows[better]], logits[rows[better]], lowest[rows[better]] = at[better], answer[better], reached[better]
-        open_[rows[fell]] = False
-        if step < steps:
-            moved = at + (2.5 * eps / steps) * gradient.sign()  # slices that may not change have no gradient here
-            current[rows] = torch.minimum(torch.maximum(moved, pixels[rows] - eps), pixels[rows] + eps).clamp(0, 1)
-    return best, logits
+        start = best.scan if attempt == 0 else _random_scan(pixels, changed, eps, generator)
+        aim = None if attempt == 0 else int(order[attempt % len(order)])
+        _climb(model, pixels, mask, changed, eps, attack, best, clean, start, aim)
+    return best.scan, best.logits
+
+
+def _random_scan(pixels: Tensor, changed: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    noise = torch.empty(pixels.shape).uniform_(-eps, eps, generator=generator).to(pixels)
+    return (pixels + noise * changed[..., None, None, None]).clamp(0, 1)
+
+
+def _climb(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, eps: float, attack: ScanAttack, best: _Best, clean: Tensor,
+           current: Tensor, aim: int | None) -> None:
+    """One ascent from `current`; every iterate is offered to `best`."""
+    lower, upper = (pixels - eps).clamp_min(0), (pixels + eps).clamp_max(1)
+    truth, velocity = int(best.label), torch.zeros_like(pixels)
+    for step in range(attack.steps + 1):
+        current = current.detach().requires_grad_(step < attack.steps)
+        with torch.set_grad_enabled(step < attack.steps):
+            logits = model.reread(current, mask, changed, clean)
+            grouped = best.grouped(logits)
+            gap = margin(grouped, best.label) if aim is None else grouped[:, truth] - grouped[:, aim]
+        best.offer(current.detach(), logits.detach())
+        if step == attack.steps or best.wrong and not attack.push:
+            return
+        gradient = torch.autograd.grad(-gap.sum(), current)[0].nan_to_num(0.0, 0.0, 0.0)
+        if attack.momentum is not None:
+            velocity = attack.momentum * velocity + gradient / gradient.abs().mean().clamp_min(1e-20)
+            gradient = velocity
+        # Slices that may not change have no gradient here.
+        current = torch.clamp(current.detach() + (2.5 * eps / attack.steps) * gradient.sign(), lower, upper)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def scan_decisions(logits: Tensor, view: str) -> Tensor:
+    """Answers (B,) in a view, as numbers of its groups."""
+    groups = VIEWS[view][0]
+    return (logits if groups is None else group_logits(logits, groups)).argmax(1)
+
+
+def scan_labels(labels: Tensor, view: str) -> Tensor:
+    groups = VIEWS[view][0]
+    return labels if groups is None else group_labels(labels, groups)
 
 
 def slice_gains(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, batch: int = 1) -> Tensor:
@@ -320,25 +424,27 @@ def slice_gains(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor,
 
 
 def slice_budgets(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, eps: float, budgets: Sequence[int], *, steps: int = 20,
-                  choice: str = "gradient", seed: int = 0, full: Tensor | None = None) -> Tensor:
-    """The least of `budgets` with which each person's diagnosis is flipped, int64 (B,): 0 for a clean error, −1 where even
-    the attack on every slice fails.
+                  choice: str = "gradient", view: str = "three", seed: int = 0, full: Tensor | None = None) -> Tensor:
+    """The least of `budgets` with which each patient's diagnosis in a view is flipped, int64 (B,): 0 for a clean error, −1
+    where even the attack on every slice fails.
 
     The attack on all slices comes first, and only whom it flips is tried with fewer: so the curve ends where the full
     attack does, starts at the clean answers, and never rises.
 
     Args:
-        budgets: numbers of slices, ascending; one as large as the study is the full attack itself.
+        budgets: numbers of slices, ascending; one as large as the scan is the full attack itself.
         choice: `gradient`, the slices with the largest `slice_gains`; `random`, the control.
-        full: logits (B, 4) of `attack_study` on every slice at the same eps and steps, where they are known already.
+        view: the decision, one of `robustness.VIEWS`.
+        full: logits (B, 4) under the attack on every slice at the same eps in this view, where they are known already.
     """
     if choice not in ("gradient", "random"):
         raise StudyError(f"Unknown choice of slices {choice!r}: expected gradient or random.")
+    attack, truth = ScanAttack(view, steps), scan_labels(labels, view)
     least, most = torch.full_like(labels, -1), int(mask.sum(1).max())
     if full is None:
-        full = attack_study(model, pixels, mask, labels, eps, steps=steps)[1]
-    wrong = attack_study(model, pixels, mask, labels, 0.0)[1].argmax(1) != labels
-    rows = ((full.argmax(1) != labels) & ~wrong).nonzero().squeeze(1)
+        full = attack_scan(model, pixels, mask, labels, eps, attack)[1]
+    wrong = scan_decisions(attack_scan(model, pixels, mask, labels, 0.0, attack)[1], view) != truth
+    rows = ((scan_decisions(full, view) != truth) & ~wrong).nonzero().squeeze(1)
     least[rows], least[wrong] = most, 0
     if not len(rows):
         return least
@@ -353,8 +459,8 @@ def slice_budgets(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tenso
         if not len(here):
             break
         now = rows[here]
-        answers = attack_study(model, pixels[now], mask[now], labels[now], eps, steps=steps, allowed=order[here] < budget)[1]
-        flipped = answers.argmax(1) != labels[now]
+        answers = attack_scan(model, pixels[now], mask[now], labels[now], eps, attack, allowed=order[here] < budget)[1]
+        flipped = scan_decisions(answers, view) != truth[now]
         least[now[flipped]] = budget
         open_[here[flipped]] = False
     return least
