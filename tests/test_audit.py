@@ -11,7 +11,7 @@ import pytest
 from utils import audit, audit_figures, cohort as c, metrics, records, report
 from utils.data import COMMITTED_FOLDS, assign_folds, people_of, read_folds
 from utils.phantom import write_phantom
-from utils.utils_funcs import ROOT
+from utils.utils_funcs import ROOT, StudyError
 
 REAL = os.environ.get("ALZHEIMER_RAW")
 
@@ -248,3 +248,14 @@ def test_the_tool_says_so_where_there_are_no_people(tmp_path):
 def test_the_tool_names_what_it_cannot_read(tmp_path):
     done = run_tool(tmp_path / "nothing", tmp_path / "report.html")
     assert done.returncode == 2 and "nothing at" in done.stderr and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({}, "--out"),
+    ({"scores": Path("age.json"), "out": Path("page.html")}, "--scores need another set"),
+    ({"age_from": 60.0, "id_pattern": "P"}, "--id-pattern and --age-from need another set"),
+    ({"against": Path("other"), "age_to": 60.0}, "--ages"),
+])
+def test_options_that_need_another_are_refused(folder, options, message):
+    with pytest.raises(StudyError, match=message):
+        audit.main(folder, **options)

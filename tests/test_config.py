@@ -51,3 +51,8 @@ def test_the_small_adversarial_model_starts_from_its_twin_in_a_cpu_run_alone():
     assert make_config("cpu", "Efficientnet_atk", method="pgd").method == "pgd", "what the caller says goes first"
     others = [make_config("paper", "Efficientnet_atk"), make_config("demo", "Efficientnet_atk"), make_config("cpu", "Resnet_atk")]
     assert all((other.method, other.warm_start) == ("pgd", False) for other in others)
+
+
+def test_a_rehearsal_repeats_its_attacks_less_than_a_study():
+    assert make_config("demo").max_steps < make_config("cpu").max_steps == make_config("paper").max_steps
+    assert all(make_config(profile).max_steps >= 2 * make_config(profile).pgd_steps for profile in PROFILES)

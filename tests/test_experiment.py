@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
-from utils import experiment, report, training
+from utils import experiment, metrics, report, training
+from utils.backbones import load_model, save_half, save_model
 from utils.config import make_config
 from utils.utils_funcs import MODELS, ROOT, StudyError
 
@@ -57,6 +60,106 @@ def test_the_record_follows_from_its_predictions(study, record):
     rows = report.read_predictions(study.record("Efficientnet", "patient"))
     assert len(rows["labels"]) == record["clean"]["slice"].get("n_slices", record["clean"].get("n_slices"))
     assert report.summarise(rows, record["units"]) == record
+
+
+@pytest.fixture
+def copied(study, record, tmp_path):
+    """The study with its record and weights in a folder of the test's own, to be changed at will."""
+    for folder in ("assets", "checkpoints"):
+        shutil.copytree(study.root / folder, tmp_path / folder)
+    (tmp_path / "dataset").symlink_to(study.root / "dataset")
+    return dataclasses.replace(study, root=tmp_path)
+
+
+def keep_only_a_weak_attack(study):
+    """Makes the copied record one of a weak evaluation: FGSM at 4/255 alone, under which every slice gets its right
+    answer, and the last slice outside its set. Returns the rows."""
+    path = study.record("Efficientnet", "patient")
+    rows, unit = report.read_predictions(path), report.read_record(path)["units"][0]
+    right = np.where(np.arange(4) == rows["labels"][:, None], 0, -9).astype(np.float16)
+    right[-1] = np.nan
+    rows = {name: values for name, values in rows.items() if ":" not in name} | {"4/255:fgsm": right}
+    unit = {**unit, "attacks": {"4/255": {"fgsm": unit["attacks"]["4/255"]["fgsm"]}}}
+    report.write_record(path, report.summarise(rows, [unit]), rows)
+    return rows
+
+
+def attack_the_record_again(study, monkeypatch, **options):
+    """Record and rows after the command was run on the copied study."""
+    monkeypatch.setattr(experiment, "make_config", lambda *_, **__: tiny())
+    monkeypatch.setattr(experiment, "open_study", lambda *_: study)
+    experiment.attack_again_command("Efficientnet", **{"eps": ("4/255",), "steps": 4, "profile": "demo", **options})
+    path = study.record("Efficientnet", "patient")
+    return report.read_record(path), report.read_predictions(path)
+
+
+def test_a_record_is_attacked_again_where_it_holds_slices_robust(copied, monkeypatch, capsys):
+    old = keep_only_a_weak_attack(copied)
+    before = report.read_record(copied.record("Efficientnet", "patient"))
+    after, rows = attack_the_record_again(copied, monkeypatch)
+    assert set(rows) - set(old) == {"4/255:pgd4_again", "4/255:pgd4_again_merged"}
+    assert all(np.array_equal(rows[name], values, equal_nan=True) for name, values in old.items())
+    printed, inside = capsys.readouterr().out, np.arange(len(old["labels"])) < len(old["labels"]) - 1
+    for name, place in (("pgd4_again", 0), ("pgd4_again_merged", 1)):
+        meta, column = after["units"][0]["attacks"]["4/255"][name], rows[f"4/255:{name}"]
+        right = metrics.correct(old["clean"], old["labels"])[place] & inside
+        assert (meta["n_attacked"], meta["n_set"]) == (right.sum(), inside.sum()) and right.any()
+        assert np.isnan(column[~inside]).all() and not np.isnan(column[inside]).any()
+        assert np.array_equal(column[inside & ~right], old["clean"][inside & ~right]), "a clean error keeps its clean logits"
+        wrong = ~metrics.correct(column, old["labels"])[place] & right
+        assert meta["misclassified"] == wrong.sum()
+        assert f"{wrong.sum()} of {right.sum()} robust slices misclassified" in printed
+        assert (meta["steps"], meta["restarts"], meta["norm"], meta["weights"]) == (4, 2, "linf", "checkpoint")
+        assert {"seconds", "kind", "view", "git_commit", "git_dirty"} <= set(meta)
+    assert set(after["worst_case"]["4/255"]["attacks"]) == {"fgsm", "pgd4_again", "pgd4_again_merged"}
+    assert after["wall_seconds"]["attack"] >= before["wall_seconds"]["attack"]
+    assert report.summarise(rows, after["units"]) == after
+
+
+def test_what_the_record_misclassified_already_is_not_attacked_again_and_carries_its_logits(copied, monkeypatch):
+    rows = keep_only_a_weak_attack(copied)
+    path, wrong = copied.record("Efficientnet", "patient"), np.float16([-3, -3, -3, -3])
+    first = int(np.flatnonzero(metrics.correct(rows["clean"], rows["labels"])[0])[0])
+    rows["4/255:fgsm"][first] = np.where(np.arange(4) == (rows["labels"][first] + 2) % 4, 0, wrong)
+    report.write_record(path, report.summarise(rows, report.read_record(path)["units"]), rows)
+    after, again = attack_the_record_again(copied, monkeypatch)
+    right = metrics.correct(rows["clean"], rows["labels"])[0] & metrics.scored(rows["4/255:fgsm"])
+    assert after["units"][0]["attacks"]["4/255"]["pgd4_again"]["n_attacked"] == right.sum() - 1
+    assert np.array_equal(again["4/255:pgd4_again"][first], rows["4/255:fgsm"][first])
+
+
+def test_a_record_is_attacked_again_once_a_seed_and_at_its_own_eps(copied, monkeypatch):
+    attack_the_record_again(copied, monkeypatch)
+    with pytest.raises(StudyError, match="pgd4_again at eps 4/255 already"):
+        attack_the_record_again(copied, monkeypatch)
+    after, _ = attack_the_record_again(copied, monkeypatch, attack_seed=2)
+    assert {"pgd4_again", "pgd4_again_seed2", "pgd4_again_seed2_merged"} <= set(after["units"][0]["attacks"]["4/255"])
+    with pytest.raises(StudyError, match="no attacks at eps 3/255"):
+        attack_the_record_again(copied, monkeypatch, eps=("3/255",))
+
+
+def test_other_weights_than_the_recorded_ones_are_not_attacked_for_the_record(copied, monkeypatch):
+    path = copied.checkpoint(tiny())
+    other = load_model(path)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    save_model(other, path)
+    before = copied.record("Efficientnet", "patient").read_bytes()
+    with pytest.raises(StudyError, match="are not those of"):
+        attack_the_record_again(copied, monkeypatch)
+    path.unlink()
+    with pytest.raises(StudyError, match="not on this machine"):
+        attack_the_record_again(copied, monkeypatch)
+    assert copied.record("Efficientnet", "patient").read_bytes() == before
+
+
+def test_the_half_copy_of_the_weights_is_named_as_such(copied, monkeypatch):
+    checkpoint = copied.checkpoint(tiny())
+    save_half(checkpoint, experiment.half_of(checkpoint))
+    checkpoint.unlink()
+    after, _ = attack_the_record_again(copied, monkeypatch)
+    assert after["units"][0]["attacks"]["4/255"]["pgd4_again"]["weights"] == "fp16 copy"
 
 
 def test_a_finished_unit_is_not_run_twice(study, record, monkeypatch):
@@ -174,7 +277,8 @@ def test_the_phantom_is_announced(tmp_path, monkeypatch, capsys):
     assert experiment.open_study("demo") == opened
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["grid", "--help"], ["attack", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["grid", "--help"], ["attack", "--help"],
+                                       ["attack-again", "--help"]])
 def test_help_is_the_documentation(arguments):
     done = subprocess.run([sys.executable, "-m", "utils.experiment", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout.lower()

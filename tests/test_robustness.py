@@ -111,7 +111,7 @@ def rising_curve_is_flagged(curve: tuple[float, ...]) -> bool:
     logits = {}
     for eps_text, share in zip(("1/255", "2/255"), curve, strict=True):
         logits[eps_text, "pgd8"] = np.eye(4, dtype=np.float32)[(np.arange(100) >= 100 * share).astype(int)]
-    run = types.SimpleNamespace(labels=labels, logits=logits)
+    run = types.SimpleNamespace(labels=labels, first_round=logits)
     return robustness._falls_with_eps(run, [Stage("pgd", "pgd8")], ("1/255", "2/255"))["passed"]
 
 
@@ -237,6 +237,64 @@ def forgiving_runner(attack: Callable[..., Tensor]) -> float:
     return float((predict_logits(zoo.honest_model(), images).argmax(1) == labels).float().mean())
 
 
+def levels_of(images: Tensor) -> Tensor:
+    """Grey levels above middle grey, (N, H, W)."""
+    return (images[:, 0] - 0.5) * 255
+
+
+class ThinShell(nn.Module):
+    """Answers wrongly only between 3 and 3 + w grey levels of extra brightness, where w halves from image to image: the
+    finer the steps of an ascent, the more images it finds wrong. Its gradient always points outwards.
+
+    A bright bar of 40 levels times k on the left half, which no attack of 8/255 can hide, tells w = 3 / 2**k.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        levels = levels_of(images)
+        left, right = levels[:, :, :SHELL_SIDE // 2].mean((1, 2)), levels[:, :, SHELL_SIDE // 2:].mean((1, 2))
+        width = 3 / 2 ** ((left - right) / 40).round().detach()
+        wrong = (right > 3) & (right < 3 + width)
+        lead = torch.where(wrong, -1.0, 10.0) - 0.1 * right
+        others = torch.zeros_like(lead)
+        return torch.stack([lead, others, others - 5, others - 5], 1)
+
+
+class NearestClassOutOfReach(nn.Module):
+    """The class that a linear estimate calls nearest is never reached within 8/255, and the second nearest is, along another
+    direction: an ascent towards the nearest class finds nothing, however many its steps."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        levels = levels_of(images)
+        checkerboard = (torch.arange(SHELL_SIDE)[:, None] + torch.arange(SHELL_SIDE)) % 2 * 2 - 1
+        brightness, contrast = levels.mean((1, 2)), (levels * checkerboard).mean((1, 2))
+        nearest = 0.3 * brightness.clamp(max=4) + 0.1 * (brightness - 4).clamp(min=0) - 2
+        lead = torch.zeros_like(nearest)
+        return torch.stack([lead, nearest, 0.5 * contrast - 3.5, lead - 20], 1)
+
+
+SHELL_SIDE = 16
+#: Model → uint8 images (N, 1, 16, 16), all of class 0.
+HARD_TO_FIND = {
+    ThinShell: np.concatenate([np.concatenate([np.full((8, 1, 16, 8), 128 + 40 * k), np.full((8, 1, 16, 8), 128)], 3)
+                               for k in range(3)]).astype(np.uint8),
+    NearestClassOutOfReach: np.full((8, 1, 16, 16), 128, np.uint8)}
+
+
+@functools.cache
+def hard_to_find(model: type[nn.Module], max_steps: int) -> SuiteResult:
+    """The quick suite at 8/255, PGD of five steps, against a model whose errors need more of them, or more starts."""
+    images = HARD_TO_FIND[model]
+    config = dataclasses.replace(CONFIG, eps=("8/255",), headline_eps="8/255", pgd_steps=5, max_steps=max_steps, sample=8)
+    return evaluate_suite(model(), images, np.zeros(len(images)), np.arange(len(images)), config)
+
+
+def converges(what: str, model: type[nn.Module], max_steps: int) -> bool:
+    """Whether the suite converged within `max_steps`, and says so."""
+    result = hard_to_find(model, max_steps)
+    row = next(row for row in result.sanity if row["check"] == f"converged_in_{what}")
+    return row["passed"] and not worst_case(result.logits, np.zeros(len(result.clean_logits), int), "8/255").any()
+
+
 TINY_STEP = [Stage("fgsm", "fgsm"), Stage("pgd", "pgd8", budget=dict(steps=3, step_size=1e-4, random_start=False))]
 WITH_SQUARE = [Stage("pgd", "pgd8", budget=dict(steps=8, loss="margin")),
                Stage("square", "square", budget=dict(queries=300))]
@@ -258,9 +316,10 @@ CONDITIONS: dict[str, tuple[Callable, object, object]] = {
     "08 PGD is not above FGSM": (lambda stages: check("pgd_le_fgsm", stages=stages), None, TINY_STEP),
     "09a accuracy does not rise with eps": (rising_curve_is_flagged, (0.8, 0.4), (0.4, 0.8)),
     "09b eps 1 leaves nothing": (lambda model: check("eps_one_breaks_all", model), None, zoo.QuantisedInput()),
-    "10a twice the steps changes little": (lambda stages: check("converged_in_steps", stages=stages), None, TINY_STEP),
-    "10b another restart changes little": (
-        lambda stages: check("converged_in_restarts", stages=stages), None, TINY_STEP),
+    "10a the suite goes on until twice the steps misclassify no further image, or says that it ended before": (
+        functools.partial(converges, "steps", ThinShell), 400, 5),
+    "10b and until a start towards each other class misclassifies none": (
+        functools.partial(converges, "restarts", NearestClassOutOfReach), 400, 5),
     "11 white box not above black box": (
         lambda model: check("white_box_le_black_box", model, WITH_SQUARE), zoo.honest_model(), zoo.QuantisedInput()),
     "12 the mean of minima, not the minimum of means": (
@@ -304,6 +363,47 @@ def test_condition_fails_on_a_broken_version(condition):
     assert not predicate(broken)
 
 
+def test_rounds_double_their_steps_on_robust_images_until_one_finds_nothing():
+    meta = hard_to_find(ThinShell, 400).meta["8/255", "pgd5"]
+    rounds = meta["rounds"]
+    assert [part["steps"] for part in rounds] == [5 * 2**k for k in range(len(rounds))] and len(rounds) >= 3
+    for earlier, later in zip(rounds, rounds[1:], strict=False):
+        assert later["n_attacked"] == earlier["n_attacked"] - earlier["misclassified"]
+    assert rounds[0]["misclassified"] < meta["n_attacked"] == sum(part["misclassified"] for part in rounds)
+    assert meta["steps"] == 5, "the budget of the stage itself"
+
+
+def test_an_image_that_no_round_misclassifies_keeps_its_right_answer_and_others_are_counted_once():
+    result = hard_to_find(ThinShell, 5)
+    truth = np.zeros(len(result.clean_logits), int)
+    found = sum(part["misclassified"] for part in result.meta["8/255", "pgd5"]["rounds"])
+    assert fallen(result.logits["8/255", "pgd5"], truth).sum() == found < len(truth)
+
+
+def test_a_stage_whose_steps_are_too_short_ends_with_the_errors_of_a_sound_one():
+    """PGD that hardly moves misclassifies nothing however often it doubles its steps: the rounds take PGD's own step size."""
+    mended = evaluate(zoo.honest_model(), TINY_STEP)
+    for eps_text in CONFIG.eps:
+        robust = [worst_case(result.logits, LABELS, eps_text).sum() for result in (mended, honest_result())]
+        assert abs(robust[0] - robust[1]) <= 1
+    assert not check("pgd_le_fgsm", stages=TINY_STEP), "its first round is told all the same"
+
+
+def test_a_suite_without_a_repeated_attack_does_not_pass_as_converged():
+    assert not check("converged_in_steps", stages=[Stage("fgsm", "fgsm")])
+
+
+def test_every_eps_and_both_views_are_attacked_until_they_converge():
+    config = dataclasses.replace(CONFIG, suite="standard")
+    repeated = {(stage.attack, stage.view, stage.eps) for stage in suite_plan(config)
+                if robustness.decides_robust_accuracy(stage)}
+    views = ("four", "three")
+    assert repeated == {("pgd", view, "every") for view in views} | {
+        ("apgd_t", view, eps) for view in views for eps in ("2/255", "headline", "0.005")}
+    figure = next(row for row in honest_result().sanity if row["check"] == "converged_in_steps")["figure"]
+    assert figure.keys() == set(CONFIG.eps) and all({"pgd8", "pgd8_merged"} == set(stages) for stages in figure.values())
+
+
 @pytest.mark.parametrize("more, passed", [(1, True), (2, False)])
 def test_an_order_of_attacks_may_be_off_by_one_image_whatever_its_printed_figure(more, passed):
     """39 of 80 is 0.4875 and prints as 0.487: one image more must not count as more than one."""
@@ -313,7 +413,7 @@ def test_an_order_of_attacks_may_be_off_by_one_image_whatever_its_printed_figure
         return np.eye(4, dtype=np.float32)[np.where(np.arange(80) < count, 0, 1)]
 
     logits = {("4/255", "noise"): standing(43), ("4/255", "fgsm"): standing(39), ("4/255", "pgd8"): standing(39 + more)}
-    run = types.SimpleNamespace(logits=logits, labels=labels, clean=standing(43),
+    run = types.SimpleNamespace(first_round=logits, labels=labels, clean=standing(43),
                                 meta={key: {"view": "four", "scope": "all"} for key in logits})
     rows = {row["check"]: row for row in robustness._ordered(run, ["4/255"])}
     assert rows["pgd_le_fgsm"]["passed"] is passed and rows["fgsm_le_noise"]["passed"]

@@ -94,6 +94,9 @@ class RunConfig:
     pgd_steps: int = 20
     sweep_steps: int = 100
     """Auto-PGD steps at the eps of the sweep; the headline eps always gets 100."""
+    max_steps: int = 400
+    """PGD and Auto-PGD are repeated with twice the steps until a round misclassifies no further image, up to so many steps;
+    one such round is always run."""
     attack_stride: int = 1
     """Attack one in so many test slices of each person; clean scores are always of every test slice."""
     attack_batch: int = 64
@@ -150,7 +153,8 @@ def parse_eps(text: str) -> float:
 #: What a profile changes: budgets and sizes, never code paths.
 PROFILES: dict[str, dict] = {
     "demo": dict(max_train=64, max_test=24, precision="fp32", input_size=48, epochs=2, batch_size=16, train_steps=2,
-                 trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, suite="quick", sample=8),
+                 trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, max_steps=40, suite="quick",
+                 sample=8),
     # Everybody is attacked, on two slices each: the number of people decides how wide the intervals are.
     "cpu": dict(slice_stride=4, epochs=12, train_steps=2, trials=0, suite="full", attack_stride=16, sweep_steps=20, sample=32,
                 attack_as_trained=True),

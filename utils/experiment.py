@@ -9,6 +9,7 @@ The notebooks call these functions; the command line runs the same ones:
     python -m utils.experiment search --model Resnet_atk --trials 40                # settings, on this machine (--storage: on many)
     torchrun --nproc_per_node 4 -m utils.experiment run --profile paper --model Dinov2_atk   # one training on several GPUs
     python -m utils.experiment attack --model Resnet_atk --protocol patient --eps 4/255
+    python -m utils.experiment attack-again --model Efficientnet --eps 0.5/255 1/255 --steps 100   # more steps, into the record
     python -m utils.experiment export --model Efficientnet                          # the unit's weights, half the size, for git
     python -m utils.experiment attack --model my_module:build --raw my_images/ --eps 4/255   # your model, your images
 
@@ -36,14 +37,15 @@ import tyro
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from utils import data, figures, grad_cam, leak_probe, optuna_search, phantom, report, training
-from utils.attacks import ATTACKS
+from utils import data, figures, grad_cam, optuna_search, phantom, report, training
+from utils.attacks import ATTACKS, GroupedClasses
 from utils.backbones import load_model, save_half
 from utils.cohort import COMMITTED_COHORT, Cohort, cohort_for, find_raw, read_cohort, read_raw, write_cohort
 from utils.config import RunConfig, folds_of, make_config, parse_eps
-from utils.metrics import fit_temperature, to_half
-from utils.robustness import (Stage, SuiteResult, attack_images, evaluate_suite, headline_of, model_from_factory,
-                              other_norms_plan, predict_logits, sample_measures, suite_plan, verdict)
+from utils.metrics import correct, fit_temperature, probabilities, scored, to_half
+from utils.robustness import (VIEWS, Stage, SuiteResult, as_pixels, attack_images, evaluate_suite, fallen, headline_of,
+                              model_from_factory, other_norms_plan, predict_logits, sample_measures, suite_plan, verdict,
+                              view_labels, wrong_where_not_finite)
 from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, choose_device, environment, git_state, hardware,
                                read_json, result_root, say, write_json)
 
@@ -181,9 +183,11 @@ def search(study: Study, config: RunConfig) -> RunConfig:
 
 
 def search_label(config: RunConfig) -> str:
-    """`none`, `fold0` (the record then also gives the score without that fold's validation people) or `inside`."""
+    """How the settings came about: `inside` (searched within the fold), `fold0` (searched on fold 0), `fold0 recipes`
+    (profile `cpu`: set by hand after looking at fold 0's validation patients, assets/<Model>/defaults.json) or `none`.
+    Where fold 0's validation patients took part the record also gives the score without them."""
     if not config.trials:
-        return "none"
+        return "fold0 recipes" if config.profile == "cpu" else "none"
     return "inside" if config.profile == "paper" or config.protocol == "slice" else "fold0"
 
 
@@ -256,11 +260,10 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
                             sources=sources, masks=masks, precision=fit.precision if config.attack_as_trained else "fp32")
     clean = training.predict(model, test.images, choose_device()).numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
-    measures = probed = {}
+    measures = {}
     if config.suite != "quick":
         measures = _kept_json(state / "measures.json", lambda: sample_measures(
             model, attacked.images, attacked.labels.numpy(), attacked.people.numpy(), config.for_explanations()))
-        probed = _kept_json(state / "leak_probe.json", lambda: probe_leak(sets, config, model))
     if measures:
         measures |= {"rows": chosen[measures["rows"]].tolist()}
     seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
@@ -268,14 +271,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     return Unit(rows, {**describe(study, config), "hardware": _machines(study, config), "init": fit.init, "precision": fit.precision,
                        "wall_seconds": seconds, "attacks": attacks, "sanity": result.sanity,
                        "temperature": fit_temperature(validation, sets["validation"].labels.numpy()),
-                       "measures": measures, "leak_probe": probed, "history": fit.history, "best_epoch": fit.best_epoch,
-                       "one_class": fit.one_class})
-
-
-def probe_leak(sets: dict[str, data.ImageSet], config: RunConfig, model: torch.nn.Module) -> dict:
-    """Whether the attack on the diagnosis takes the person away first: `leak_probe.probe` of this unit. Under `slice` the
-    gallery is the training set, where everybody is as well; under `patient` the test set itself."""
-    return leak_probe.probe(model, sets["test"], sets["train" if config.protocol == "slice" else "test"], config.for_explanations())
+                       "measures": measures, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
 
 
 def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:
@@ -300,6 +296,122 @@ def attack_plan(study: Study, config: RunConfig, model: torch.nn.Module,
     region = (maps >= maps.quantile(0.8, dim=1, keepdim=True)).float().view(attacked.images.shape).cpu()
     stages = suite_plan(config, tuple(sources), ("gradcam",))
     return sources, {"gradcam": region}, stages + (other_norms_plan(config) if config.suite == "full" else [])
+
+
+#: Largest difference of two probabilities that a copy of the weights in half precision may make (measured: 0.0016).
+SAME_WEIGHTS = 0.02
+
+
+def attack_again(study: Study, config: RunConfig, eps: tuple[str, ...], *, steps: int = 100, restarts: int = 2,
+                 attack_seed: int = 1) -> Unit:
+    """Attacks the slices that a run's record still holds robust, by margin PGD of a larger budget, in the views of four and
+    of three classes.
+
+    Returns the run with one more column an eps and view, `"<eps>:pgd<steps>_again"` and `"…_merged"` (`_again_seed<s>` for
+    another attack seed than 1), and in its metadata what these attacks did, and nothing else. Slices that were
+    not attacked carry the recorded logits that misclassified them; slices outside the recorded attacks' set are NaN.
+
+    Args:
+        eps: budgets that the record holds, as written there.
+        attack_seed: of the starting points; another one than the recorded attacks had.
+
+    Raises:
+        StudyError: no such run, eps or weights, the weights are not those of the record, or it holds this attack already.
+    """
+    known = recorded_as(study, config.model, config)
+    path = study.record(config.model, config.protocol)
+    if known is None:
+        raise StudyError(f"{path} holds no {config.unit} of profile {config.profile} and this cohort: run it first.")
+    if missing := [name for name in eps if name not in known.meta["attacks"]]:
+        raise StudyError(f"{path} holds no attacks at eps {', '.join(missing)}: give some of {', '.join(known.meta['attacks'])}.")
+    again = f"pgd{steps}_again" + (f"_seed{attack_seed}" if attack_seed != 1 else "")
+    if done := [name for name in eps if again in known.meta["attacks"][name]]:
+        raise StudyError(f"{path} holds {again} at eps {', '.join(done)} already: give other steps or another attack seed.")
+    test, (model, weights) = load_sets(study, config)["test"], _recorded_model(study, config)
+    _check_same_run(known, model, test, path)
+    budget = dict(steps=steps, restarts=restarts, seed=attack_seed)
+    rows: dict[str, np.ndarray] = {}
+    attacks: dict[str, dict] = {}
+    for eps_text in eps:
+        for view in ("four", "three"):
+            name = again + VIEWS[view][1]
+            logits, meta = _attack_robust_slices(known, model, test, config, eps_text, view, budget)
+            rows[f"{eps_text}:{name}"] = logits
+            attacks.setdefault(eps_text, {})[name] = {**meta, "weights": weights, **git_state()}
+    return Unit({**known.rows, **rows}, {**known.meta, "attacks": attacks})
+
+
+def _recorded_model(study: Study, config: RunConfig) -> tuple[torch.nn.Module, str]:
+    """A run's trained model and which of its weights these are: `checkpoint` or `fp16 copy`."""
+    path = study.weights(config)
+    if path is None:
+        raise StudyError(f"{study.checkpoint(config)} is not on this machine, nor is its fp16 copy: train the run again, or fetch "
+                         "its weights.")
+    return load_model(path).to(choose_device()), "checkpoint" if path == study.checkpoint(config) else "fp16 copy"
+
+
+def _check_same_run(known: Unit, model: torch.nn.Module, test: data.ImageSet, path: Path) -> None:
+    """Whether the test slices and the model's clean answers are those of the record: otherwise attacks on other slices, or
+    on another model, would be added to it."""
+    digests = [bytes(digest).hex() for digest in known.rows["file_sha256"]]
+    if digests != list(test.files):
+        raise StudyError(f"{path} was made with other test slices than these: prepare the data that it was made with.")
+    clean = training.predict(model, test.images, choose_device()).numpy()
+    difference = float(np.abs(probabilities(clean) - probabilities(known.rows["clean"].astype(np.float64))).max())
+    if not difference <= SAME_WEIGHTS:
+        raise StudyError(f"The weights here are not those of {path}: a clean probability differs by {difference:.3f}, and a copy in "
+                         f"half precision makes no more than {SAME_WEIGHTS}; fetch the run's own weights.")
+
+
+def _attack_robust_slices(known: Unit, model: torch.nn.Module, test: data.ImageSet, config: RunConfig, eps_text: str, view: str,
+                          budget: dict) -> tuple[np.ndarray, dict]:
+    """(float16 logits (N, 4) of a new column, what was done) of margin PGD on a run's robust slices at one eps and view."""
+    logits, robust = _misclassified_so_far(known, eps_text, view)
+    attacked, started = np.flatnonzero(robust), time.perf_counter()
+    if len(attacked):
+        part = test.pick(attacked)
+        pixels, labels, groups = as_pixels(part.images), part.labels.numpy(), VIEWS[view][0]
+        viewed = model if groups is None else GroupedClasses(model, groups)
+        made = attack_images(viewed, pixels, view_labels(labels, view), "pgd", parse_eps(eps_text), batch=config.attack_batch,
+                             loss="margin", **budget)
+        logits[attacked] = wrong_where_not_finite(predict_logits(model, made, config.attack_batch).numpy(), labels)
+    meta = {"norm": "linf", "kind": "white-box", "view": view, "scope": "standing", "precision": "fp32", "loss": "margin", **budget,
+            "n_attacked": len(attacked), "n_set": int(scored(logits).sum()),
+            "misclassified": int(fallen(logits[attacked], known.rows["labels"][attacked].astype(np.int64), view).sum()),
+            "seconds": round(time.perf_counter() - started, 2)}
+    return to_half(logits), meta
+
+
+def _misclassified_so_far(known: Unit, eps_text: str, view: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a run's record holds of its slices at an eps: the logits (N, 4) that first misclassified each in a view, clean or
+    under an L-infinity attack of this or a smaller eps, clean ones where none did, NaN for slices that no attack of this eps
+    was given; and which of the attacked slices are still robust, bool (N,)."""
+    labels, place = known.rows["labels"], ("four", "three").index(view)
+    logits = known.rows["clean"].astype(np.float64)
+    robust = correct(logits, labels)[place]
+    inside = np.zeros(len(labels), bool)
+    smaller = sorted((other for other in known.meta["attacks"] if parse_eps(other) <= parse_eps(eps_text)), key=parse_eps)
+    for other in smaller:
+        for name, meta in known.meta["attacks"][other].items():
+            if meta["norm"] != "linf":
+                continue
+            found = known.rows[f"{other}:{name}"].astype(np.float64)
+            new = robust & scored(found) & ~correct(found, labels)[place]
+            logits[new] = found[new]
+            robust &= ~new
+            inside |= scored(found) & (other == eps_text)
+    logits[~inside] = np.nan
+    return logits, robust & inside
+
+
+def with_more_attacks(known: Unit, more: Unit) -> Unit:
+    """A recorded run with the columns and the attacks of `more` added to it, and their seconds."""
+    attacks = {**known.meta["attacks"]}
+    for eps_text, added in more.meta["attacks"].items():
+        attacks[eps_text] = {**attacks.get(eps_text, {}), **added}
+    seconds = sum(meta["seconds"] for added in more.meta["attacks"].values() for meta in added.values())
+    wall = {**known.meta["wall_seconds"], "attack": known.meta["wall_seconds"]["attack"] + seconds}
+    return Unit({**known.rows, **more.rows}, {**known.meta, "attacks": attacks, "wall_seconds": wall})
 
 
 def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
@@ -339,11 +451,16 @@ def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult, chos
 def describe(study: Study, config: RunConfig) -> dict:
     """What a record says of how a unit came about."""
     label = search_label(config)
-    people = load_sets(study, dataclasses.replace(config, fold=0))["validation"].people.unique().tolist() if label == "fold0" else []
+    people = _fold0_validation_people(study) if label.startswith("fold0") else []
     return {"model": config.model, "regime": config.regime, "protocol": config.protocol, "data": study.data, "profile": config.profile,
             "search": label, "search_people": people, "fold": config.fold, "seed": config.seed, "cohort_sha256": study.cohort_sha256,
             "config": json.loads(json.dumps(dataclasses.asdict(config))), "environment": environment(), "hardware": hardware(),
             **git_state()}
+
+
+def _fold0_validation_people(study: Study) -> list[int]:
+    """The patients whom settings were chosen on, whichever protocol and fold they are used for."""
+    return data.load_set(study.sets, "patient", 0, "validation").people.unique().tolist()
 
 
 #: The attacks whose images are shown, with their budgets; the eps is the headline one, or the L2 and L0 one given.
@@ -821,6 +938,26 @@ def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient"
     print(f"{sanity_text(Unit(rows, meta))}\n\n{verdict(result.sanity)}")
 
 
+def attack_again_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0,
+                         eps: tuple[str, ...] = ("0.5/255", "1/255"), steps: int = 100, restarts: int = 2, attack_seed: int = 1,
+                         profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None) -> None:
+    """Attacks what a recorded run still holds robust, by PGD with more steps, and adds the result to its record.
+
+    Args:
+        eps: budgets that the record holds.
+        restarts: starts of PGD, each towards the next nearest class.
+        attack_seed: of the starting points; another one finds what this one missed.
+    """
+    study = open_study(profile, raw)
+    config = make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
+    again = attack_again(study, config, eps, steps=steps, restarts=restarts, attack_seed=attack_seed)
+    save(study, again, grow=with_more_attacks)
+    for eps_text, attacks in again.meta["attacks"].items():
+        for name, meta in attacks.items():
+            print(f"{model} {protocol} {config.unit}, {name} at {eps_text} ({meta['weights']}): {meta['misclassified']} of "
+                  f"{meta['n_attacked']} robust slices misclassified, {meta['n_set']} slices in all")
+
+
 def _everything_in(raw: str | None) -> data.ImageSet:
     """Every image of a folder as one set; nobody's person is known, so each image stands for itself in the intervals."""
     folder = find_raw(raw)
@@ -834,7 +971,7 @@ def _everything_in(raw: str | None) -> data.ImageSet:
 
 def main() -> None:
     commands = {"prepare": prepare, "search": search_command, "run": run, "train": train_command, "grid": grid, "export": export,
-                "attack": attack_command}
+                "attack": attack_command, "attack-again": attack_again_command}
     try:
         if sys.argv[1:2] == ["run"]:
             run(sys.argv[2:])

@@ -86,7 +86,10 @@ def show(score: dict | None, style: str = "percent", *, brief: bool = False, sig
     if not score or score["value"] is None:
         return MISSING
     scale, pattern = (100, ".1f") if style == "percent" else (1, ".3f")
-    value, low, high = (f"{scale * x:{'+' if signed else ''}{pattern}}" for x in (score["value"], *score["ci"]))
+    numbers = [f"{scale * x:{'+' if signed else ''}{pattern}}" for x in (score["value"], *(score["ci"] or ()))]
+    if len(numbers) == 1:  # known exactly: nothing was sampled
+        return f"**{numbers[0]}**" if brief else numbers[0]
+    value, low, high = numbers
     return f"**{value}**<br><sub>{low} to {high}</sub>" if brief else f"{value} [{low}, {high}]"
 
 
@@ -126,7 +129,9 @@ def size_of(block: dict) -> str:
 def _point(scores: dict | None, name: str) -> tuple[float, float, float] | None:
     """(value, low, high) in percent, or None where the score is missing or undefined."""
     found = (scores or {}).get(name)
-    return None if not found or found["value"] is None else tuple(100 * x for x in (found["value"], *found["ci"]))
+    if not found or found["value"] is None:
+        return None
+    return tuple(100 * x for x in (found["value"], *(found["ci"] or [found["value"]] * 2)))
 
 
 def _bars(point: tuple[float, float, float]) -> list[list[float]]:
@@ -790,92 +795,10 @@ def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-def probed(entries: list[Entry]) -> list[Entry]:
-    """The entries of which at least one unit was asked whether it knows the person (`leak_probe.py`)."""
-    return [entry for entry in entries if any(unit.get("leak_probe") for unit in entry.record["units"])]
-
-
-def pooled_probe(entry: Entry) -> dict:
-    """All units of a record in one: who each sampled image is, name → flags of `right`, `recognised` and (where every unit
-    has it) `neighbour`, and `shares`."""
-    rows, parts = entry.predictions, []
-    for unit in entry.record["units"]:
-        if probe := unit.get("leak_probe"):
-            own = np.flatnonzero((rows["fold"] == unit["fold"]) & (rows["seed"] == unit["seed"]))[probe["rows"]]
-            parts.append((probe, rows["labels"][own].astype(np.int64), rows["patient_id"][own].astype(np.int64)))
-    first = parts[0][0]
-    found = {what: {name: np.concatenate([part[what][name] for part, _, _ in parts]) for name in first[what]}
-             for what in ("recognised", "neighbour", "right") if all(what in part for part, _, _ in parts)}
-    return {**found, "labels": np.concatenate([labels for _, labels, _ in parts]),
-            "people": np.concatenate([people for _, _, people in parts]),
-            "shares": np.concatenate([part["shares"] for part, _, _ in parts]), "noise_shares": first["noise_shares"],
-            "bands": first["bands"]}
-
-
-#: What `leak_probe_figure` counts: key of `pooled_probe` → (kind of line, its name in the legend).
-PROBE_LINES = {"right": ("-", "diagnosis right"), "recognised": ("--", "person recognised"),
-               "neighbour": (":", "person recognised, neighbours count")}
-
-
-@styled
-def leak_probe_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
-    """Against eps, under PGD on the diagnosis: whose diagnosis is right, and whose person the features still tell; and the
-    spatial frequencies in which the perturbations lie."""
-    shown = probed(entries)
-    figure, axes = canvas(1, 3, (12.5, 5.2), "Does the attack take the person away before the diagnosis?", provenance(shown))
-    for panel, protocol in zip(axes[0], PROTOCOLS, strict=False):
-        panel.set_title(PROTOCOL_TITLES[protocol])
-        own = [entry for entry in shown if entry.protocol == protocol]
-        if not own:
-            _absent(panel)
-            continue
-        sizes = []
-        for entry in own:
-            found = pooled_probe(entry)
-            sizes.append((len(found["labels"]), len(np.unique(found["people"]))))
-            eps = [name for name in found["right"] if name != "clean" and not name.startswith("noise")]
-            eps = sorted(eps, key=parse_eps)
-            for what, (dashes, _) in PROBE_LINES.items():
-                if what not in found:
-                    continue
-                shares = [metrics.share(found[what][name], found["labels"], found["people"]) for name in ("clean", *eps)]
-                x = [0, *(255 * parse_eps(name) for name in eps)]
-                panel.plot(x, [100 * share["value"] for share in shares], dashes, color=COLOURS[entry.model], marker=MARKERS[entry.model],
-                           markersize=3.5)
-                panel.fill_between(x, [100 * share["ci"][0] for share in shares], [100 * share["ci"][1] for share in shares],
-                                   color=COLOURS[entry.model], alpha=0.08, linewidth=0)
-        _eps_axis(panel, eps)
-        panel.set_ylim(0, 102)
-        panel.set_title(f"{PROTOCOL_TITLES[protocol]}\n{_sizes(sizes)}\nbands: 95 % intervals")
-    axes[0, 0].set_ylabel("images (%)")
-    _frequency_panel(axes[0, 2], shown)
-    # Models and kinds of line apart: one entry for each pair of them would not fit on the page.
-    marks = [Line2D([], [], color=COLOURS[model], marker=MARKERS[model], linestyle="", label=model)
-             for model in dict.fromkeys(entry.model for entry in shown)]
-    marks += [Line2D([], [], color=BASE, linestyle=dashes, linewidth=1.1, label=label) for dashes, label in PROBE_LINES.values()]
-    figure.legend(handles=marks, loc="outside lower left", ncols=(len(marks) + 1) // 2)
-    return figure
-
-
-def _frequency_panel(panel: Axes, shown: list[Entry]) -> None:
-    for entry in shown:
-        found = pooled_probe(entry)
-        shares = 100 * np.array(found["shares"]).mean(0)
-        panel.plot(range(len(shares)), shares, "-" if entry.protocol == "patient" else ":", color=COLOURS[entry.model],
-                   marker=MARKERS[entry.model], markersize=3.5)
-    panel.plot(range(len(found["noise_shares"])), 100 * np.array(found["noise_shares"]), color=GREY, linewidth=1)
-    edges = found["bands"]
-    names = [f"{low:g}–{high:g}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]:g}+"]
-    panel.set_xticks(range(len(names)), names, fontsize=7.5)
-    panel.set(xlabel="cycles per image width", ylabel="share of the perturbation's energy (%)", ylim=(0, None),
-              title=f"Frequencies of the perturbations at {headline_eps(shown[0].record)}\nsolid: patient, dotted: slice\ngrey, unmarked: "
-                    "noise of the same size")
-
-
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
 STUDY_FIGURES = {"headline": headline_figure, "robustness": robustness_figure, "trade_off": trade_off_figure,
                  "per_class": per_class_figure, "confusion_matrices": confusion_matrices_figure, "reliability": reliability_figure,
-                 "transfer": transfer_figure, "leak_probe": leak_probe_figure}
+                 "transfer": transfer_figure}
 MODEL_FIGURES = {"confusion_matrix": confusion_figure, "loss_curve": loss_figure, "accuracy_curve": accuracy_figure,
                  "robustness": model_robustness_figure, "measures": measures_figure}
 

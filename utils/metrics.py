@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from scipy.stats import beta, norm
 
 METRICS = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "auroc", "macro_f1", "qwk", "ece")
 #: Mild and Moderate merged (a clinical rating of 1 or more): the headline decision, since Moderate is two people.
@@ -236,6 +235,8 @@ def exact_interval(hits: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     hits, counts = hits[present], counts[present]
     share = hits.sum() / counts.sum()
     number = _effective_number(hits, counts)
+    from scipy.stats import beta  # here, since reading records needs no scipy
+
     low = beta.ppf(TAIL, share * number, (1 - share) * number + 1) if hits.any() else 0.0
     high = beta.ppf(1 - TAIL, share * number + 1, (1 - share) * number) if (hits < counts).any() else 1.0
     return float(low), float(high)
@@ -492,6 +493,8 @@ def _p_value(draws: np.ndarray, value: float, low: float, high: float) -> float:
     towards_zero = value - low if value > 0 else high - value
     if towards_zero <= 0:
         return float(drawn)
+    from scipy.stats import norm
+
     return float(max(drawn, 2 * norm.sf(norm.isf(TAIL) * abs(value) / towards_zero)))
 
 

@@ -114,6 +114,16 @@ def score_rows(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
             **who.size()}
 
 
+def recalls_of(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
+    """{"slice", "person"}: recall of each of the three classes with its interval. Balanced accuracy is their mean, and
+    hides which class a model never answers."""
+    declared = metrics.scored(logits)
+    who = rows.take(declared)
+    by_person = metrics.by_person(logits[declared], who.labels, who.people, who.seeds)
+    return {"slice": metrics.recalls(logits[declared], who.labels, who.people, n_boot=n_boot),
+            "person": metrics.recalls(*by_person, n_boot=n_boot)}
+
+
 def _score_attack(logits: np.ndarray, rows: Rows, meta: dict, n_boot: int) -> dict:
     scores = score_rows(logits, rows, n_boot)
     person = {name: scores["person"][name] for name in PERSON_UNDER_ATTACK}
@@ -144,7 +154,8 @@ def score_worst_case(clean: np.ndarray, attacked: dict[str, np.ndarray], rows: R
 def _evaluate(predictions: Arrays, variant: str | None, rows: Rows, metas: list[dict], n_boot: int) -> dict:
     """The `clean`, `attacks`, `worst_case` and `other_norms` blocks of one form of a model."""
     clean = clean_of(predictions, variant)
-    blocks: dict = {"clean": score_rows(clean, rows, n_boot), "attacks": {}, "worst_case": {}, "other_norms": {}}
+    blocks: dict = {"clean": score_rows(clean, rows, n_boot) | {"recall_3": recalls_of(clean, rows, n_boot)},
+                    "attacks": {}, "worst_case": {}, "other_norms": {}}
     so_far: list[np.ndarray] = []
     for eps, attacks in attacks_of(predictions, variant).items():
         within: dict[str, np.ndarray] = {}
@@ -229,15 +240,16 @@ def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> 
     if "clean" in predictions:
         record.update(_without_search_people(predictions, units, rows, n_boot))
         record.update(_calibrated(predictions, units, rows, n_boot))
-    record["constant_answer"] = constant_answer(rows, n_boot)
+    record["constant_answer"] = constant_answer(rows)
     record["units"] = units
     return record
 
 
-def constant_answer(rows: Rows, n_boot: int = 2000) -> dict:
-    """Clean scores of always answering Non on these images: the control of every table. No attack moves it."""
+def constant_answer(rows: Rows) -> dict:
+    """Clean scores of always answering Non on these images: the control of every table. No attack moves it. They are
+    known without any sampling, so they have no interval (`"exact": true`)."""
     logits = np.where(np.arange(4) == 0, 0.0, -6e4) + np.zeros((len(rows.labels), 1))
-    return score_rows(logits, rows, n_boot)
+    return score_rows(logits, rows, n_boot=0)
 
 
 def _check(predictions: Arrays, units: list[dict]) -> None:
@@ -365,6 +377,8 @@ def without_rehearsals(entries: dict[Key, Entry]) -> dict[Key, Entry]:
 # ----------------------------------------------------------------------------------------------- rows of a study
 
 CONSTANT = "Constant answer"
+#: A member with more weight than this leaves the others no say.
+ONLY_MEMBER = 0.995
 
 
 @dataclass(frozen=True)
@@ -382,8 +396,17 @@ class StudyRow:
 
     @property
     def name(self) -> str:
-        return self.variant.replace("_", " ") if self.model == "Baselines" and self.variant else (
-            f"{self.model} · {self.variant}" if self.variant else self.model)
+        if self.model == "Baselines" and self.variant:
+            return self.variant.replace("_", " ")
+        return f"{self.model} · {self.variant}{self._only_member}" if self.variant else self.model
+
+    @property
+    def _only_member(self) -> str:
+        """What an ensemble is whose fitted weights all lie on one member: no ensemble, and its name says so."""
+        mixed = [unit["variants"][self.variant].get("weights", {}).get("weights", {}) for entry in self.entries.values()
+                 for unit in entry.record["units"] if self.variant in unit.get("variants", {})]
+        alone = [max(weights, key=weights.get) for weights in mixed if max(weights.values(), default=0) > ONLY_MEMBER]
+        return f" (all weight on {' or '.join(dict.fromkeys(alone))})" if mixed and len(alone) == len(mixed) else ""
 
     @property
     def trained(self) -> bool:

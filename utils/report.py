@@ -2,6 +2,7 @@
 
     python -m utils.report figures   redraw every figure under assets/ from the committed records and predictions
     python -m utils.report table     print the results tables
+    python -m utils.report recompute score every record again from its committed predictions
     python -m utils.report readme    rewrite README.md between `results:begin` and `results:end`
     python -m utils.report address   make badges, links and CITATION.cff follow pyproject's repository address
     python -m utils.report publish   copy a real-data run (default runs/demo-real) to the committed places
@@ -20,22 +21,21 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils import audit_figures, diagnosis_report, figures, metrics
+from utils import audit_figures, comparisons, diagnosis_report, figures, metrics
 from utils.config import PROFILES, folds_of
 from utils.figures import MISSING, save_figure, show
 from utils.records import (CONSTANT, Entry, StudyRow, attacks_of, headline_eps, provenance, read_entries,
-                           read_predictions,
-                           read_record, standing, study_rows, summarise, without_rehearsals,
-                           write_record)
+                           read_predictions, read_record, study_rows, summarise, without_rehearsals, write_record)
 from utils.utils_funcs import BACKBONES, CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, read_json, result_root
 
 __all__ = ["attacks_text", "draw_explanations", "draw_model_figures", "draw_study_figures", "findings_markdown",
-           "original_markdown", "publish", "read_entries", "read_predictions", "read_record", "results_markdown",
+           "original_markdown", "publish", "read_entries", "recompute", "read_predictions", "read_record", "results_markdown",
            "results_text", "save_figure", "scores_markdown", "summarise", "without_rehearsals", "write_readme", "write_record"]
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -46,18 +46,27 @@ COLUMNS = {
     "balanced accuracy, 3 classes (%)": ("slice", "balanced_accuracy_3", "percent"),
     "balanced accuracy, 4 classes (%)": ("slice", "balanced_accuracy", "percent"),
     "accuracy (%)": ("slice", "accuracy", "percent"),
+    "recall of Non / Very mild / Mild or Moderate (%)": ("slice", "recall_3", "recalls"),
     "AUROC, Non vs rest": ("slice", "auroc", "decimal"),
     "kappa, quadratic": ("slice", "qwk", "decimal"),
     "macro-F1 (%)": ("slice", "macro_f1", "percent"),
     "ECE (%)": ("slice", "ece", "percent"),
-    "by person: balanced accuracy, 3 classes (%)": ("person", "balanced_accuracy_3", "percent"),
-    "by person: AUROC": ("person", "auroc", "decimal"),
+    "by patient: AUROC": ("person", "auroc", "decimal"),
+    "by patient, of 60 years and more: AUROC": ("age", "person_auroc", "decimal"),
+    "by patient: balanced accuracy, 3 classes (%)": ("person", "balanced_accuracy_3", "percent"),
     "worst case at {eps}: balanced accuracy, 3 classes (%)": ("worst", "balanced_accuracy_3", "percent"),
     "worst case at {eps}: balanced accuracy, 4 classes (%)": ("worst", "balanced_accuracy", "percent"),
     "worst case at {eps}: AUROC": ("worst", "auroc", "decimal"),
 }
-HEADLINE = ("balanced accuracy, 3 classes (%)", "AUROC, Non vs rest",
-            "worst case at {eps}: balanced accuracy, 3 classes (%)")
+BALANCED, AUROC, RECALLS = "balanced accuracy, 3 classes (%)", "AUROC, Non vs rest", "recall of Non / Very mild / Mild or Moderate (%)"
+WORST = "worst case at {eps}: balanced accuracy, 3 classes (%)"
+PATIENT_AUROC, AGE_AUROC = "by patient: AUROC", "by patient, of 60 years and more: AUROC"
+#: The headline table: (protocol, column, short title). AUROC by patient comes first: it is the steadiest score.
+HEADLINE = (("patient", PATIENT_AUROC, "`patient`: AUROC by patient"), ("patient", AGE_AUROC, "60+ (n = {n_part}): AUROC by patient"),
+            ("patient", BALANCED, "`patient`: balanced accuracy (%)"),
+            ("patient", RECALLS, "`patient`: recall of Non / Very mild / Mild or Moderate (%)"),
+            ("patient", WORST, "`patient`: worst case at {eps} (%)"),
+            ("slice", BALANCED, "`slice`: balanced accuracy (%)"), ("slice", WORST, "`slice`: worst case at {eps} (%)"))
 
 
 # ------------------------------------------------------------------------------------------------------- tables
@@ -68,11 +77,48 @@ def _score(row: StudyRow, protocol: str, column: str) -> dict | None:
     block, (place, name, _) = row.blocks[protocol], COLUMNS[column]
     if place == "worst":
         return block["worst_case"].get(headline_eps(row.entries[protocol].record), {}).get(name)
-    return block["clean"][place][name]
+    if place == "age":
+        return _age_score(row, protocol, name)
+    return block["clean"].get(place, {}).get(name)
 
 
 def _cell(row: StudyRow, protocol: str, column: str, brief: bool = False) -> str:
+    if COLUMNS[column][2] == "recalls":
+        return _recalls(row, protocol, brief)
     return show(_score(row, protocol, column), COLUMNS[column][2], brief=brief)
+
+
+def _recalls(row: StudyRow, protocol: str, brief: bool) -> str:
+    """Recall of each of the three classes; with intervals unless `brief`. A row that counts patients has theirs."""
+    found = row.blocks.get(protocol, {}).get("clean", {}).get("recall_3", {}).get("slice")
+    if not found:
+        return MISSING
+    if brief:
+        return " / ".join(MISSING if one["value"] is None else f"{100 * one['value']:.0f}" for one in found)
+    return " / ".join(show(one) for one in found)
+
+
+@lru_cache(maxsize=4)
+def _ages(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
+
+
+def age_part(entries: Iterable[Entry]) -> dict:
+    """The scores on the age-matched part that `python -m utils.audit --against --scores` left beside these records; empty
+    where there are none or they are of another cohort."""
+    for entry in entries:
+        found = _ages(entry.path.parents[1] / "Baselines" / "age.json") if len(entry.path.parents) > 1 else {}
+        if found.get("cohort_sha256") == entry.record["cohort_sha256"]:
+            return found
+    return {}
+
+
+def _age_score(row: StudyRow, protocol: str, name: str) -> dict | None:
+    if protocol not in row.entries:
+        return None
+    scores = age_part([row.entries[protocol]]).get("rows", {})
+    found = scores.get("/".join(filter(None, (row.model, protocol, row.variant))), {}).get(name)
+    return found if found and found.get("ci") else None
 
 
 def _number(row: StudyRow, protocol: str) -> str:
@@ -240,7 +286,8 @@ SHORT_COLUMNS = {"bal.acc. 3": "balanced accuracy, 3 classes (%)", "bal.acc. 4":
                  "ECE": "ECE (%)",
                  "worst case": "worst case at {eps}: balanced accuracy, 3 classes (%)"}
 #: What notebooks show beside them for a row that counts slices.
-BY_PERSON = {"by person: bal.acc. 3": "by person: balanced accuracy, 3 classes (%)", "by person: AUROC": "by person: AUROC"}
+BY_PERSON = {"by patient: bal.acc. 3": "by patient: balanced accuracy, 3 classes (%)", "by patient: AUROC": "by patient: AUROC",
+             "recalls": RECALLS}
 
 
 def _rows_of(records: list[dict]) -> list[StudyRow]:
@@ -259,7 +306,7 @@ def _provenance(records: list[dict]) -> str:
 
 
 def _meaning(records: list[dict]) -> str:
-    return ("Percent, but AUROC and kappa; [95 % interval over resampled people]; bal.acc. over 3 classes (Mild "
+    return ("Percent, but AUROC and kappa; [95 % interval over resampled patients]; bal.acc. over 3 classes (Mild "
             "and Moderate merged) or 4;\nworst case: bal.acc. 3 over all L-infinity attacks at eps "
             f"{headline_eps(records[-1])}; checks: how many sanity checks passed.")
 
@@ -286,7 +333,7 @@ def scores_markdown(records: list[dict]) -> str:
         columns = SHORT_COLUMNS if shown[-1].counts_persons else SHORT_COLUMNS | BY_PERSON
         parts.append(_markdown([["#", f"`{protocol}`", *columns, _counted(shown), "checks"], *_scores(shown, protocol, columns.values())]))
     by_person = "" if all(row.counts_persons for row in rows if row.trained) else \
-        " By person: one decision a person, by the mean of its slices' probabilities."
+        " By patient: one decision a patient, by the mean of its slices' probabilities. Recalls: of Non / Very mild / Mild or Moderate."
     parts += [_provenance(records), _meaning(records) + by_person]
     parts.append("\n".join(f"- {which}: `{command}` ({run})" for which, command, run in _commands(rows)))
     return "\n\n".join(parts)
@@ -297,6 +344,8 @@ def _narrow(row: StudyRow, protocol: str, column: str) -> str:
     score = _score(row, protocol, column)
     if not score or score["value"] is None:
         return MISSING
+    if not score["ci"]:
+        return f"{100 * score['value']:.1f}" if COLUMNS[column][2] == "percent" else f"{score['value']:.2f}"
     if COLUMNS[column][2] == "percent":
         value, low, high = (100 * x for x in (score["value"], *score["ci"]))
         return f"{value:.1f} [{math.floor(low)}, {math.ceil(high)}]"
@@ -327,53 +376,7 @@ def attacks_text(record: dict) -> str:
     return f"{record['model']} · {record['protocol']} · {provenance([Entry(Path(), record)])}\n\n{_plain(table)}"
 
 
-# ----------------------------------------------------------------------------------------- twins, paired by person
-
-def _keys(entry: Entry) -> list[tuple]:
-    """What each row is: file, fold, seed, and which one of byte-identical copies (a hash alone is no key)."""
-    rows, seen, keys = entry.predictions, Counter(), []
-    for digest, fold, seed in zip(rows["file_sha256"], rows["fold"], rows["seed"], strict=True):
-        key = (digest.tobytes(), int(fold), int(seed))
-        keys.append((*key, seen[key]))
-        seen[key] += 1
-    return keys
-
-
-def _same_rows(first: Entry, second: Entry) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the images that both evaluated under the same fold and seed, in one order."""
-    place = {key: row for row, key in enumerate(_keys(second))}
-    pairs = [(row, place[key]) for row, key in enumerate(_keys(first)) if key in place]
-    return tuple(np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
-
-
-def twin_difference(entries: Entries, backbone: str, protocol: str) -> dict | None:
-    """Adversarially trained minus clean model on the same images, intervals over the same resampled people.
-
-    Returns:
-        {"clean": scores, "worst_case": scores, "n_slices", "n_people"}, or None where a twin has no record or was trained with
-        other means. The worst case is given where both ran attacks of the headline eps.
-    """
-    twins = [entries.get((f"{backbone}_atk", protocol)), entries.get((backbone, protocol))]
-    if None in twins or any(twins[0].record[key] != twins[1].record[key] for key in ("data", "profile", "init")):
-        return None  # trained with other means: no pair
-    rows = _same_rows(*twins)
-    if not len(rows[0]):
-        return None
-    who = twins[0].rows.take(rows[0])
-    clean = [twin.predictions["clean"][own] for twin, own in zip(twins, rows, strict=True)]
-    result = {"clean": metrics.paired_difference(*clean, who.labels, who.people), "worst_case": {}, **who.size()}
-    eps = headline_eps(twins[0].record)
-    flags = []
-    for twin, own, logits in zip(twins, rows, clean, strict=True):
-        within = attacks_of(twin.predictions).get(eps, {})
-        flags.append(standing(logits, [within[name][own] for name in twin.record["attacks"].get(eps, {})], who.labels))
-    covered = flags[0][2] & flags[1][2]
-    result["n_attacked"] = int(covered.sum())
-    if covered.any():
-        part = who.take(covered)
-        result["worst_case"] = metrics.paired_standing_difference(
-            *((four[covered], three[covered]) for four, three, _ in flags), part.labels, part.people)
-    return result
+# -- comparisons -----------------------------------------------------------------------------------------------------------
 
 
 def _attacked(slices: int, attacked: int) -> str:
@@ -381,111 +384,89 @@ def _attacked(slices: int, attacked: int) -> str:
     return f" ({attacked:,} attacked)" if 0 < attacked < slices else ""
 
 
-def _twin_table(entries: Entries, protocols: list[str], eps: str) -> str:
-    table = [["adversarial − clean, points"]]
-    for protocol in protocols:
-        table[0] += [f"`{protocol}`: clean", f"`{protocol}`: worst case at {eps}", f"`{protocol}`: n"]
-    for backbone in BACKBONES:
-        found = {protocol: twin_difference(entries, backbone, protocol) for protocol in protocols}
-        if not any(found.values()):
-            continue
-        cells = [f"`{backbone}_atk` − `{backbone}`"]
-        for difference in found.values():
-            cells += [show(difference["clean"]["balanced_accuracy_3"], signed=True),
-                      show(difference["worst_case"].get("balanced_accuracy_3"), signed=True),
-                      f"{difference['n_slices']:,} / {difference['n_people']:,}"
-                      + _attacked(difference["n_slices"], difference["n_attacked"])] if difference else [MISSING] * 3
-        table.append(cells)
-    return _markdown(table) if len(table) > 1 else ""
+#: How a verdict after Holm's correction stands in a table.
+VERDICTS = {"better": " ▲", "worse": " ▼", "undecided": ""}
+ONE_SEED = "Each network is one training (seed 0): the intervals hold the patients' variance alone, not that of another seed."
 
 
-# ------------------------------------------------------------------------------- does the attack break the leak first?
-
-#: The eps at which what an attack leaves of the person and of the diagnosis are compared: later, clean models have nothing left.
-LEAK_EPS = "1/255"
-#: Images that must have shown the person, and the diagnosis, before an attack: fewer are shown and not judged.
-LEAST_TO_JUDGE = 10
+def _difference(comparison: comparisons.Comparison, style: str) -> str:
+    return show(comparison.score, style, signed=True) + VERDICTS[comparison.verdict]
 
 
-def what_the_split_adds(slice_: Entry, patient: Entry) -> dict[str, dict]:
-    """Balanced accuracy over three classes under `slice` minus under `patient`: eps → score with an interval over the people
-    that both tested there. `clean` is of all clean images, an eps is the worst case on those that were attacked. Empty where
-    the two were trained with other means, as in `twin_difference`."""
-    added = {}
-    if any(slice_.record[key] != patient.record[key] for key in ("data", "profile", "init")):
-        return added
-    for eps in (None, *(eps for eps in slice_.record["worst_case"] if eps in patient.record["worst_case"])):
-        sides = [_standing_at(entry, eps) for entry in (slice_, patient)]
-        people = np.intersect1d(sides[0][3], sides[1][3])
-        if len(people):
-            sides = [tuple(column[np.isin(side[3], people)] for column in side) for side in sides]
-            added[eps or "clean"] = metrics.standing_difference(*sides)["balanced_accuracy_3"] | {"n_people": len(people)}
-    return added
+def _legend(found: list[comparisons.Comparison], of: str) -> str:
+    return (f"<sub>▲ {of} better, ▼ worse at 5 % after Holm's correction for the {len(found)} comparisons of this table; the intervals are "
+            f"not corrected. {ONE_SEED}</sub>")
 
 
-def _standing_at(entry: Entry, eps: str | None) -> tuple[np.ndarray, ...]:
-    """(four, three, labels, people) of the images that were attacked at that eps; of all, as they are, where it is None."""
-    attacked = attacks_of(entry.predictions).get(eps, {})
-    four, three, covered = standing(entry.predictions["clean"], [attacked[name] for name in entry.record["attacks"].get(eps, {})],
-                                    entry.rows.labels)
-    rows = covered if eps else metrics.scored(entry.predictions["clean"])
-    return four[rows], three[rows], entry.rows.labels[rows], entry.rows.people[rows]
+def _pivot(found: list[comparisons.Comparison], column_of: Callable[[comparisons.Comparison], str], style: str,
+           corner: str) -> str:
+    columns = list(dict.fromkeys(column_of(one) for one in found))
+    table = [[corner, *columns, "n slices / patients"]]
+    for row in dict.fromkeys(one.first.number for one in found):
+        own = {column_of(one): one for one in found if one.first.number == row}
+        first = next(iter(own.values()))
+        table.append([f"{row} `{first.first.name}`", *(_difference(own[name], style) if name in own else MISSING for name in columns),
+                      f"{first.n_slices:,} / {first.n_patients:,}"])
+    return _markdown(table)
 
 
-def person_against_diagnosis(entry: Entry, eps: str = LEAK_EPS) -> dict:
-    """What PGD on the diagnosis leaves of what was there on the clean images: `first` of the persons recognised, `second` of
-    the right diagnoses, their `difference`, and how many images had either; empty where this was not asked at that eps."""
-    if not figures.probed([entry]) or eps not in (found := figures.pooled_probe(entry))["right"]:
-        return {}
-    before, after = ([found[what][name] for what in ("recognised", "right")] for name in ("clean", eps))
-    return {**metrics.kept_shares(*zip(before, after, strict=True), found["labels"], found["people"]), "n": len(found["labels"]),
-            "n_recognised": int(np.sum(before[0])), "n_right": int(np.sum(before[1]))}
-
-
-def leak_markdown(rows: list[StudyRow]) -> str:
-    """The lead put to the test, whichever way it comes out: does an attack break the leak before the medicine?"""
-    rows = [row for row in rows if row.model in MODELS]
-    added = [(row, by_eps) for row in rows if set(PROTOCOLS) <= set(row.entries)
-             and (by_eps := what_the_split_adds(*(row.entries[protocol] for protocol in PROTOCOLS)))]
-    kept = [(row, protocol, shares) for row in rows for protocol, entry in row.entries.items()
-            if (shares := person_against_diagnosis(entry))]
-    if not (added or kept):
+def controls_markdown(rows: list[StudyRow]) -> str:
+    """Networks against controls with patients kept apart: AUROC by patient, and robust accuracy against the exact one."""
+    clean = comparisons.patient_auroc_against_controls(rows)
+    if not clean:
         return ""
-    parts = ["**Does the attack break the leak before the medicine?** If recognising people rests on fine texture and the disease on "
-             "coarse anatomy, an attack should take away first what the published split adds, and the person before the diagnosis."]
-    if added:
-        eps = list(dict.fromkeys(name for _, by_eps in added for name in by_eps))
-        table = [["row", *(name if name == "clean" else f"worst case at {name}" for name in eps), "n people"]]
-        table += [[f"{row.number} `{row.name}`", *(show(by_eps.get(name), brief=True, signed=True) for name in eps),
-                   " to ".join(dict.fromkeys(f"{of(score['n_people'] for score in by_eps.values()):,}" for of in (min, max)))]
-                  for row, by_eps in added]
-        parts += ["What the split adds: balanced accuracy over three classes under `slice` minus under `patient`, in points; beneath each "
-                  "value its 95 % interval, the same people resampled in both. The two models of a row were trained differently too "
-                  "(*Protocols* in README), which may be a part of it.", _markdown(table)]
-    if kept:
-        table = [["row", "protocol", "persons kept (%)", "diagnoses kept (%)", "persons − diagnoses, points",
-                  "n recognised / right / images"]]
-        table += [[f"{row.number} `{row.name}`", f"`{protocol}`", show(shares["first"]), show(shares["second"]),
-                   show(shares["difference"], signed=True),
-                   f"{shares['n_recognised']} / {shares['n_right']} / {shares['n']}"] for row, protocol, shares in kept]
-        parts += [f"What PGD on the diagnosis at {LEAK_EPS} leaves of the persons whom the features told on clean images, and of the "
-                  "diagnoses that were right there:", _markdown(table), _who_goes_first(kept)]
+    parts = ["**Networks against controls, patients kept apart**: AUROC by patient of the network minus that of the control, paired by "
+             "patient [95 % interval]:", _pivot(clean, lambda one: f"− {one.second.number} `{one.second.name}`", "decimal", "network"),
+             _legend(clean, "the network")]
+    sweep = [eps for eps in ("1/255", "2/255", "4/255", "8/255")]
+    if robust := comparisons.robust_accuracy_against_exact(rows, sweep):
+        control = robust[0].second
+        parts += [f"**Robust accuracy against a linear model whose robust accuracy is exact** (row {control.number}, `{control.name}`; no "
+                  "attack can be too weak to find it): balanced over three classes, network minus control, points, on the slices that the "
+                  "network was attacked on:", _pivot(robust, lambda one: f"at {one.what}", "percent", "network"),
+                  _legend(robust, "the network")]
     return "\n\n".join(parts)
 
 
-def _who_goes_first(kept: list[tuple[StudyRow, str, dict]]) -> str:
-    verdicts: dict[str, list[str]] = {name: [] for name in ("person", "diagnosis", "undecided", "few")}
-    for row, protocol, shares in kept:
-        low, high = shares["difference"]["ci"] or (0, 0)
-        # Of a handful of images an interval promises too much: when none or all of them keep what they had, it has no width.
-        verdict = ("few" if min(shares["n_recognised"], shares["n_right"]) < LEAST_TO_JUDGE else
-                   "person" if high < 0 else "diagnosis" if low > 0 else "undecided")
-        verdicts[verdict].append(f"row {row.number} under `{protocol}`")
-    told = {name: ", ".join(of) or "none" for name, of in verdicts.items()}
-    return (f"The person goes first (interval below 0): {told['person']}. The diagnosis goes first (above 0): {told['diagnosis']}. "
-            f"Undecided: {told['undecided']}. Too few to judge (under {LEAST_TO_JUDGE}): {told['few']}. To tell a person is a choice "
-            "among many, a diagnosis one among four; that alone may make the first easier to upset, so the shares are a hint at what each "
-            "rests on, and no proof.")
+def _counterparts_markdown(rows: list[StudyRow], protocols: list[str], eps: str) -> str:
+    """What adversarial training costs on clean images and buys in the worst case, paired by patient."""
+    found = comparisons.counterpart_comparisons(rows, protocols)
+    if not found:
+        return ""
+    names = {"clean": "clean", "worst_case": f"worst case at {eps}"}
+    table = [["adversarial − clean, points", *(f"`{protocol}`: {name}" for protocol in protocols for name in names.values()),
+              "n slices / patients (attacked)"]]
+    for number in dict.fromkeys(one.first.number for one in found):
+        own = {one.what: one for one in found if one.first.number == number}
+        pair = next(iter(own.values()))
+        sizes = []
+        for protocol in protocols:
+            if f"{protocol} clean" in own:
+                clean, attacked = own[f"{protocol} clean"], own.get(f"{protocol} worst_case")
+                sizes.append(f"{clean.n_slices:,} / {clean.n_patients:,}{_attacked(clean.n_slices, attacked.n_slices if attacked else 0)}")
+        cells = [_difference(own[f"{protocol} {what}"], "percent") if f"{protocol} {what}" in own else MISSING
+                 for protocol in protocols for what in names]
+        table.append([f"{pair.first.number} `{pair.first.name}` − {pair.second.number} `{pair.second.name}`", *cells, "; ".join(sizes)])
+    title = ("**What adversarial training costs and buys**: differences in balanced accuracy over three classes, paired by patient "
+             "[95 % interval]. That a cost is not seen is no proof that there is none:")
+    return "\n\n".join([title, _markdown(table), _legend(found, "the adversarially trained network")])
+
+
+def withdrawn_markdown(rows: list[StudyRow]) -> str:
+    """What stood here and why it no longer does, with the numbers that show it."""
+    entries = [entry for row in rows if row.model in MODELS and row.variant is None for entry in row.entries.values()]
+    entries = [entry for entry in entries if "neighbour" in comparisons.pooled_probe(entry)]
+    if not entries:
+        return ""
+    apart, near = (comparisons.probe_differences(entries, what) for what in ("recognised", "neighbour"))
+    (below, above), (below_near, above_near) = comparisons.away_from_zero(apart), comparisons.away_from_zero(near)
+    return ("**Withdrawn: *the attack breaks the leak before the medicine*.** A table here compared the two protocols' models, which differ "
+            "in augmentation, number of steps and fit as well as in the split, and asked by the nearest neighbor of a network's features "
+            f"whether patients or diagnoses go first under PGD at {comparisons.PROBE_EPS}. The answer hangs on a choice of the probe: of "
+            f"{len(apart)} records the patients seemed to go first in {below} and the diagnoses in {above} where slices nearer than four "
+            f"did not count, in {below_near} and {above_near} of {len(near)} where all slices count (intervals beside 0, uncorrected). It "
+            "takes one network that answers both questions, about slices of its training patients and about slices of others; until that "
+            "is run nothing is claimed.")
 
 
 # ------------------------------------------------------------------------------------------------------- figures
@@ -515,9 +496,11 @@ def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
 
 
 def _compared(entries: Entries) -> tuple[Entries, list[StudyRow]]:
-    """What the comparing figures show: rows that count persons have figures of their own (`utils/diagnosis_report.py`)."""
-    return ({key: entry for key, entry in entries.items() if entry.model != "Sequence"},
-            [row for row in study_rows(entries) if not row.counts_persons])
+    """What the comparing figures show: rows that count persons have figures of their own (`utils/diagnosis_report.py`), and rows
+    that lack folds stand beside no row of all patients."""
+    rows = [row for row in study_rows(entries) if not row.counts_persons and (_is_whole(row) or not row.trained)]
+    kept = {row.model for row in rows}
+    return {key: entry for key, entry in entries.items() if entry.model in kept}, rows
 
 
 def explained_path(record: Path | str) -> Path:
@@ -550,8 +533,7 @@ def _drawable(entries: Entries, rows: list[StudyRow]) -> list[str]:
     if not any(row.trained for row in rows):
         return ["headline"] if rows else []
     transfer = any(figures.transfer_cells([*entries.values()], protocol) for protocol in PROTOCOLS)
-    has = {"transfer": transfer, "leak_probe": bool(figures.probed([*entries.values()])),
-           "confusion_matrices": any(model in MODELS for model, _ in entries)}
+    has = {"transfer": transfer, "confusion_matrices": any(model in MODELS for model, _ in entries)}
     return [name for name in figures.STUDY_FIGURES if has.get(name, True)]
 
 
@@ -583,14 +565,11 @@ CAPTIONS = {
     "robustness": "Worst case over every L∞ attack of the suite against eps. What falls at one eps counts as fallen "
                   "at every larger one, so the curves cannot rise.",
     "trade_off": "What adversarial training costs (leftwards) and buys (upwards): an arrow leads from each clean "
-                 "model to its twin.",
+                 "model to its adversarially trained counterpart.",
     "per_class": "The same by class. Moderate is two people: no claim rests on it.",
     "confusion_matrices": "What each model decides on clean images: percent of the true class, and slices.",
     "reliability": "Confidence against accuracy; open marks, where present, after temperature scaling on validation "
                    "images.",
-    "leak_probe": "Solid: the diagnosis is right; dashed: the features' nearest other slice, four or more slices away, is of the same "
-                  "person; dotted, where it was measured: neighbouring slices count too. All on the same images, under PGD on the "
-                  "diagnosis.",
     "transfer": "Momentum PGD on one model, shown to another; the diagonal is PGD on the model itself.",
 }
 
@@ -606,92 +585,131 @@ def _attacked_size(row: StudyRow, protocol: str = "patient") -> str:
     return f"{figures.size_of(row.blocks[protocol]['worst_case'][headline_eps(entry.record)])}{_folds(row, protocol)}"
 
 
-def _beside_its_twin(row: StudyRow, rows: list[StudyRow]) -> str:
-    """What adversarial training cost and bought, for a row that has a clean twin; else nothing."""
-    backbone = row.model.removesuffix("_atk")
-    entries = {(other.model, "patient"): other.entries["patient"] for other in rows
-               if other.model in (backbone, f"{backbone}_atk") and "patient" in other.entries}
-    difference = twin_difference(entries, backbone, "patient") if row.model.endswith("_atk") else None
-    if not difference or not difference["worst_case"]:
-        return ""
-    bought, cost = (difference[what]["balanced_accuracy_3"] for what in ("worst_case", "clean"))
-    number = next(other.number for other in rows if other.model == backbone)
-    return (f"Paired by person with its clean twin (row {number}) that is {show(bought, signed=True)} points in the worst case, and "
-            f"{show(cost, signed=True)} on clean images.")
+def _is_result(row: StudyRow, protocol: str) -> bool:
+    """Whether a row is more than a rehearsal under a protocol."""
+    return protocol in row.entries and row.entries[protocol].record["profile"] != "demo"
 
 
 def _findings(rows: list[StudyRow], eps: str) -> str:
-    """The abstract: one paragraph in numbers, each with the row that bears it, and a word in bold where its subject changes."""
-    column, worst = HEADLINE[0], HEADLINE[2]
-
-    def value(row: StudyRow, protocol: str, name: str) -> float | None:
-        return (_score(row, protocol, name) or {}).get("value")
-
-    said, constant = [], value(rows[0], "patient", column)
+    """The abstract: a paragraph a question, in numbers, each with the row that bears it. A verdict stands here only where a
+    paired interval, or a test corrected for the number of comparisons, bears it."""
     controls = {row.variant: row for row in rows if row.model == "Baselines"}
-    if {"nearest_neighbour", "nearest_neighbour_permuted"} <= set(controls):
-        plain, permuted = controls["nearest_neighbour"], controls["nearest_neighbour_permuted"]
-        said.append(f"**The split.** Under the published split a nearest neighbour with nothing learned (row {plain.number}) reaches a "
-                    f"balanced accuracy over three classes of {_cell(plain, 'slice', column)} %, and with the people's labels permuted "
-                    f"(row {permuted.number}) still {_cell(permuted, 'slice', column)} %: the split rewards recognising people. With no "
-                    f"person on both sides it reaches {_cell(plain, 'patient', column)} %.")
-    trained = [row for row in rows if row.trained]
-
-    def earnest(row: StudyRow, protocol: str) -> bool:
-        return protocol in row.entries and row.entries[protocol].record["profile"] != "demo"
-
-    # Rehearsals say nothing about models; where there is more, they are not spoken of.
-    rehearsal = not any(earnest(row, protocol) for row in trained for protocol in PROTOCOLS)
-    if rehearsal and any(earnest(row, "patient") for row in controls.values()):
-        return " ".join([*said, "The models below were rehearsed only: no number of theirs is a finding."])
-    both = [row for row in trained if (rehearsal or all(earnest(row, protocol) for protocol in PROTOCOLS))
-            and all(value(row, protocol, column) is not None for protocol in PROTOCOLS)]
-    if both:
-        best = max(both, key=lambda row: value(row, "slice", column))
-        said.append(f"**Clean images.** Under the published split the best model, `{best.name}` (row {best.number}), reaches a balanced "
-                    f"accuracy over three classes of {_cell(best, 'slice', column)} % ({_clean_size(best, 'slice')}). With no person on "
-                    f"both sides the same kind of model reaches {_cell(best, 'patient', column)} % ({_clean_size(best, 'patient')}), "
-                    f"where always answering *Non* (row 1) gives {100 * constant:.1f} %.")
-        added = what_the_split_adds(*(best.entries[protocol] for protocol in PROTOCOLS)) if best.model in MODELS else {}
-        if {"clean", LEAK_EPS} <= set(added):
-            said.append(f"The {show(added['clean'], signed=True)} points that the split adds to row {best.number} are "
-                        f"{show(added[LEAK_EPS], signed=True)} in the worst case at {LEAK_EPS} (n = {added[LEAK_EPS]['n_people']} people).")
-    attacked = [row for row in trained if (rehearsal or earnest(row, "patient")) and value(row, "patient", worst) is not None]
-    if attacked:
-        best = max(attacked, key=lambda row: value(row, "patient", worst))
-        low, high = _score(best, "patient", worst)["ci"]
-        verdict = _against(constant, low, high)
-        said.append(f"**Under attack.** At eps {eps}, in the worst case over all attacks, the most robust model under `patient` is "
-                    f"`{best.name}` (row {best.number}) with {_cell(best, 'patient', worst)} % "
-                    f"({_attacked_size(best)}): {verdict} the constant answer.")
-        said.append(_beside_its_twin(best, rows))
-        for row in attacked:
-            verdict = _against(constant, *_score(row, "patient", worst)["ci"])
-            if row.model.endswith("_atk") and row is not best and verdict != "above":
-                said.append(f"Adversarially trained `{row.name}` (row {row.number}), with {_cell(row, 'patient', worst)} % "
-                            f"({_attacked_size(row)}), is {verdict} the constant answer there.")
-                said.append(_beside_its_twin(row, rows))
-            elif row.model in BACKBONES and row is not best and verdict != "below":
-                said.append(f"Never attacked in training, `{row.name}` (row {row.number}) keeps {_cell(row, 'patient', worst)} % "
-                            f"({_attacked_size(row)}) there: {verdict} the constant answer.")
-        for row in trained:
-            if not row.model.endswith("_atk") or not (rehearsal or earnest(row, "slice")) or value(row, "slice", worst) is None:
-                continue
-            verdict = _against(value(rows[0], "slice", column), *_score(row, "slice", worst)["ci"])
-            if verdict != "above":
-                said.append(f"Under the published split `{row.name}` (row {row.number}), with {_cell(row, 'slice', worst)} % "
-                            f"({_attacked_size(row, 'slice')}), is {verdict} the constant answer in the worst case at {eps}.")
-    return " ".join(filter(None, said))
+    networks = [row for row in rows if row.model in MODELS and _is_result(row, "patient")]
+    said = [_said_of_the_split(controls)]
+    if not networks and any(row.trained for row in rows):
+        if any(_is_result(row, "patient") for row in controls.values()):
+            return "\n\n".join([*filter(None, said), "The models below were rehearsed only: no number of theirs is a finding."])
+        networks = [row for row in rows if row.model in MODELS and "patient" in row.blocks]
+    said += [_said_of_clean_images(rows, networks), _said_of_controls(rows), _said_of_robustness(rows, networks, eps),
+             _said_of_adversarial_training(rows, eps), _said_of_age(networks, controls)]
+    return "\n\n".join(filter(None, said))
 
 
-def _against(constant: float, low: float, high: float) -> str:
-    """Where an interval lies; one that only touches the constant is not beyond it."""
-    return "above" if low > constant + 1e-4 else "below" if high < constant - 1e-4 else "not distinguishable from"
+def _value(row: StudyRow, protocol: str, column: str) -> float | None:
+    return (_score(row, protocol, column) or {}).get("value")
+
+
+def _said_of_the_split(controls: dict[str, StudyRow]) -> str:
+    if not {"nearest_neighbour", "nearest_neighbour_permuted"} <= set(controls):
+        return ""
+    plain, permuted = controls["nearest_neighbour"], controls["nearest_neighbour_permuted"]
+    if "slice" not in plain.blocks or "patient" not in plain.blocks:
+        return ""
+    return (f"**The split.** Under the published split a nearest neighbor with nothing learned (row {plain.number}) reaches a balanced "
+            f"accuracy over three classes of {_cell(plain, 'slice', BALANCED)} %, and with the patients' labels permuted (row "
+            f"{permuted.number}) still {_cell(permuted, 'slice', BALANCED)} %: the split rewards recognizing patients. With patients kept "
+            f"apart it reaches {_cell(plain, 'patient', BALANCED)} %.")
+
+
+def _said_of_clean_images(rows: list[StudyRow], networks: list[StudyRow]) -> str:
+    both = [row for row in networks if _value(row, "slice", BALANCED) is not None and _value(row, "patient", BALANCED) is not None]
+    if not both:
+        return ""
+    best = max(both, key=lambda row: _value(row, "slice", BALANCED))
+    return (f"**Clean images.** Under the published split the network that scores highest there, `{best.name}` (row {best.number}), reaches "
+            f"{_cell(best, 'slice', BALANCED)} % ({_clean_size(best, 'slice')}). With patients kept apart the same kind of network reaches "
+            f"{_cell(best, 'patient', BALANCED)} % ({_clean_size(best, 'patient')}), where always answering *Non* (row 1) gives "
+            f"{_cell(rows[0], 'patient', BALANCED)} %.")
+
+
+def _said_of_controls(rows: list[StudyRow]) -> str:
+    found = comparisons.patient_auroc_against_controls(rows)
+    if not found:
+        return ""
+    counts = Counter(one.verdict for one in found)
+    network = max((one.first for one in found), key=lambda row: _value(row, "patient", PATIENT_AUROC))
+    control = max((one.second for one in found), key=lambda row: _value(row, "patient", PATIENT_AUROC))
+    pair = next(one for one in found if (one.first, one.second) == (network, control))
+    better = "No comparison finds a network better at ranking unseen patients than" if not counts["better"] else (
+        f"{counts['better']} of {len(found)} comparisons find a network better at ranking unseen patients than")
+    return (f"**Networks against controls.** {better} small models without a hidden layer: of {len(found)} paired comparisons of AUROC by "
+            f"patient, {counts['better']} favor the network and {counts['worse']} the control after Holm's correction. The network that "
+            f"ranks best, `{network.name}` (row {network.number}), has {_cell(network, 'patient', PATIENT_AUROC)}; `{control.name}` (row "
+            f"{control.number}) has {_cell(control, 'patient', PATIENT_AUROC)}; the difference is {show(pair.score, 'decimal', signed=True)} "
+            f"(n = {pair.n_patients} patients).")
+
+
+def _said_of_robustness(rows: list[StudyRow], networks: list[StudyRow], eps: str) -> str:
+    attacked = [row for row in networks if _value(row, "patient", WORST) is not None]
+    if not attacked:
+        return ""
+    best = max(attacked, key=lambda row: _value(row, "patient", WORST))
+    said = [f"**Under attack.** At eps {eps}, over all attacks of the suite, the network that keeps most with patients apart is "
+            f"`{best.name}` (row {best.number}): {_cell(best, 'patient', WORST)} % ({_attacked_size(best)})."]
+    exact = [one for one in comparisons.robust_accuracy_against_exact(rows, [eps]) if one.first == best]
+    if exact:
+        verdict = {"better": "more than", "worse": "less than", "undecided": "no more than can be told from"}[exact[0].verdict]
+        control = exact[0].second
+        said.append(f"That is {verdict} what a robust linear model keeps, whose robust accuracy is exact (row {control.number}, "
+                    f"{_cell(control, 'patient', WORST)} % of all slices): network minus linear model "
+                    f"{show(exact[0].score, signed=True)} points on the same slices.")
+    against = comparisons.robust_accuracy_against_constant(rows, eps)
+    told = {"better": "above", "undecided": "not distinguishable from", "worse": "below"}
+    groups = [f"{word} the constant answer: " + ", ".join(
+        f"`{one.first.name}` (row {one.first.number}) {_cell(one.first, 'patient', WORST)} %" for one in against if one.verdict == verdict)
+        for verdict, word in told.items() if any(one.verdict == verdict for one in against)]
+    if groups:
+        said.append(f"After Holm's correction for {len(against)} comparisons, {'; '.join(groups)}.")
+    return " ".join(said)
+
+
+def _said_of_adversarial_training(rows: list[StudyRow], eps: str) -> str:
+    found = {(one.first.number, one.what): one for one in comparisons.counterpart_comparisons(rows, ["patient"])}
+    lines = []
+    for row in rows:
+        clean, attacked = found.get((row.number, "patient clean")), found.get((row.number, "patient worst_case"))
+        if clean and attacked:
+            lines.append(f"`{row.name}` (row {row.number}) {show(attacked.score, signed=True)} points in the worst case and "
+                         f"{show(clean.score, signed=True)} on clean images")
+    if not lines:
+        return ""
+    return (f"**Adversarial training**, paired by patient with the clean counterpart at {eps}: {'; '.join(lines)}. These are single "
+            "trainings: the intervals hold the patients' variance and not that of a seed, so a cost that is not seen is not shown to be "
+            "absent.")
+
+
+def _said_of_age(networks: list[StudyRow], controls: dict[str, StudyRow]) -> str:
+    part = age_part(row.entries["patient"] for row in [*networks, *controls.values()] if "patient" in row.entries)
+    shown = [row for row in [*networks, *controls.values()] if row.model in BACKBONES or row.variant == "atrophy_scan"]
+    lines = []
+    for row in shown:
+        if score := _age_score(row, "patient", "person_auroc"):
+            lines.append(f"`{row.name}` (row {row.number}) {show(score['everybody'], 'decimal')} on all, {show(score, 'decimal')} on these")
+    if not lines:
+        return ""
+    return (f"**Age.** {part['n_part']} of the {part['n_patients']} patients are also in {part['other']}, found by their pixels. Not found "
+            f"are {_not_found(part)}: that set holds everybody of its cohort in this range of ages, so they are younger or not of it. "
+            f"AUROC by patient: {'; '.join(lines)}. A "
+            "score on all patients is in part a score of age.")
+
+
+def _not_found(part: dict) -> str:
+    return ", ".join(f"{count} {name}" for name, count in part["not_found_by_class"].items() if count and not isinstance(count, str))
 
 
 def _without_search_people(rows: list[StudyRow]) -> str:
     """The headline again for records whose search saw people that are test people of another fold."""
-    lines, column = [], HEADLINE[0]
+    lines, column = [], BALANCED
     for row in rows[1:]:
         for protocol, entry in row.entries.items():
             part = entry.record.get("clean_without_search_people") if row.variant is None else None
@@ -700,31 +718,55 @@ def _without_search_people(rows: list[StudyRow]) -> str:
                                 for eps, scores in part.get("worst_case", {}).items())
                 lines.append(f"- Row {row.number}, `{protocol}`: {show(part['slice'][COLUMNS[column][1]])} %{worst} "
                              f"(n = {part['n_slices']:,} slices of {part['n_people']:,} people)")
-    title = ("Settings were searched on fold 0, whose validation people are test people of other folds. Balanced "
-             "accuracy over three classes without these people:\n")
+    title = ("Settings were chosen after looking at fold 0's validation patients (`search: fold0 recipes`, "
+             "assets/*/defaults.json), who are test patients of another fold; the epoch of every training was chosen by its own "
+             "validation patients, twenty under `patient`. Balanced accuracy over three classes without fold 0's:\n")
     return "\n".join([title, *lines]) if lines else ""
 
 
-def _headline_table(rows: list[StudyRow], protocols: list[str], eps: str, size: bool = False) -> str:
-    """Clean and worst-case scores in few columns; `size` adds how many persons each row under the last protocol counts."""
-    short = {HEADLINE[0]: "balanced accuracy (%)", HEADLINE[1]: "AUROC", HEADLINE[2]: f"worst case at {eps} (%)"}
-    table = [["#", "row", *(f"`{protocol}`: {short[column]}" for column in HEADLINE for protocol in protocols),
-              *["n persons"] * size, "data · profile · init"]]
+def _is_whole(row: StudyRow) -> bool:
+    """Whether a row has all folds of its profile. One that lacks some stands in no table beside rows of all patients."""
+    return not any(_folds(row, protocol) for protocol in row.entries)
+
+
+def _headline_table(rows: list[StudyRow], eps: str, size: bool = False) -> str:
+    """The columns of `HEADLINE` that any row has; `size` adds how many patients each row under `patient` counts."""
+    part = age_part(entry for row in rows for entry in row.entries.values()).get("n_part", "")
+    columns = [(protocol, column, title.format(eps=eps, n_part=part)) for protocol, column, title in HEADLINE
+               if any(_cell(row, protocol, column) != MISSING for row in rows)]
+    table = [["#", "row", *(title for _, _, title in columns), *["n patients"] * size, "data · profile · init"]]
     for row in rows:
-        cells = [_cell(row, protocol, column, brief=True) for column in HEADLINE for protocol in protocols]
-        table.append([str(row.number), row.name, *cells, *[_number(row, protocols[-1])] * size, _runs(row)])
+        cells = [_cell(row, protocol, column, brief=True) for protocol, column, _ in columns]
+        table.append([str(row.number), row.name, *cells, *([_number(row, "patient")] if size else []), _runs(row)])
     return _markdown(table)
 
 
-def _persons_table(rows: list[StudyRow], eps: str) -> list[str]:
-    """The rows that count persons, whose numbers must not stand in one column with those that count slices."""
-    persons = [row for row in rows if row.counts_persons]
-    if not persons:
+def _scans_table(rows: list[StudyRow], eps: str) -> list[str]:
+    """The rows that answer whole scans, whose numbers must not stand in one column with those that count slices."""
+    scans = [row for row in rows if row.counts_persons and _is_whole(row)]
+    if not scans:
         return []
-    protocols = [protocol for protocol in PROTOCOLS if any(protocol in row.blocks for row in persons)]
-    return ["**Whole persons**, diagnosed from their ordered slices by a model over a backbone's features; the attacker may change every "
-            f"slice. Row 1 by person: {_cell(rows[0], protocols[-1], 'by person: balanced accuracy, 3 classes (%)')} %:",
-            _headline_table(persons, protocols, eps, size=True)]
+    return ["**Whole scans**: a patient diagnosed from the ordered slices by a model over a backbone's features; the attacker may change "
+            f"every slice. Row 1 by patient: {_cell(rows[0], 'patient', 'by patient: balanced accuracy, 3 classes (%)')} %:",
+            _headline_table(scans, eps, size=True)]
+
+
+def _one_fold_table(rows: list[StudyRow], eps: str) -> list[str]:
+    """Rows that lack folds, apart from all others, beside their members' scores on the same patients."""
+    part = [row for row in rows if row.trained and not row.counts_persons and not _is_whole(row)]
+    if not part:
+        return []
+    table = [["#", "row", "balanced accuracy (%)", "AUROC by patient", f"worst case at {eps} (%)", "folds", "n slices / patients"]]
+    for row in part:
+        protocol = next(iter(row.entries))
+        table.append([str(row.number), row.name, *(_cell(row, protocol, column) for column in (BALANCED, PATIENT_AUROC, WORST)),
+                      f"`{protocol}`{_folds(row, protocol)}", _number(row, protocol)])
+    members = {name: score for row in part for entry in row.entries.values() for run in entry.record["units"]
+               for name, score in run.get("members", {}).items()}
+    table += [["", f"member `{name}`, as trained for them", show(score), MISSING, MISSING, "the same",
+               f"{score['n_slices']:,} / {score['n_people']:,}"] for name, score in members.items()]
+    return ["**One fold alone**: ensembles, beside their members on the same patients. Not to be read beside the rows above, which are of "
+            "all patients; the members were trained again for them and are not the networks of those rows:", _markdown(table)]
 
 
 def _notice(entries: Entries) -> list[str]:
@@ -759,13 +801,15 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
     eps = headline_eps(list(entries.values())[-1].record)
     sizes = "; ".join(f"`{protocol}` {figures.size_of(rows[0].blocks[protocol]['clean'])}" for protocol in protocols)
     parts = [*_notice(entries), _findings(rows, eps), "![Clean and worst-case balanced accuracy of every row that counts slices, by "
-             "protocol](assets/results/headline.png)", _headline_table([row for row in rows if not row.counts_persons], protocols, eps),
-             "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % "
-             f"interval over resampled people; {sizes}, unless a full table below gives a row another n.</sub>", *_persons_table(rows, eps),
+             "protocol](assets/results/headline.png)",
+             _headline_table([row for row in rows if not row.counts_persons and (_is_whole(row) or not row.trained)], eps),
+             "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % interval over resampled "
+             f"patients (none where a score is known exactly); {sizes}, unless a full table below gives a row another n. {ONE_SEED}</sub>",
+             *_scans_table(rows, eps), *_one_fold_table(rows, eps),
              "\n".join(f"- {which}: `{command}`" for which, command, _ in _commands(rows)), _still_to_run(everything, entries)]
     parts += _comparisons(entries, rows, eps)
-    for protocol, shown in _by_protocol(rows):
-        whose = "Every score of whole persons" if shown[-1].counts_persons else "Every score"
+    for protocol, shown in _by_protocol([row for row in rows if not row.counts_persons or _is_whole(row)]):
+        whose = "Every score of whole scans" if shown[-1].counts_persons else "Every score"
         parts.append(f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
                      f"{_markdown(_full_table(shown, protocol, eps))}"
                      f"{_failed_checks(shown, protocol)}{_bfloat16_searches(shown, protocol)}{_machines(shown, protocol)}"
@@ -790,10 +834,8 @@ def _still_to_run(everything: Entries, shown_: Entries) -> str:
 
 
 def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
-    twins = _twin_table(entries, list(rows[0].blocks), eps)
-    title = ("**What adversarial training costs and buys**: differences in balanced accuracy over three classes, "
-             "paired by person [95 % interval], and n slices / people:")
-    return [*([title, twins] if twins else []), _without_search_people(rows), leak_markdown(rows)]
+    return list(filter(None, [controls_markdown(rows), _counterparts_markdown(rows, list(rows[0].blocks), eps),
+                              _without_search_people(rows), withdrawn_markdown(rows)]))
 
 
 def findings_markdown(entries: Entries) -> str:
@@ -903,7 +945,7 @@ def model_card(entries: Entries) -> str:
             eps = headline_eps(record)
             table.append([f"`{row.model}`", f"`{protocol}`", how, record["init"],
                           f"{record['profile']}, {', '.join(map(str, record['folds']))}",
-                          *(_cell(row, protocol, column) for column in HEADLINE[:2]), f"{_cell(row, protocol, HEADLINE[2])} at {eps}",
+                          *(_cell(row, protocol, column) for column in (BALANCED, AUROC)), f"{_cell(row, protocol, WORST)} at {eps}",
                           _number(row, protocol)])
     return "\n\n".join(["# Model card", provenance(list(entries.values())) if entries else "no record yet",
                         _markdown(table) if rows else "", MODEL_CARD])
@@ -1014,12 +1056,22 @@ def publish(run: Path | str, destination: Path | str = ROOT) -> list[Path]:
             for path in files] + draw_figures(destination) + [write_readme(destination)]
 
 
+def recompute(root: Path | str = ROOT) -> list[Path]:
+    """Scores every record under `root` again from its predictions and rewrites it; returns the paths. What was run stays as it
+    was: only scores and intervals follow the code."""
+    paths = []
+    for entry in read_entries(root).values():
+        write_record(entry.path, summarise(entry.predictions, entry.record["units"]), entry.predictions)
+        paths.append(entry.path)
+    return paths
+
+
 # -------------------------------------------------------------------------------------------------- command line
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("figures", "readme", "table", "address", "publish"))
+    parser.add_argument("command", choices=("figures", "readme", "table", "recompute", "address", "publish"))
     parser.add_argument("--root", type=Path, help="tree that holds assets/ (for publish: the run to publish)")
     options = parser.parse_args(arguments)
     root = options.root or (result_root("demo", "real") if options.command == "publish" else ROOT)
@@ -1029,7 +1081,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.command == "table":
             print(results_text([entry.record for entry in read_entries(root).values()]))
             return
-        written = {"figures": draw_figures, "readme": lambda tree: [write_readme(tree)], "address": write_address,
+        written = {"figures": draw_figures, "recompute": recompute, "readme": lambda tree: [write_readme(tree)], "address": write_address,
                    "publish": publish}[options.command](root)
     except StudyError as error:
         sys.exit(f"error: {error}")

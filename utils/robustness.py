@@ -15,7 +15,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +33,10 @@ VIEWS: dict[str, tuple[Groups | None, str]] = {"four": (None, ""), "three": (THR
                                                "binary": (BINARY, "_binary")}
 #: Bumped when the same settings would give other numbers: states of older code are then not continued.
 STATE_VERSION = 2
+#: Distance between the seeds of a stage's rounds, a prime larger than what images and restarts add to a seed.
+ROUND_SEED = 15_485_863
+#: Attack → what a repetition takes from the attack itself: a step size or a start that suits no model converges nowhere.
+_OWN_STEPS: dict[str, dict] = {"pgd": {"step_size": None, "random_start": True}}
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,10 @@ class SuiteResult:
 def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[str] = ()) -> list[Stage]:
     """The L-infinity attacks of `config.suite`, cheap ones first.
 
-    `quick`, at every eps: noise, FGSM, and PGD on all three views. `standard` adds APGD-T on what still stands at every
-    eps and, at the headline one: transfer from each of `sources`; PGD towards each other class and APGD-T on what still
-    stands, in the views of four and of three classes; Square on the standing part of the fixed sample; the clinically
-    worst target; Kryptonite. `full` adds the other named gradient attacks, and HopSkipJump and official AutoAttack on the
+    `quick`, at every eps: noise, FGSM, and PGD on all three views. `standard` adds, in the views of four and of three
+    classes, APGD-T on the robust images at every eps and, at the headline one, PGD towards each other class on the robust
+    images and Square on those of the fixed sample; also at the headline eps transfer from each of `sources`, the
+    clinically worst target and Kryptonite. `full` adds the other named gradient attacks, and HopSkipJump and official AutoAttack on the
     standing part of the fixed sample.
     """
     steps = dict(steps=config.pgd_steps)
@@ -97,8 +101,8 @@ def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[s
         return plan
     plan += [Stage("transfer", f"transfer_{source}", eps="headline", budget=steps, source=source) for source in sources]
     headline = headline_of(config)
-    plan += [Stage("apgd_t", "apgd_t", scope="standing", eps=eps_text, budget=dict(steps=config.sweep_steps))
-             for eps_text in config.eps if eps_text != headline]
+    plan += [Stage("apgd_t", "apgd_t" + VIEWS[view][1], view, "standing", eps_text, dict(steps=config.sweep_steps))
+             for eps_text in config.eps if eps_text != headline for view in ("four", "three")]
     plan += [Stage(attack, attack + VIEWS[view][1], view, scope, "headline", budget)
              for attack, scope, budget in (("pgd_targeted", "standing", steps), ("apgd_t", "standing", dict(steps=100)),
                                            ("square", "sample", dict(queries=1000))) for view in ("four", "three")]
@@ -111,6 +115,13 @@ def suite_plan(config: RunConfig, sources: Sequence[str] = (), masks: Sequence[s
         plan += [Stage("hopskipjump", "hopskipjump", scope="sample", eps="headline", budget=dict(steps=5, evaluations=200)),
                  Stage("autoattack", "autoattack", scope="sample", eps="headline")]
     return plan
+
+
+def decides_robust_accuracy(stage: Stage) -> bool:
+    """Whether a stage is repeated with more steps until it misclassifies no further image: PGD and APGD-T against every
+    image, in the views of four and of three classes."""
+    whole = stage.scope != "sample" and stage.mask is None
+    return whole and stage.attack in ("pgd", "apgd_t") and stage.view in ("four", "three") and "steps" in stage.budget
 
 
 def headline_of(config: RunConfig) -> str:
@@ -176,6 +187,12 @@ def _wrong_answer(labels: np.ndarray) -> np.ndarray:
     rows = np.full((len(labels), len(CLASSES)), -10.0, np.float32)
     rows[np.arange(len(labels)), np.where(labels == 0, len(CLASSES) - 1, 0)] = 0
     return rows
+
+
+def wrong_where_not_finite(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Float32 logits (N, 4) with every row that is not finite replaced by an answer that is wrong in every view."""
+    broken = ~np.isfinite(logits).all(1)
+    return np.where(broken[:, None], _wrong_answer(labels), logits).astype(np.float32)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -271,6 +288,28 @@ class _Counted(nn.Module):
         return self.model(images)
 
 
+@dataclass
+class _Outcome:
+    """What a stage has found so far at one eps, over all of its rounds.
+
+    `logits`, `rounded`: float32 (N, 4) at the attack's images, and at these rounded to 8 bits. `chosen`: the images that
+    the first round attacks, bool (N,). `before`: share of robust images before it. `attacked`: images summed over rounds.
+    `rounds`: steps, restarts, images attacked and images newly misclassified in the stage's view, one entry a round.
+    """
+
+    logits: np.ndarray
+    rounded: np.ndarray
+    chosen: np.ndarray
+    before: float
+    attacked: int = 0
+    seconds: float = 0.0
+    queries: int = 0
+    unchanged: int = 0
+    largest: float = 0.0
+    flags: set[str] = field(default_factory=set)
+    rounds: list[dict] = field(default_factory=list)
+
+
 class _Run:
     """The state of one evaluation: what has fallen in each norm and view, to which logits, and what each attack
     left."""
@@ -299,6 +338,10 @@ class _Run:
         self.logits: dict[tuple[str, str], np.ndarray] = {}
         self.meta: dict[tuple[str, str], dict] = {}
         self.attacked: dict[tuple[str, str], np.ndarray] = {}
+        # Later rounds attack robust images alone, so that only first rounds can be compared between attacks and eps.
+        self.first_round: dict[tuple[str, str], np.ndarray] = {}
+        # What was repeated → key → numbers of robust images before and after the last repetition (None: none was run).
+        self.last_round: dict[str, dict[tuple[str, str], list[int] | None]] = {"steps": {}, "restarts": {}}
         self.store = _Store(state_dir, self.digest, pixels, labels, self.clean)
 
     def eps_of(self, stage: Stage, sweep: Sequence[str]) -> list[str]:
@@ -312,34 +355,100 @@ class _Run:
 
     def finite(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Logits with every row that is not finite replaced by a wrong answer, and counted."""
-        broken = ~np.isfinite(logits).all(1)
-        self.nonfinite += int(broken.sum())
-        return np.where(broken[:, None], _wrong_answer(labels), logits).astype(np.float32)
+        self.nonfinite += int((~np.isfinite(logits).all(1)).sum())
+        return wrong_where_not_finite(logits, labels)
 
     def attack(self, stage: Stage, eps_text: str) -> None:
-        """Runs one stage at one eps, batch by batch, and books what fell."""
+        """Runs one stage at one eps, and repeats it until it has converged where it decides robust accuracy."""
         state = ATTACKS[stage.attack].norm, stage.view
         inside = np.isin(np.arange(len(self.labels)), self.sample) | (stage.scope != "sample")
         chosen = inside if stage.scope == "all" else inside & ~self.fallen[state]
-        rows = np.flatnonzero(chosen)
         logits = self.felled[state].copy()
         logits[~inside] = np.nan
-        rounded, totals = logits.copy(), {"seconds": 0.0, "queries": 0, "unchanged": 0, "largest": 0.0, "flags": set()}
+        outcome = _Outcome(logits, logits.copy(), chosen, self.share_standing(stage))
+        self._attack_round(stage, eps_text, np.flatnonzero(chosen), outcome)
+        self.first_round[eps_text, stage.name] = outcome.logits.copy()
+        if decides_robust_accuracy(stage):
+            self._repeat_until_converged(stage, eps_text, outcome)
+
+    def _attack_round(self, stage: Stage, eps_text: str, rows: np.ndarray, outcome: _Outcome,
+                      changes: Mapping[str, object] | None = None) -> int:
+        """Attacks the images `rows`, batch by batch, adds what that found to `outcome`, and books it. Returns how many
+        images are newly misclassified in the stage's view. `changes`: what differs from the stage's own budget."""
+        repeated = replace(stage, budget={**stage.budget, **(changes or {})})
+        robust = self._count_robust(stage)
+        unchanged = 0
         for start in range(0, len(rows), self.config.attack_batch):
             part = rows[start:start + self.config.attack_batch]
-            done = self.batch(stage, eps_text, part)
-            logits[part], rounded[part] = done["logits"], done["rounded"]
-            for name in ("seconds", "queries", "unchanged"):
-                totals[name] += done[name].item()
-            totals["largest"] = max(totals["largest"], done["largest"].item())
-            totals["flags"] |= set(done["flags"].tolist())
+            done = self.batch(repeated, eps_text, part, len(outcome.rounds))
+            self._take_over(outcome.logits, part, done["logits"], stage, outcome)
+            self._take_over(outcome.rounded, part, done["rounded"], stage, outcome)
+            outcome.seconds += done["seconds"].item()
+            outcome.queries += done["queries"].item()
+            outcome.largest = max(outcome.largest, done["largest"].item())
+            outcome.flags |= set(done["flags"].tolist())
+            unchanged += done["unchanged"].item()
             if self._keeps(stage, eps_text):
                 self.keep(part, done)
-        self._check_moved(stage, eps_text, rows, totals["unchanged"])
-        self.book((eps_text, stage.name), stage, self._clean_errors_stay(logits, stage.view), chosen, totals)
+        self._check_moved(stage, eps_text, rows, unchanged)
+        outcome.unchanged += unchanged
+        outcome.attacked += len(rows)
+        self._count_misclassified(outcome.logits, stage)
         if _rounds(stage, eps_text):
-            self.book((eps_text, f"{stage.name}_8bit"), stage, self._clean_errors_stay(rounded, stage.view), chosen,
-                      {**totals, "seconds": 0.0, "queries": len(rows)})
+            self._count_misclassified(outcome.rounded, stage)
+        found = robust - self._count_robust(stage)
+        outcome.rounds.append({"steps": repeated.budget.get("steps"), "restarts": repeated.budget.get("restarts", 1),
+                               "n_attacked": len(rows), "misclassified": found})
+        self.book(stage, eps_text, outcome)
+        return found
+
+    def _take_over(self, logits: np.ndarray, rows: np.ndarray, new: np.ndarray, stage: Stage, outcome: _Outcome) -> None:
+        """Writes a round's logits (len(rows), 4) into those of the stage (N, 4): all of them in the first round, later
+        those that are the first to misclassify their image."""
+        labels = self.labels[rows]
+        first = fallen(new, labels, stage.view) & ~fallen(logits[rows], labels, stage.view)
+        taken = first if outcome.rounds else np.ones(len(rows), bool)
+        logits[rows[taken]] = new[taken]
+
+    def _repeat_until_converged(self, stage: Stage, eps_text: str, outcome: _Outcome) -> None:
+        """Repeats a stage on the images that are still robust in its view, each time from fresh starting points and with the
+        attack's own step size: with its steps doubled until a round misclassifies none, or `config.max_steps` is reached;
+        then, for PGD, with a start towards each other class until a round misclassifies none, or as many rounds were run as
+        `config.max_steps` holds its steps."""
+        key, steps = (eps_text, stage.name), stage.budget["steps"]
+        budgets = [{"steps": 2 * steps}]
+        while 2 * budgets[-1]["steps"] <= self.config.max_steps:
+            budgets.append({"steps": 2 * budgets[-1]["steps"]})
+        robust, left = self.last_round["steps"][key] = self._repeat(stage, eps_text, budgets, outcome)
+        if stage.attack != "pgd":
+            return
+        if left < robust:
+            # More steps still misclassify further images, so restarts with fewer would prove nothing.
+            self.last_round["restarts"][key] = None
+            return
+        # Margin PGD climbs towards the k-th nearest class at its k-th start: one start leaves the other classes untried.
+        groups = VIEWS[stage.view][0]
+        others = len(CLASSES if groups is None else groups) - 1
+        restarts = {"restarts": others * stage.budget.get("restarts", 1)}
+        budgets = [restarts] * max(1, self.config.max_steps // steps)
+        self.last_round["restarts"][key] = self._repeat(stage, eps_text, budgets, outcome)
+
+    def _repeat(self, stage: Stage, eps_text: str, budgets: Sequence[dict], outcome: _Outcome) -> list[int]:
+        """Repeats a stage with each of these changes of its budget until one misclassifies no further image. Returns the
+        numbers of robust images before and after the last repetition."""
+        counts = [0, 0]
+        for budget in budgets:
+            rows = np.flatnonzero(~self.fallen[ATTACKS[stage.attack].norm, stage.view])
+            if not len(rows):
+                return [0, 0]
+            found = self._attack_round(stage, eps_text, rows, outcome, {**_OWN_STEPS.get(stage.attack, {}), **budget})
+            counts = [len(rows), len(rows) - found]
+            if not found:
+                break
+        return counts
+
+    def _count_robust(self, stage: Stage) -> int:
+        return int((~self.fallen[ATTACKS[stage.attack].norm, stage.view]).sum())
 
     def _clean_errors_stay(self, logits: np.ndarray, view: str) -> np.ndarray:
         """A clean error is an error, whatever an attack happens to turn it into."""
@@ -349,30 +458,46 @@ class _Run:
     def _keeps(self, stage: Stage, eps_text: str) -> bool:
         return eps_text == self.headline and stage.view == "four" and ATTACKS[stage.attack].norm == "linf"
 
-    def book(self, key: tuple[str, str], stage: Stage, logits: np.ndarray, chosen: np.ndarray, totals: dict) -> None:
-        """Stores an attack's logits and its budget, and counts what it felled in every view of its norm."""
-        attack, count = ATTACKS[stage.attack], int(chosen.sum())
-        before = self.share_standing(stage)
+    def _count_misclassified(self, logits: np.ndarray, stage: Stage) -> None:
+        """Marks the images that these logits (N, 4) misclassify, in every view of the attack's norm."""
+        logits[:] = self._clean_errors_stay(logits, stage.view)
         for view in VIEWS:
-            state = attack.norm, view
+            state = ATTACKS[stage.attack].norm, view
             new = fallen(logits, self.labels, view) & ~self.fallen[state]
             self.felled[state][new] = logits[new]
             self.fallen[state] |= new
-        self.logits[key], self.attacked[key] = logits, chosen
-        self.meta[key] = {
-            "n_attacked": count, "n_set": int((~np.isnan(logits).any(1)).sum()), "norm": attack.norm,
+
+    def book(self, stage: Stage, eps_text: str, outcome: _Outcome) -> None:
+        """Stores a stage's logits and its budget; where images are also rounded to 8 bits, in a column of their own."""
+        key = eps_text, stage.name
+        self.logits[key], self.attacked[key] = outcome.logits, outcome.chosen
+        self.meta[key] = self._describe(stage, outcome)
+        if decides_robust_accuracy(stage):
+            self.meta[key]["rounds"] = list(outcome.rounds)
+        if _rounds(stage, eps_text):
+            key = eps_text, f"{stage.name}_8bit"
+            self.logits[key], self.attacked[key] = outcome.rounded, outcome.chosen
+            self.meta[key] = self._describe(stage, replace(outcome, seconds=0.0, queries=outcome.attacked))
+
+    def _describe(self, stage: Stage, outcome: _Outcome) -> dict:
+        """What a record says of a stage at one eps: what was attacked, with which budget, and what it cost."""
+        attack, count = ATTACKS[stage.attack], int(outcome.chosen.sum())
+        meta = {
+            "n_attacked": count, "n_set": int((~np.isnan(outcome.logits).any(1)).sum()), "norm": attack.norm,
             "kind": attack.kind, "view": stage.view, "scope": stage.scope, "seed": self.config.seed,
             "precision": self.precision_of(stage),
-            "standing_before": round(before, 4),
-            "standing_after": round(self.share_standing(stage), 4), "seconds": round(totals["seconds"], 2),
-            "queries": round(totals["queries"] / max(count, 1), 1), "n_unchanged": int(totals["unchanged"]),
-            "largest_perturbation": totals["largest"], "flags": sorted(totals["flags"]), **stage.budget}
+            "standing_before": round(outcome.before, 4),
+            "standing_after": round(self.share_standing(stage), 4), "seconds": round(outcome.seconds, 2),
+            "queries": round(outcome.queries / max(count, 1), 1), "n_unchanged": outcome.unchanged,
+            "largest_perturbation": outcome.largest, "flags": sorted(outcome.flags), **stage.budget}
         if attack.package:
-            self.meta[key]["package"] = f"{attack.package} {version(attack.package)}"
+            meta["package"] = f"{attack.package} {version(attack.package)}"
+        return meta
 
-    def batch(self, stage: Stage, eps_text: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """One batch of one attack: from the state on disk if it is there, else attacked now and written there."""
-        seed = self.config.seed + 7919 * int(rows[0])
+    def batch(self, stage: Stage, eps_text: str, rows: np.ndarray, number: int) -> dict[str, np.ndarray]:
+        """One batch of one attack: from the state on disk if it is there, else attacked now and written there. `number`
+        counts the rounds of the stage from 0; each has starting points of its own."""
+        seed = self.config.seed + 7919 * int(rows[0]) + ROUND_SEED * number
         name = self.store.name(eps_text, stage, seed, rows, self._given(stage))
         if (stored := self.store.load(name)) is not None:
             return stored
@@ -682,6 +807,10 @@ def _standing(run: _Run, key: tuple[str, str], view: str = "four") -> float:
     return float((~fallen(run.logits[key], run.labels, view)).mean())
 
 
+def _robust_to_first_round(run: _Run, key: tuple[str, str]) -> float:
+    return float((~fallen(run.first_round[key], run.labels)).mean())
+
+
 def _first(run: _Run, eps_text: str, attack: str) -> str | None:
     """Stored name of the plain four-class form of an attack, None where the suite has none."""
     return next((name for (eps, name), meta in run.meta.items() if eps == eps_text and meta["view"] == "four"
@@ -689,7 +818,7 @@ def _first(run: _Run, eps_text: str, attack: str) -> str | None:
 
 
 def _ordered(run: _Run, sweep: Sequence[str]) -> list[dict]:
-    """PGD ≤ FGSM ≤ noise ≤ clean, at every eps."""
+    """PGD ≤ FGSM ≤ noise ≤ clean, at every eps, in the first round of each."""
     rows, slack = [], max(CHANCE, 1 / len(run.labels)) + 1e-9
     clean = float((~fallen(run.clean, run.labels)).mean())
     for weaker, stronger in (("clean", "noise"), ("noise", "fgsm"), ("fgsm", "pgd")):
@@ -698,8 +827,8 @@ def _ordered(run: _Run, sweep: Sequence[str]) -> list[dict]:
             names = [_first(run, eps_text, attack) for attack in (weaker, stronger)]
             if names[1] is None or (names[0] is None and weaker != "clean"):
                 continue
-            above = clean if weaker == "clean" else _standing(run, (eps_text, names[0]))
-            below = _standing(run, (eps_text, names[1]))
+            above = clean if weaker == "clean" else _robust_to_first_round(run, (eps_text, names[0]))
+            below = _robust_to_first_round(run, (eps_text, names[1]))
             figures[eps_text] = [_figure(below), _figure(above)]
             # Decided before rounding for print, which can turn a difference of one image into more than one.
             if below > above + slack:
@@ -712,31 +841,32 @@ def _ordered(run: _Run, sweep: Sequence[str]) -> list[dict]:
 
 
 def _falls_with_eps(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> dict:
-    """On attacks that start anew at each eps; a stage on standing images inherits what smaller eps felled."""
+    """On attacks that start anew at each eps: first rounds on all images. Other rounds and stages inherit what smaller eps
+    misclassified."""
     name = next((stage.name for stage in plan if stage.attack == "pgd" and stage.scope == "all"
                  and stage.view == "four"), None)
-    curve = [_standing(run, (eps_text, name)) for eps_text in sweep] if name else []
+    curve = [_robust_to_first_round(run, (eps_text, name)) for eps_text in sweep] if name else []
     rise = max((later - earlier for earlier, later in zip(curve, curve[1:], strict=False)), default=0.0)
     passed = rise <= max(CHANCE, 1 / len(run.labels)) + 1e-9
     note = "accuracy does not rise with eps" if passed else f"accuracy rises by {rise:.1%} with eps: PGD gets stuck"
     return _row("falls_with_eps", passed, [_figure(value) for value in curve], note)
 
 
-def _sample_standing(run: _Run, eps: float, chosen: np.ndarray, **budget: object) -> np.ndarray:
-    """Which of the images `chosen` (indices) stand against PGD with this budget, bool (len(chosen),)."""
+def _sample_standing(run: _Run, eps: float, **budget: object) -> np.ndarray:
+    """Which images of the fixed sample stand against PGD with this budget, bool (S,)."""
     standing = []
-    for start in range(0, len(chosen), run.config.attack_batch):
-        part = chosen[start:start + run.config.attack_batch]
+    for start in range(0, len(run.sample), run.config.attack_batch):
+        part = run.sample[start:start + run.config.attack_batch]
         images, labels = run.pixels[part].to(run.device), torch.as_tensor(run.labels[part]).to(run.device)
         attacked = ATTACKS["pgd"](run.model, images, labels, eps, seed=run.config.seed + 1, loss="margin", **budget)
         standing.append((predict_logits(run.model, attacked).argmax(1) == labels.cpu()).numpy())
-    return np.concatenate(standing) if standing else np.zeros(0, bool)
+    return np.concatenate(standing)
 
 
 def _eps_one(run: _Run) -> dict:
     correct = ~fallen(run.clean, run.labels)
     balanced = float(np.mean([correct[run.labels == label].mean() for label in np.unique(run.labels)]))
-    accuracy = float(_sample_standing(run, 1.0, run.sample, steps=run.config.pgd_steps).mean())
+    accuracy = float(_sample_standing(run, 1.0, steps=run.config.pgd_steps).mean())
     passed = accuracy <= 0.05 or balanced <= 0.6
     if accuracy <= 0.05:
         note = "with eps 1 nothing is left"
@@ -748,21 +878,28 @@ def _eps_one(run: _Run) -> dict:
 
 
 def _converged(run: _Run) -> list[dict]:
-    """Whether twice the steps, or another restart, fells more of the sample than the suite's PGD did."""
-    eps, steps = parse_eps(run.headline), run.config.pgd_steps
-    name = _first(run, run.headline, "pgd")
-    standing = run.sample if name is None else run.sample[~fallen(run.logits[run.headline, name][run.sample],
-                                                                  run.labels[run.sample])]
-    if name is None:
-        standing = standing[_sample_standing(run, eps, standing, steps=steps)]
-    base, rows = len(standing) / len(run.sample), []
-    for what, budget in (("steps", dict(steps=2 * steps)), ("restarts", dict(steps=steps))):
-        more = _sample_standing(run, eps, standing, **budget).sum() / len(run.sample)
-        passed = base - more <= max(CHANCE, 1 / len(run.sample)) + 1e-9
-        note = f"twice the {what} finds no more" if passed else \
-            f"twice the {what} fells {base - more:.1%} more: give PGD a larger budget"
-        rows.append(_row(f"converged_in_{what}", passed, [_figure(base), _figure(more)], note))
-    return rows
+    """Whether the last round of each stage that decides robust accuracy misclassified no further image, at every eps: with
+    twice the steps, and with a start towards each other class. `figure`: eps → stage → robust images before and after that
+    round (None: it was not run, because more steps still misclassified images)."""
+    return [_last_rounds(run, "steps", "twice the steps"),
+            _last_rounds(run, "restarts", "another start towards each other class")]
+
+
+def _last_rounds(run: _Run, what: str, told: str) -> dict:
+    figures: dict[str, dict[str, list[int] | None]] = {}
+    for (eps_text, name), counts in run.last_round[what].items():
+        figures.setdefault(eps_text, {})[name] = counts
+    # A round that was not run (None) has shown no convergence either.
+    unfinished = [eps_text for eps_text, counts in figures.items()
+                  if any(pair is None or pair[0] > pair[1] for pair in counts.values())]
+    if not figures:
+        note = f"no attack of this suite was repeated with {told}: nothing tells whether it has converged"
+    elif unfinished:
+        note = (f"{told} may misclassify further images at {', '.join(unfinished)}: the rounds ended at "
+                f"{run.config.max_steps} steps (max_steps), so give them more")
+    else:
+        note = f"{told} misclassifies no further image at any eps"
+    return _row(f"converged_in_{what}", bool(figures) and not unfinished, figures, note)
 
 
 def _search_precision(run: _Run) -> dict:
