@@ -23,7 +23,7 @@ def test_readme_equals_the_records() -> None:
 
 
 def test_persons_and_slices_are_never_rows_of_one_headline_table() -> None:
-    before, _, after = README.split("<details>")[0].partition("**Whole persons**")
+    before, _, after = README.split("<details>")[0].partition("**Whole scans**")
     names = {row.name: row.counts_persons for row in study_rows(without_rehearsals(read_entries(ROOT)))}
     assert any(names.values())
     for name, counts_persons in names.items():

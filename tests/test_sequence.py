@@ -156,8 +156,8 @@ def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
     with torch.no_grad():
         logits = model(validation.values, validation.mask)
     assert (logits.argmax(1) == validation.labels).float().mean() > 0.5, "chance is a quarter"
-    assert told["score"] == pytest.approx(min(entry["score"] for entry in told["history"]))
-    assert macro_cross_entropy(logits, validation.labels) == pytest.approx(told["score"], abs=1e-5)
+    assert told["score"] == told["history"][-1]["score"]
+    assert macro_cross_entropy(logits, validation.labels) == pytest.approx(told["score"], abs=1e-3)
     again, _ = sequence.fit_aggregator(name, train, validation, epochs=30, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
@@ -179,6 +179,10 @@ def test_thinning_leaves_everybody_a_slice():
 # ------------------------------------------------------------------------------------------------------------- attacks
 
 
+def attack_four(model, pixels, mask, labels, eps, *, steps=20, allowed=None):
+    return sequence.attack_scan(model, pixels, mask, labels, eps, sequence.ScanAttack("four", steps), allowed=allowed)
+
+
 @functools.cache
 def trained(name: str) -> sequence.StudyModel:
     everyone = featured(studies(people=80, seed=1))
@@ -197,26 +201,26 @@ def attacked(name: str = "gru"):
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_a_study_attack_stays_inside_the_ball_and_on_existing_slices(name):
     model, pixels, mask, labels = attacked(name)
-    made, logits = sequence.attack_study(model, pixels, mask, labels, 0.02, steps=5)
+    made, logits = attack_four(model, pixels, mask, labels, 0.02, steps=5)
     assert float((made - pixels).abs().max()) <= 0.02 + 1e-6 and 0 <= float(made.min()) and float(made.max()) <= 1
     assert torch.equal(made[~mask], pixels[~mask])
     with torch.no_grad():
         assert torch.allclose(model(made, mask), logits, atol=1e-5), "the logits are those of the images"
     few = torch.zeros_like(mask)
     few[:, 1] = True
-    made, _ = sequence.attack_study(model, pixels, mask, labels, 0.02, steps=5, allowed=few)
+    made, _ = attack_four(model, pixels, mask, labels, 0.02, steps=5, allowed=few)
     assert torch.equal(made[:, 0], pixels[:, 0]) and torch.equal(made[:, 2:], pixels[:, 2:]) and not torch.equal(made[:, 1], pixels[:, 1])
 
 
 def test_no_budget_changes_nothing_and_modes_and_gradients_stay():
     model, pixels, mask, labels = attacked()
     model.train()
-    made, logits = sequence.attack_study(model, pixels, mask, labels, 0.02, allowed=torch.zeros_like(mask))
+    made, logits = attack_four(model, pixels, mask, labels, 0.02, allowed=torch.zeros_like(mask))
     assert model.training and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     model.eval()
     with torch.no_grad():
         assert torch.equal(made, pixels) and torch.allclose(logits, model(pixels, mask), atol=1e-6)
-    made, _ = sequence.attack_study(model, pixels, mask, labels, 0.0)
+    made, _ = attack_four(model, pixels, mask, labels, 0.0)
     assert torch.equal(made, pixels)
 
 
@@ -227,12 +231,12 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
     labels = labels.clone()
     labels[:3] = (labels[:3] + 1) % 4  # clean errors
     budgets = (0, 1, 2, 4, 8)
-    least = sequence.slice_budgets(model, pixels, mask, labels, 0.008, budgets, steps=10, choice=choice)
+    least = sequence.slice_budgets(model, pixels, mask, labels, 0.008, budgets, steps=10, choice=choice, view="four")
     curve = sequence.standing_curve(least, budgets)
     with torch.no_grad():
         clean = (model(pixels, mask).argmax(1) == labels).numpy()
     assert np.array_equal(curve[0], clean) and clean.sum() == len(labels) - 3
-    full = (sequence.attack_study(model, pixels, mask, labels, 0.008, steps=10)[1].argmax(1) == labels).numpy()
+    full = (attack_four(model, pixels, mask, labels, 0.008, steps=10)[1].argmax(1) == labels).numpy()
     assert np.array_equal(curve[-1], full)
     assert 0 < full.sum() < clean.sum(), "the check says nothing where all or none fall"
     assert all((later <= earlier).all() for earlier, later in zip(curve, curve[1:], strict=False))
@@ -241,7 +245,7 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
 
 def test_the_gradient_chooses_better_slices_than_chance():
     model, pixels, mask, labels = attacked("gru")
-    greedy, random_ = (sequence.slice_budgets(model, pixels, mask, labels, 0.008, (1, 2, 4, 8), steps=10, choice=choice)
+    greedy, random_ = (sequence.slice_budgets(model, pixels, mask, labels, 0.008, (1, 2, 4, 8), steps=10, choice=choice, view="four")
                        for choice in ("gradient", "random"))
     fell = greedy >= 0
     assert torch.equal(fell, random_ >= 0) and greedy[fell].float().mean() < random_[fell].float().mean()
@@ -249,6 +253,6 @@ def test_the_gradient_chooses_better_slices_than_chance():
 
 def test_a_study_attack_does_not_depend_on_who_else_is_attacked():
     model, pixels, mask, labels = attacked("attention")
-    together = sequence.attack_study(model, pixels, mask, labels, 0.03, steps=5)[1]
-    alone = sequence.attack_study(model, pixels[4:5], mask[4:5], labels[4:5], 0.03, steps=5)[1]
+    together = attack_four(model, pixels, mask, labels, 0.03, steps=5)[1]
+    alone = attack_four(model, pixels[4:5], mask[4:5], labels[4:5], 0.03, steps=5)[1]
     assert torch.allclose(alone[0], together[4], atol=1e-3)
