@@ -154,23 +154,25 @@ def a_study_evaluation():
     labels = torch.tensor([0, 1, 2, 0])
     people = sequence.Studies(torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4))
     clean = 5 * np.eye(4)[[1, 1, 2, 0]]
-    found = {"4/255": 5 * np.eye(4)[[1, 0, 0, 0]], "least_gradient": np.array([0, 1, 8, -1]), "least_random": np.array([0, 4, 8, -1])}
-    return people, np.arange(4), clean, found, {"eps": ("4/255",), "budgets": (1, 4)}
+    rounds = {f"4/255:rounds_{view}": np.array([[10, 4, 1], [20, 1, 1]]) for view in ("four", "three")}
+    found = {"4/255:scan_pgd10": 5 * np.eye(4)[[1, 0, 0, 0]], **rounds, "least_gradient": np.array([0, 1, 8, -1]), "least_random": np.array([0, 4, 8, -1])}
+    return people, np.arange(4), np.arange(4), clean, found, {"eps": ("4/255",), "budgets": (1, 4)}
 
 
 def test_checks_pass_on_a_sound_evaluation_of_persons():
-    checks = diagnosis._study_checks("Resnet gru", *a_study_evaluation())
-    assert all(check["passed"] for check in checks) and len(checks) == 5
+    checks = diagnosis._scan_checks("Resnet gru", *a_study_evaluation())
+    assert all(check["passed"] for check in checks) and len(checks) == 9
 
 
 @pytest.mark.parametrize("broken, check", [
-    ({"4/255": 5 * np.eye(4)[[0, 0, 0, 0]]}, "study_attack_le_clean"),
+    ({"4/255:scan_pgd10": 5 * np.eye(4)[[0, 0, 0, 0]]}, "scan_attack_le_clean_three"),
+    ({"4/255:rounds_three": np.array([[10, 4, 3], [20, 3, 1]])}, "converged_in_steps_three"),
     ({"least_gradient": np.array([1, 1, 8, -1])}, "no_slice_is_clean"),
     ({"least_random": np.array([0, 4, 8, 8])}, "all_slices_are_the_full_attack"),
 ])
 def test_each_check_fails_on_a_broken_evaluation(broken, check):
-    people, chosen, clean, found, budget = a_study_evaluation()
-    failed = [row["check"] for row in diagnosis._study_checks("Resnet gru", people, chosen, clean, found | broken, budget)
+    people, chosen, curve, clean, found, budget = a_study_evaluation()
+    failed = [row["check"] for row in diagnosis._scan_checks("Resnet gru", people, chosen, curve, clean, found | broken, budget)
               if not row["passed"]]
     assert check in failed
 
