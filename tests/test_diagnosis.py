@@ -149,18 +149,19 @@ def test_a_unit_never_mixes_weights_or_people():
         diagnosis.with_more_variants(first, a_unit("Efficientnet gru", weights={"Efficientnet": "a"}, people=5))
 
 
-def a_study_evaluation():
+def a_scan_evaluation():
     """(people, chosen, clean, found, budget) of four people: one clean error, one falls to one slice, one to all, one stands."""
     labels = torch.tensor([0, 1, 2, 0])
     people = sequence.Studies(torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4))
     clean = 5 * np.eye(4)[[1, 1, 2, 0]]
     rounds = {f"4/255:rounds_{view}": np.array([[10, 4, 1], [20, 1, 1]]) for view in ("four", "three")}
-    found = {"4/255:scan_pgd10": 5 * np.eye(4)[[1, 0, 0, 0]], **rounds, "least_gradient": np.array([0, 1, 8, -1]), "least_random": np.array([0, 4, 8, -1])}
+    found = {"4/255:scan_pgd10": 5 * np.eye(4)[[1, 0, 0, 0]], **rounds,
+             "least_gradient": np.array([0, 1, 8, -1]), "least_random": np.array([0, 4, 8, -1])}
     return people, np.arange(4), np.arange(4), clean, found, {"eps": ("4/255",), "budgets": (1, 4)}
 
 
 def test_checks_pass_on_a_sound_evaluation_of_persons():
-    checks = diagnosis._scan_checks("Resnet gru", *a_study_evaluation())
+    checks = diagnosis._scan_checks("Resnet gru", *a_scan_evaluation())
     assert all(check["passed"] for check in checks) and len(checks) == 9
 
 
@@ -171,10 +172,92 @@ def test_checks_pass_on_a_sound_evaluation_of_persons():
     ({"least_random": np.array([0, 4, 8, 8])}, "all_slices_are_the_full_attack"),
 ])
 def test_each_check_fails_on_a_broken_evaluation(broken, check):
-    people, chosen, curve, clean, found, budget = a_study_evaluation()
+    people, chosen, curve, clean, found, budget = a_scan_evaluation()
     failed = [row["check"] for row in diagnosis._scan_checks("Resnet gru", people, chosen, curve, clean, found | broken, budget)
               if not row["passed"]]
     assert check in failed
+
+
+class FlatBackbone(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(16, 6, generator=torch.Generator().manual_seed(1)))
+
+    def features(self, images):
+        return ((images.flatten(1) - 0.5) @ self.weight).tanh()
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """(model, people, looked): a small scan model, seven people of it, and the attacks that were run."""
+    torch.manual_seed(0)
+    model = sequence.StudyModel(FlatBackbone(), sequence.build_aggregator("attention", 6), torch.zeros(6), torch.full((6,), 0.2)).eval()
+    values = torch.randint(80, 170, (7, 4, 1, 4, 4), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    mask = torch.ones(7, 4, dtype=torch.bool)
+    mask[1, 3], values[1, 3] = False, 0
+    with torch.no_grad():
+        labels = model(values.float() / 255, mask).argmax(1)
+    ran, attack_scan = [], sequence.attack_scan
+
+    def noted(*given, **more):
+        ran.append(given[5])
+        return attack_scan(*given, **more)
+
+    monkeypatch.setattr(sequence, "attack_scan", noted)
+    monkeypatch.setattr(diagnosis, "choose_device", lambda: torch.device("cpu"))
+    return model, sequence.Studies(values, mask, labels, torch.arange(20, 27)), ran
+
+
+SMALL = dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=2, doublings=1, budgets=(1, 2), epochs=1)
+
+
+def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_settings(scans, tmp_path):
+    model, people, ran = scans
+    config, path = make_config("demo", "Resnet"), tmp_path / "attention.npz"
+    chosen, curve = np.array([0, 1, 3, 4, 6]), np.array([1, 4])
+
+    def attacked(budget=SMALL, of=model, chosen=chosen, curve=curve, config=config):
+        ran.clear()
+        return diagnosis._attacked_scans(of, people, chosen, curve, config, budget, path, "attention")
+
+    def same(one, other):
+        return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+
+    first = attacked()
+    assert ran and {attack.view for attack in ran} == {"four", "three", "binary"}
+    assert {attack.momentum for attack in ran} == {None, sequence.MOMENTUM}
+    for eps in SMALL["eps"]:
+        columns = {key.partition(":")[2] for key in first if key.startswith(f"{eps}:scan_")}
+        assert columns == {"scan_pgd2", "scan_mpgd2", "scan_pgd2_merged", "scan_mpgd2_merged", "scan_pgd2_binary"}
+        assert all(first[f"{eps}:{name}"].shape == (5, 4) for name in columns)
+    assert path.with_suffix(".safetensors").is_file() and len(first["least_gradient"]) == len(first["least_random"]) == 2
+    assert same(attacked(), first) and not ran, "the file is taken"
+    assert same(attacked(SMALL | {"train": 3, "test": 9}), first) and not ran, "these are settings of what comes before"
+
+    longer = attacked(SMALL | {"steps": 3})
+    assert ran and "4/255:scan_pgd3" in longer and "4/255:scan_pgd2" not in longer
+    for other in (dict(budget=SMALL | {"doublings": 2}), dict(chosen=np.array([0, 1, 2, 4, 6])), dict(curve=np.array([1, 6])),
+                  dict(config=dataclasses.replace(config, seed=1))):
+        attacked(**other)
+        assert ran, other
+    assert same(attacked(), first) and ran, "attacked again, and to the same numbers"
+    with torch.no_grad():
+        model.aggregator.head.bias += 1e-3
+    attacked()
+    assert ran, "other weights"
+
+
+def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
+    model, people, _ = scans
+    everybody = np.arange(7)
+    found = diagnosis._attacked_scans(model, people, everybody, everybody, make_config("demo", "Resnet"), SMALL, tmp_path / "a.npz", "a")
+    told = diagnosis._scan_attacks(found, SMALL, 7)
+    assert {f"{eps}:{name}" for eps, name in told} == {key for key in found if ":scan_" in key}
+    assert {name: attack["view"] for (_, name), attack in told.items()} == {
+        "scan_pgd2": "four", "scan_mpgd2": "four", "scan_pgd2_merged": "three", "scan_mpgd2_merged": "three", "scan_pgd2_binary": "binary"}
+    clean = model(people.values.float() / 255, people.mask).detach().numpy()
+    checks = diagnosis._scan_checks("a", people, everybody, everybody, clean, found, SMALL)
+    assert [row["check"] for row in checks if not row["passed"] and not row["check"].startswith("converged")] == []
 
 
 # -------------------------------------------------------------------------------------------------------- from records
@@ -189,14 +272,14 @@ def sequence_entry(tmp_path):
     rows = {"labels": labels.astype(np.int8), "fold": np.zeros(20, np.int8), "seed": np.zeros(20, np.int8),
             "patient_id": np.arange(20, dtype=np.int32),
             "slice_index": np.full(20, -1, np.int16), "file_sha256": np.zeros((20, 32), np.uint8),
-            "Resnet gru/clean": to_half(clean), "Resnet gru/4/255:study_pgd3": to_half(attacked)}
+            "Resnet gru/clean": to_half(clean), "Resnet gru/4/255:scan_pgd3": to_half(attacked)}
     budget = {"eps": "4/255", "budgets": [0, 1, 32], "people": list(range(0, 20, 2)), "labels": labels[::2].tolist(),
               "least": {"gradient": [1, 32] * 5, "random": [32] * 10}}
     unit = {"model": "Sequence", "regime": "both", "protocol": "patient", "data": "phantom", "profile": "demo", "init": "random",
             "search": "none", "fold": 0,
             "seed": 0, "cohort_sha256": "0", "config": {"headline_eps": "4/255"}, "wall_seconds": {"train": 1, "attack": 1},
             "git_commit": "0", "git_dirty": False,
-            "sanity": [], "variants": {"Resnet gru": {"attacks": {"4/255": {"study_pgd3": {"norm": "linf"}}}, "slice_budget": budget}}}
+            "sanity": [], "variants": {"Resnet gru": {"attacks": {"4/255": {"scan_pgd3": {"norm": "linf"}}}, "slice_budget": budget}}}
     record = records.summarise(rows, [unit], n_boot=100)
     path = tmp_path / "assets" / "Sequence" / "patient.json"
     records.write_record(path, record, rows)

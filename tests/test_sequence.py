@@ -1,5 +1,6 @@
-"""`utils/sequence.py`: a person's ordered slices as one study, and attacks on the whole of it."""
+"""`utils/sequence.py`: a patient's ordered slices as one scan, and attacks on the whole of it."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from utils import sequence
+from utils.attacks import BINARY, group_labels, group_logits, margin
 from utils.training import macro_cross_entropy
 from utils.utils_funcs import StudyError
 
@@ -162,6 +164,48 @@ def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("name", sequence.AGGREGATORS)
+def test_a_fit_depends_neither_on_threads_nor_on_the_last_bits_of_the_features(name):
+    everyone = featured(studies(people=60, seed=1))
+    noise = 1e-6 * torch.randn(everyone.values.shape, generator=torch.Generator().manual_seed(9))
+    moved = dataclasses.replace(everyone, values=everyone.values + noise * everyone.mask[..., None])
+    assert not torch.equal(moved.values, everyone.values)
+    threads, fits = torch.get_num_threads(), []
+    try:
+        for count, people in ((1, everyone), (2, everyone), (2, moved)):
+            torch.set_num_threads(count)
+            state = torch.get_rng_state()
+            fits.append(sequence.fit_aggregator(name, people.pick(range(44)), people.pick(range(44, 60)), epochs=12)[0])
+            assert torch.get_num_threads() == count and torch.equal(state, torch.get_rng_state())
+    finally:
+        torch.set_num_threads(threads)
+    one, two, third = fits
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    with torch.no_grad():
+        logits, other = (model(everyone.values, everyone.mask) for model in (one, third))
+    assert torch.equal(logits.argmax(1), other.argmax(1)) and float((logits - other).abs().max()) < 1e-2
+
+
+def test_a_fit_that_diverges_leaves_threads_and_random_state():
+    everyone = featured(studies(people=12))
+    broken = dataclasses.replace(everyone, values=1e6 * everyone.values)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(StudyError, match="is not finite"):
+            sequence.fit_aggregator("mean", broken.pick(range(8)), broken.pick(range(8, 12)), epochs=1)
+        assert torch.get_num_threads() == 2 and torch.equal(state, torch.get_rng_state())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_fit_keeps_its_last_epoch_and_chooses_none():
+    everyone = featured(studies(people=24))
+    model, told = sequence.fit_aggregator("mean", everyone.pick(range(16)), everyone.pick(range(16, 24)), epochs=4)
+    assert set(told) == {"history", "score"} and [entry["epoch"] for entry in told["history"]] == [1, 2, 3, 4]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_nobody_may_be_in_training_and_validation():
     everyone = featured(studies(people=12))
     with pytest.raises(StudyError, match="Person 5 is in training and validation"):
@@ -199,7 +243,7 @@ def attacked(name: str = "gru"):
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
-def test_a_study_attack_stays_inside_the_ball_and_on_existing_slices(name):
+def test_a_scan_attack_stays_inside_the_ball_and_on_existing_slices(name):
     model, pixels, mask, labels = attacked(name)
     made, logits = attack_four(model, pixels, mask, labels, 0.02, steps=5)
     assert float((made - pixels).abs().max()) <= 0.02 + 1e-6 and 0 <= float(made.min()) and float(made.max()) <= 1
@@ -251,8 +295,138 @@ def test_the_gradient_chooses_better_slices_than_chance():
     assert torch.equal(fell, random_ >= 0) and greedy[fell].float().mean() < random_[fell].float().mean()
 
 
-def test_a_study_attack_does_not_depend_on_who_else_is_attacked():
+def test_a_scan_attack_does_not_depend_on_who_else_is_attacked():
     model, pixels, mask, labels = attacked("attention")
     together = attack_four(model, pixels, mask, labels, 0.03, steps=5)[1]
     alone = attack_four(model, pixels[4:5], mask[4:5], labels[4:5], 0.03, steps=5)[1]
     assert torch.allclose(alone[0], together[4], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- each view in its own right
+
+
+class Halves(nn.Module):
+    """A slice's logits from the brightness of its upper half, which moves Moderate, and of its lower one, which moves Very mild."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 30.0], [0.0, 0.0], [10.0, 0.0]]))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        halves = torch.stack([images[:, 0, :1].mean((1, 2)), images[:, 0, 1:].mean((1, 2))], dim=1) - 0.5
+        return halves @ self.weight.T + torch.tensor([-20.0, -2.0, 0.0, -0.1])
+
+
+class MeanLogits(nn.Module):
+    def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return features.sum(1) / mask.sum(1, keepdim=True)
+
+
+def counted(model: sequence.StudyModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry at every further look at a changed scan."""
+    looks, reread = [], model.reread
+    monkeypatch.setattr(model, "reread", lambda *given: (looks.append(1), reread(*given))[1])
+    return looks
+
+
+def test_a_fall_from_mild_to_moderate_is_not_taken_for_robustness_in_three_classes(monkeypatch):
+    model = sequence.StudyModel(Halves(), MeanLogits(), torch.zeros(4), torch.ones(4)).eval()
+    pixels, mask, labels = torch.full((1, 3, 1, 2, 2), 0.5), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2])
+    looks, answers, count = counted(model, monkeypatch), {}, {}
+    for view in ("four", "three"):
+        looks.clear()
+        answers[view] = sequence.attack_scan(model, pixels, mask, labels, 0.1, sequence.ScanAttack(view, 40))[1]
+        count[view] = len(looks)
+    truth = sequence.scan_labels(labels, "three")
+    assert sequence.scan_decisions(answers["four"], "four").tolist() == [3], "Mild became Moderate"
+    assert torch.equal(sequence.scan_decisions(answers["four"], "three"), truth), "which are one answer of three"
+    assert sequence.scan_decisions(answers["three"], "three").tolist() == [1] and count["three"] > 3 * count["four"]
+    # The budget curve counts the answer of three classes, unless told otherwise.
+    least = {view: sequence.slice_budgets(model, pixels, mask, labels, 0.1, (1, 2), steps=40, **view_)
+             for view, view_ in (("four", {"view": "four"}), ("three", {"view": "three"}), ("default", {}))}
+    assert least["default"].tolist() == least["three"].tolist() == [3] and least["four"].tolist() == [1]
+
+
+VIEWS = ("four", "three", "binary")
+
+
+def robust(logits: torch.Tensor, labels: torch.Tensor, view: str) -> torch.Tensor:
+    return sequence.scan_decisions(logits, view) == sequence.scan_labels(labels, view)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_given_what_other_views_found_an_attack_leaves_nobody_robust_whom_they_misclassify(view):
+    model, pixels, mask, labels = attacked("attention")
+    eps, scans, logits = 0.012, {}, {}
+    for other in VIEWS:
+        if other != view:
+            attack = sequence.ScanAttack(other, 10, push=other == "binary")
+            scans[other], logits[other] = sequence.attack_scan(model, pixels, mask, labels, eps, attack)
+    weak = sequence.ScanAttack(view, 1, push=view == "binary")
+    alone = robust(sequence.attack_scan(model, pixels, mask, labels, eps / 4, weak)[1], labels, view)
+    made, answers = sequence.attack_scan(model, pixels, mask, labels, eps, weak, candidates=list(scans.values()))
+    left = robust(answers, labels, view)
+    assert all(bool((left <= robust(found, labels, view)).all()) for found in logits.values())
+    assert bool((alone & ~torch.stack([robust(found, labels, view) for found in logits.values()]).all(0)).any()), "they found somebody"
+    assert 0 < left.sum(), "the check says nothing where all fall"
+    assert float((made - pixels).abs().max()) <= eps + 1e-6
+    with torch.no_grad():
+        assert torch.allclose(model(made, mask), answers, atol=1e-5)
+
+
+def test_a_pushed_attack_goes_on_below_its_first_success():
+    model, pixels, mask, labels = attacked("attention")
+    margins, wrong = {}, {}
+    for push in (False, True):
+        answers = sequence.attack_scan(model, pixels, mask, labels, 0.02, sequence.ScanAttack("binary", 10, push=push))[1]
+        margins[push] = margin(group_logits(answers, BINARY), group_labels(labels, BINARY))
+        wrong[push] = ~robust(answers, labels, "binary")
+    fell = wrong[False]
+    assert bool(fell.any()) and bool((wrong[False] <= wrong[True]).all())
+    assert bool((margins[True] <= margins[False] + 1e-6).all()) and bool((margins[True][fell] < margins[False][fell] - 0.1).any())
+    # Whom the model misdiagnoses without any attack is pushed as well, and otherwise left as is.
+    turned = torch.where(labels == 0, 1, 0)[:4]
+    given = model, pixels[:4], mask[:4], turned, 0.02
+    left, pushed = (sequence.attack_scan(*given, sequence.ScanAttack("binary", 5, push=push)) for push in (False, True))
+    assert torch.equal(left[0], pixels[:4])
+    low, lower = (margin(group_logits(answers, BINARY), group_labels(turned, BINARY)) for _, answers in (left, pushed))
+    assert bool((lower < low).all())
+
+
+@pytest.mark.parametrize("momentum", [None, sequence.MOMENTUM])
+def test_random_starts_follow_each_patients_own_seed(momentum):
+    model, pixels, mask, labels = attacked("attention")
+    few, seeds = [3, 0, 8, 5], [11, 12, 13, 14]
+    # Pushed, so that every attempt is made whoever falls.
+    attack = sequence.ScanAttack("four", 2, attempts=3, momentum=momentum, push=True)
+
+    def run(rows: list[int], own: list[int] | None) -> torch.Tensor:
+        return sequence.attack_scan(model, pixels[rows], mask[rows], labels[rows], 0.004, attack, seeds=own)[0]
+
+    starts, random_scan = [], sequence._random_scan
+
+    def noted(*given):
+        starts.append(random_scan(*given))
+        return starts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence, "_random_scan", noted)
+        together, of_all = run(few, seeds), list(starts)
+        starts.clear()
+        alone, of_one = run(few[2:3], seeds[2:3]), list(starts)
+        starts.clear()
+        turned = run(few[::-1], seeds[::-1])
+        starts.clear()
+        run(few[2:3], [99])
+        of_another = list(starts)
+        starts.clear()
+        run(few[2:3], None), run(few[2:3], [0])
+        of_nobody, of_zero = starts[:2], starts[2:]
+    assert len(of_all) == 2 * len(few) and len(of_one) == 2
+    assert torch.equal(alone[0], together[2]) and torch.equal(turned, together.flip(0))
+    assert all(torch.equal(a, b) for a, b in zip(of_one, of_all[4:6], strict=True)) and not torch.equal(*of_one)
+    assert not any(torch.equal(a, b) for a, b in zip(of_one, of_another, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(of_nobody, of_zero, strict=True))
+    own, eps = pixels[few[2:3]], 0.004
+    for start in of_one:
+        assert float((start - own).abs().max()) <= eps + 1e-6 and torch.equal(start[~mask[few[2:3]]], own[~mask[few[2:3]]])
