@@ -98,6 +98,10 @@ def _recalls(row: StudyRow, protocol: str, brief: bool) -> str:
     return " / ".join(show(one) for one in found)
 
 
+#: Scores on the age-matched part are rounded; a larger difference on everybody means other predictions.
+AGE_TOLERANCE = 6e-4
+
+
 @lru_cache(maxsize=4)
 def _ages(path: Path) -> dict:
     return read_json(path) if path.is_file() else {}
@@ -117,8 +121,13 @@ def _age_score(row: StudyRow, protocol: str, name: str) -> dict | None:
     if protocol not in row.entries:
         return None
     scores = age_part([row.entries[protocol]]).get("rows", {})
-    found = scores.get("/".join(filter(None, (row.model, protocol, row.variant))), {}).get(name)
-    return found if found and found.get("ci") else None
+    of_row = scores.get("/".join(filter(None, (row.model, protocol, row.variant))), {})
+    found = of_row.get(name)
+    # A score of predictions that were replaced since is no score of this row: its value on everybody tells.
+    known, now = of_row.get("person_auroc"), _score(row, protocol, PATIENT_AUROC)
+    if not found or not found.get("ci") or not known or not now or now["value"] is None:
+        return None
+    return found if abs(known["everybody"]["value"] - now["value"]) <= AGE_TOLERANCE else None
 
 
 def _number(row: StudyRow, protocol: str) -> str:
@@ -658,7 +667,7 @@ def _said_of_robustness(rows: list[StudyRow], networks: list[StudyRow], eps: str
             f"`{best.name}` (row {best.number}): {_cell(best, 'patient', WORST)} % ({_attacked_size(best)})."]
     exact = [one for one in comparisons.robust_accuracy_against_exact(rows, [eps]) if one.first == best]
     if exact:
-        verdict = {"better": "more than", "worse": "less than", "undecided": "no more than can be told from"}[exact[0].verdict]
+        verdict = {"better": "more than", "worse": "less than", "undecided": "not distinguishable from"}[exact[0].verdict]
         control = exact[0].second
         said.append(f"That is {verdict} what a robust linear model keeps, whose robust accuracy is exact (row {control.number}, "
                     f"{_cell(control, 'patient', WORST)} % of all slices): network minus linear model "
