@@ -707,13 +707,13 @@ def _said_of_age(networks: list[StudyRow], controls: dict[str, StudyRow]) -> str
     if not lines:
         return ""
     return (f"**Age.** {part['n_part']} of the {part['n_patients']} patients are also in {part['other']}, found by their pixels. Not found "
-            f"are {_not_found(part)}: that set holds everybody of its cohort in this range of ages, so they are younger or not of it. "
+            f"are {_not_found(part)}: younger, not in it, or there under another slice. "
             f"AUROC by patient: {'; '.join(lines)}. A "
             "score on all patients is in part a score of age.")
 
 
 def _not_found(part: dict) -> str:
-    return ", ".join(f"{count} {name}" for name, count in part["not_found_by_class"].items() if count and not isinstance(count, str))
+    return ", ".join(f"{count} {name}" for name, count in part["not_found_by_class"].items() if count)
 
 
 def _without_search_people(rows: list[StudyRow]) -> str:
