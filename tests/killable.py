@@ -70,6 +70,7 @@ def shard(root: Path, which: str, seconds: float = 0.0) -> None:
 
     experiment.open_study = lambda profile, raw: sharded_study(root)
     experiment.train = lambda study, config, retrain: "a stand-in"
+    experiment._fold0_validation_people = lambda study: []  # nothing is prepared in `root`
     experiment.attack, experiment.explain = attack, lambda study, config, retrain: (root, {})
     experiment.grid("cpu", shard=which, models=SHARDED)
 

@@ -211,7 +211,7 @@ def scans(monkeypatch):
 SMALL = dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=2, doublings=1, budgets=(1, 2), epochs=1)
 
 
-def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_settings(scans, tmp_path):
+def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_settings(scans, tmp_path, monkeypatch):
     model, people, ran = scans
     config, path = make_config("demo", "Resnet"), tmp_path / "attention.npz"
     chosen, curve = np.array([0, 1, 3, 4, 6]), np.array([1, 4])
@@ -233,6 +233,12 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
     assert path.with_suffix(".safetensors").is_file() and len(first["least_gradient"]) == len(first["least_random"]) == 2
     assert same(attacked(), first) and not ran, "the file is taken"
     assert same(attacked(SMALL | {"train": 3, "test": 9}), first) and not ran, "these are settings of what comes before"
+
+    # Curves of older code are measured again, and the attacks on whole scans, which cost most, are not.
+    np.savez(path, **{**first, "curve_state": np.array(0), "least_gradient": np.full(2, 77)})
+    with monkeypatch.context() as patched:
+        patched.setattr(diagnosis, "_attacked_in_view", lambda *_: pytest.fail("attacked again"))
+        assert same(attacked(), first)
 
     longer = attacked(SMALL | {"steps": 3})
     assert ran and "4/255:scan_pgd3" in longer and "4/255:scan_pgd2" not in longer

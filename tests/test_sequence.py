@@ -295,6 +295,35 @@ def test_the_gradient_chooses_better_slices_than_chance():
     assert torch.equal(fell, random_ >= 0) and greedy[fell].float().mean() < random_[fell].float().mean()
 
 
+def test_slices_are_chosen_by_the_view_that_is_attacked():
+    """The four-class margin of this scan, between Mild and Moderate, hangs on the first slice alone; its three-class decision, on
+    the second."""
+
+    class Brightness(nn.Module):
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1).mean(1, keepdim=True) - 0.5
+
+    class Reader(nn.Module):
+        def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            first, second = features[:, 0, 0], features[:, 1, 0]
+            return torch.stack([second * 0 - 20, 30 * second - 2, second * 0, 10 * first - 0.1], dim=1)
+
+    model = sequence.StudyModel(Brightness(), Reader(), torch.zeros(1), torch.ones(1)).eval()
+    given = model, torch.full((1, 2, 1, 2, 2), 0.5), torch.ones(1, 2, dtype=torch.bool), torch.tensor([2])
+    four, three = (sequence.slice_gains(*given, view=view)[0] for view in ("four", "three"))
+    assert four[0] > four[1] == 0 and three[1] > three[0]
+    assert sequence.slice_budgets(*given, 0.1, (1,), steps=40).tolist() == [1], "one slice is enough, the right one"
+
+
+def test_random_slices_do_not_depend_on_who_else_is_flipped():
+    model, pixels, mask, labels = attacked("attention")
+    options = dict(steps=5, choice="random", view="four", seed=3)
+    together = sequence.slice_budgets(model, pixels, mask, labels, 0.02, (1, 2, 4), **options)
+    turned = labels.clone()
+    turned[1::2] = (turned[1::2] + 1) % 4  # clean errors, who drop out before any slice is drawn
+    assert torch.equal(sequence.slice_budgets(model, pixels, mask, turned, 0.02, (1, 2, 4), **options)[::2], together[::2])
+
+
 def test_a_scan_attack_does_not_depend_on_who_else_is_attacked():
     model, pixels, mask, labels = attacked("attention")
     together = attack_four(model, pixels, mask, labels, 0.03, steps=5)[1]

@@ -324,13 +324,12 @@ class _Best:
     """The iterate of one scan that lies lowest in a view, with its logits."""
 
     def __init__(self, scan: Tensor, logits: Tensor, label: Tensor, view: str) -> None:
-        self.groups = VIEWS[view][0]
-        self.label = label if self.groups is None else group_labels(label, self.groups)
+        self.view, self.label = view, scan_labels(label, view)
         self.scan, self.logits = scan, logits
         self.margin, self.wrong = self._judge(logits)
 
     def grouped(self, logits: Tensor) -> Tensor:
-        return logits if self.groups is None else group_logits(logits, self.groups)
+        return _in_view(logits, self.view)
 
     def _judge(self, logits: Tensor) -> tuple[float, bool]:
         """Margin in the view, and whether the answer is wrong, decided by `argmax` as every score is."""
@@ -401,10 +400,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _in_view(logits: Tensor, view: str) -> Tensor:
+    """Logits (B, groups of the view) from (B, 4)."""
+    groups = VIEWS[view][0]
+    return logits if groups is None else group_logits(logits, groups)
+
+
 def scan_decisions(logits: Tensor, view: str) -> Tensor:
     """Answers (B,) in a view, as numbers of its groups."""
-    groups = VIEWS[view][0]
-    return (logits if groups is None else group_logits(logits, groups)).argmax(1)
+    return _in_view(logits, view).argmax(1)
 
 
 def scan_labels(labels: Tensor, view: str) -> Tensor:
@@ -412,14 +416,17 @@ def scan_labels(labels: Tensor, view: str) -> Tensor:
     return labels if groups is None else group_labels(labels, groups)
 
 
-def slice_gains(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, batch: int = 1) -> Tensor:
-    """What each slice offers an attacker to first order: the L1 norm of the margin's gradient (B, S), 0 where none is."""
-    found = []
+def slice_gains(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, view: str = "three") -> Tensor:
+    """What each slice offers an attacker of a view to first order: the L1 norm of the gradient of that view's margin (B, S),
+    0 where there is no slice."""
+    truth, found = scan_labels(labels, view), []
     with torch.enable_grad(), no_parameter_gradients(model):
-        for rows in torch.arange(len(labels), device=labels.device).split(batch):
-            at = pixels[rows].detach().requires_grad_(True)
-            gradient = torch.autograd.grad(-margin(model(at, mask[rows]), labels[rows]).sum(), at)[0].nan_to_num(0.0, 0.0, 0.0)
-            found.append(gradient.abs().flatten(2).sum(2) * mask[rows])
+        for row in range(len(labels)):
+            part = slice(row, row + 1)
+            at = pixels[part].detach().requires_grad_(True)
+            gap = margin(_in_view(model(at, mask[part]), view), truth[part])
+            gradient = torch.autograd.grad(-gap.sum(), at)[0].nan_to_num(0.0, 0.0, 0.0)
+            found.append(gradient.abs().flatten(2).sum(2) * mask[part])
     return torch.cat(found)
 
 
@@ -449,9 +456,9 @@ def slice_budgets(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tenso
     if not len(rows):
         return least
     if choice == "gradient":
-        rank = slice_gains(model, pixels[rows], mask[rows], labels[rows])
-    else:
-        rank = torch.rand(len(rows), mask.shape[1], generator=torch.Generator().manual_seed(seed)).to(pixels)
+        rank = slice_gains(model, pixels[rows], mask[rows], labels[rows], view=view)
+    else:  # drawn for everybody, so that nobody's ranks depend on who else was flipped
+        rank = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)[rows]
     order = rank.masked_fill(~mask[rows], -1).argsort(1, descending=True).argsort(1)
     open_ = torch.ones_like(rows, dtype=torch.bool)
     for budget in [budget for budget in sorted(budgets) if 0 < budget < most]:
