@@ -15,8 +15,10 @@ assets/, models/ and README.md.
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("Python 3.11, 3.12 or 3.13 is needed and this is {}.{}: start reproduce.py with one of those, for example "
-             "`python3.12 reproduce.py`.".format(*sys.version_info[:2]))
+    sys.exit(
+        "Python 3.11, 3.12 or 3.13 is needed and this is {}.{}: start reproduce.py with one of those, for example "
+        "`python3.12 reproduce.py`.".format(*sys.version_info[:2])
+    )
 
 import argparse
 import concurrent.futures
@@ -48,9 +50,18 @@ PREPARE = "dataset/prepare_dataset.ipynb"
 #: A folder with more files than this is summed up in the list of what a run wrote.
 LISTED = 24
 #: Every notebook of the study in the order in which it runs; each reads what those before it wrote.
-NOTEBOOKS = (PREPARE, "dataset/leak_audit.ipynb", "models/Resnet.ipynb", "models/Resnet_atk.ipynb",
-             "models/Efficientnet.ipynb", "models/Efficientnet_atk.ipynb", "models/Dinov2.ipynb",
-             "models/Dinov2_atk.ipynb", "models/ensemble.ipynb", "models/results.ipynb")
+NOTEBOOKS = (
+    PREPARE,
+    "dataset/leak_audit.ipynb",
+    "models/Resnet.ipynb",
+    "models/Resnet_atk.ipynb",
+    "models/Efficientnet.ipynb",
+    "models/Efficientnet_atk.ipynb",
+    "models/Dinov2.ipynb",
+    "models/Dinov2_atk.ipynb",
+    "models/ensemble.ipynb",
+    "models/results.ipynb",
+)
 MODEL_NOTEBOOKS = NOTEBOOKS[2:8]
 #: Pass over these where a clone does not have them.
 OPTIONAL = {"dataset/leak_audit.ipynb", "models/ensemble.ipynb"}
@@ -73,14 +84,22 @@ def runs_folder() -> Path:
 def result_root(profile: str, data: str) -> Path:
     """Where a run writes: the rule of `utils.utils_funcs.result_root`, which cannot be imported before the environment
     is there."""
-    return ROOT if profile in ("cpu", "paper") and data == "real" else runs_folder() / f"{profile}-{data}"
+    return (
+        ROOT
+        if profile in ("cpu", "paper") and data == "real"
+        else runs_folder() / f"{profile}-{data}"
+    )
 
 
 def is_prepared(root: Path) -> bool:
     """Whether `prepare_dataset.ipynb` has written every set of both protocols under `root`."""
     folder = root / "dataset" / "dataset_variables"
     parts = ("slice", *(f"patient/fold{fold}" for fold in range(5)))
-    sets = [folder / part / f"{name}_set.pt" for part in parts for name in ("train", "validation", "test")]
+    sets = [
+        folder / part / f"{name}_set.pt"
+        for part in parts
+        for name in ("train", "validation", "test")
+    ]
     return all(path.is_file() for path in sets)
 
 
@@ -100,10 +119,14 @@ def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> 
         ReproduceError: for an unknown name, or when a notebook of the study is missing.
     """
     if missing := [path for path in NOTEBOOKS if path not in present | OPTIONAL]:
-        raise ReproduceError(f"This clone lacks {', '.join(missing)}: get it back with `git checkout -- {missing[0]}`.")
+        raise ReproduceError(
+            f"This clone lacks {', '.join(missing)}: get it back with `git checkout -- {missing[0]}`."
+        )
     names = {Path(path).stem: path for path in NOTEBOOKS if path in present}
     if unknown := [name for name in only if name not in names]:
-        raise ReproduceError(f"--only {unknown[0]} names no notebook: expected one of {', '.join(names)}.")
+        raise ReproduceError(
+            f"--only {unknown[0]} names no notebook: expected one of {', '.join(names)}."
+        )
     wanted = {names[name] for name in only} or set(names.values())
     if not prepared:
         wanted.add(PREPARE)
@@ -122,12 +145,18 @@ def set_parameters(notebook: dict, values: dict[str, object]) -> dict:
             source = "".join(cell["source"])
             for name, value in values.items():
                 pattern = rf"(?m)^({re.escape(name)}[ \t]*=[ \t]*)[^#\n]*?([ \t]*(?:#.*)?)$"
-                source, count = re.subn(pattern, lambda match: match[1] + repr_double(value) + match[2], source)
+                source, count = re.subn(
+                    pattern, lambda match: match[1] + repr_double(value) + match[2], source
+                )
                 if count != 1:
-                    raise ReproduceError(f"The cell tagged `parameters` assigns {name} {count} times, expected once.")
+                    raise ReproduceError(
+                        f"The cell tagged `parameters` assigns {name} {count} times, expected once."
+                    )
             cell["source"] = source.splitlines(keepends=True)
             return notebook
-    raise ReproduceError("The notebook has no cell tagged `parameters`: tag the one that sets profile and retrain.")
+    raise ReproduceError(
+        "The notebook has no cell tagged `parameters`: tag the one that sets profile and retrain."
+    )
 
 
 def repr_double(value: object) -> str:
@@ -169,23 +198,40 @@ def describe_files(files: Sequence[Path], root: Path) -> list[str]:
     for folder, names in folders.items():
         if len(names) > LISTED:
             names = [*names[:3], f"… {len(names):,} files"]
-        lines += textwrap.wrap(f"{folder}/: {', '.join(names)}", 118, initial_indent="  ", subsequent_indent="      ",
-                               break_long_words=False, break_on_hyphens=False)
+        lines += textwrap.wrap(
+            f"{folder}/: {', '.join(names)}",
+            118,
+            initial_indent="  ",
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return lines
 
 
 def written_files(root: Path, since: float) -> list[Path]:
     """What a run left under `root`: everything in a folder of runs/, in the repository itself what changed `since`."""
     if root == ROOT:
-        places = [ROOT / name for name in ("assets", "checkpoints", "dataset", "models", "README.md")]
-        return [file for place in places for file in visible_files(place) if file.stat().st_mtime >= since]
+        places = [
+            ROOT / name for name in ("assets", "checkpoints", "dataset", "models", "README.md")
+        ]
+        return [
+            file
+            for place in places
+            for file in visible_files(place)
+            if file.stat().st_mtime >= since
+        ]
     return visible_files(root)
 
 
 def visible_files(place: Path) -> list[Path]:
     files = [place] if place.is_file() else place.rglob("*")
-    return [file for file in files
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place.parent).parts)]
+    return [
+        file
+        for file in files
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(place.parent).parts)
+    ]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -214,7 +260,12 @@ class ProgressLine:
     other work runs beside it and it is not `alone`."""
 
     def __init__(self, text: str, alone: bool = True):
-        self.text, self.start, self.alone, self.live = text, time.monotonic(), alone, alone and sys.stdout.isatty()
+        self.text, self.start, self.alone, self.live = (
+            text,
+            time.monotonic(),
+            alone,
+            alone and sys.stdout.isatty(),
+        )
         if alone:
             print(f"{text} … ", end="", flush=True)
 
@@ -231,17 +282,42 @@ class ProgressLine:
         print(f"{start}{word}{' after ' if word else ''}{self.seconds()}", flush=True)
 
 
-def run_module(python: Path, module: str, *arguments: str, line: ProgressLine | None = None,
-               environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+def run_module(
+    python: Path,
+    module: str,
+    *arguments: str,
+    line: ProgressLine | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
     """Runs `python -m module arguments` from the root with its output caught; it ends when this process does."""
-    command = [str(python), str(ROOT / "reproduce.py"), "--as-module", str(os.getpid()), module, *arguments]
+    command = [
+        str(python),
+        str(ROOT / "reproduce.py"),
+        "--as-module",
+        str(os.getpid()),
+        module,
+        *arguments,
+    ]
     return run_quietly(command, line=line, environment=environment)
 
 
-def run_quietly(command: Sequence[str], *, line: ProgressLine | None = None,
-                environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
+def run_quietly(
+    command: Sequence[str],
+    *,
+    line: ProgressLine | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     try:
         while True:
             try:
@@ -288,7 +364,11 @@ def end_with(parent: int) -> None:
 def last_line(text: str) -> str:
     """The last line that says something, without the exception's type or pip's label."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"^(?:[\w.]*(?:Error|Exception)|ERROR): *", "", lines[-1]) if lines else "it gave no reason"
+    return (
+        re.sub(r"^(?:[\w.]*(?:Error|Exception)|ERROR): *", "", lines[-1])
+        if lines
+        else "it gave no reason"
+    )
 
 
 @contextlib.contextmanager
@@ -299,7 +379,10 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         told = False
         while not try_lock(file.fileno()):
             if not told:
-                print(f"Another reproduce.py is at work here ({path.name}); waiting for it to end.", flush=True)
+                print(
+                    f"Another reproduce.py is at work here ({path.name}); waiting for it to end.",
+                    flush=True,
+                )
                 told = True
             time.sleep(0.5)
         yield
@@ -328,7 +411,9 @@ def try_lock(descriptor: int) -> bool:
 
 def no_deps_pins() -> list[str]:
     """What pyproject.toml says is installed second, without dependencies."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["alzheimer"]["no_deps"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "alzheimer"
+    ]["no_deps"]
 
 
 def fingerprint(requirements: str, python_version: str, no_deps: Sequence[str]) -> str:
@@ -343,10 +428,14 @@ def venv_python(venv: Path) -> Path:
 
 def probe(venv: Path) -> dict | None:
     """Python version and package folders of a virtual environment; None where its interpreter does not run."""
-    code = ("import json, sys, sysconfig; print(json.dumps({'version': '%d.%d' % sys.version_info[:2], "
-            "'folders': sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})}))")
+    code = (
+        "import json, sys, sysconfig; print(json.dumps({'version': '%d.%d' % sys.version_info[:2], "
+        "'folders': sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})}))"
+    )
     try:
-        answer = subprocess.run([str(venv_python(venv)), "-I", "-c", code], capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(
+            [str(venv_python(venv)), "-I", "-c", code], capture_output=True, text=True, timeout=60
+        )
         return json.loads(answer.stdout) if answer.returncode == 0 else None
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
@@ -379,7 +468,9 @@ def drop_half_installed(folders: Sequence[str]) -> list[str]:
 def unexpected_conflicts(pip_check: str, no_deps: Sequence[str]) -> list[str]:
     """Lines of `pip check` other than the one we accept: the old `requests` that a package of `no_deps` asks for."""
     names = "|".join(re.escape(pin.split("==")[0]) for pin in no_deps)
-    accepted = re.compile(rf"(?:{names}) \S+ has requirement requests\b|No broken requirements found")
+    accepted = re.compile(
+        rf"(?:{names}) \S+ has requirement requests\b|No broken requirements found"
+    )
     return [line for line in pip_check.splitlines() if line.strip() and not accepted.match(line)]
 
 
@@ -394,29 +485,42 @@ def make_environment(venv: Path = VENV) -> Path:
         if state is None:
             state = make_venv(venv)
         if tuple(map(int, state["version"].split("."))) < (3, 11):
-            raise ReproduceError(f"{venv} holds Python {state['version']} and 3.11 or newer is needed: delete that "
-                                 "folder and run the same command again.")
-        wanted = fingerprint(REQUIREMENTS.read_text(encoding="utf-8"), state["version"], no_deps_pins())
+            raise ReproduceError(
+                f"{venv} holds Python {state['version']} and 3.11 or newer is needed: delete that "
+                "folder and run the same command again."
+            )
+        wanted = fingerprint(
+            REQUIREMENTS.read_text(encoding="utf-8"), state["version"], no_deps_pins()
+        )
         if not is_complete(venv, wanted):
             (venv / MARKER).unlink(missing_ok=True)
             install(venv, state["folders"])
-            write_atomically(venv / MARKER, json.dumps({"fingerprint": wanted, "python": state["version"]}) + "\n")
+            write_atomically(
+                venv / MARKER,
+                json.dumps({"fingerprint": wanted, "python": state["version"]}) + "\n",
+            )
     return venv_python(venv)
 
 
 def make_venv(venv: Path) -> dict:
     """Makes the virtual environment anew, over whatever lies there and has no interpreter that runs."""
     if venv.exists() and not venv.is_dir():
-        raise ReproduceError(f"{venv} is a file, and that is where the environment goes: move it away.")
+        raise ReproduceError(
+            f"{venv} is a file, and that is where the environment goes: move it away."
+        )
     if sys.version_info[:2] > NEWEST_TESTED:
         version = ".".join(map(str, sys.version_info[:2]))
-        print(f"Note: Python {version} is newer than those that this study is tested with, 3.11 to 3.13.")
+        print(
+            f"Note: Python {version} is newer than those that this study is tested with, 3.11 to 3.13."
+        )
     made = run_quietly([sys.executable, "-m", "venv", "--clear", str(venv)])
     state = probe(venv) if made.returncode == 0 else None
     if state is None:
         reason = last_line(made.stderr or made.stdout)
-        raise ReproduceError(f"Python could not make {venv} ({reason}): on Debian and Ubuntu first run "
-                             "`sudo apt install python3-venv`, then the same command again.")
+        raise ReproduceError(
+            f"Python could not make {venv} ({reason}): on Debian and Ubuntu first run "
+            "`sudo apt install python3-venv`, then the same command again."
+        )
     return state
 
 
@@ -428,18 +532,37 @@ def install(venv: Path, folders: Sequence[str]) -> None:
         ready = run_module(python, "ensurepip", "--upgrade", environment=environment)
         if ready.returncode:
             raise ReproduceError(f"pip cannot be installed ({last_line(ready.stderr)}): {again}.")
-    line = ProgressLine(f"Installing env/requirements.txt into {venv.name} (once; some minutes and 2 to 7 GB)")
+    line = ProgressLine(
+        f"Installing env/requirements.txt into {venv.name} (once; some minutes and 2 to 7 GB)"
+    )
     for what in (["-r", str(REQUIREMENTS)], ["--no-deps", *no_deps]):
-        result = run_module(python, "pip", "install", "--quiet", "--no-input", "--no-user", "--no-compile",
-                            "--disable-pip-version-check", *what, line=line, environment=environment)
+        result = run_module(
+            python,
+            "pip",
+            "install",
+            "--quiet",
+            "--no-input",
+            "--no-user",
+            "--no-compile",
+            "--disable-pip-version-check",
+            *what,
+            line=line,
+            environment=environment,
+        )
         if result.returncode:
             line.done("failed")
-            raise ReproduceError(f"pip could not install {what[-1]} ({pip_error(result.stderr)}): see to the network "
-                                 "and the disk and run the same command again; it goes on where it stopped.")
-    check = run_module(python, "pip", "--disable-pip-version-check", "check", line=line, environment=environment)
+            raise ReproduceError(
+                f"pip could not install {what[-1]} ({pip_error(result.stderr)}): see to the network "
+                "and the disk and run the same command again; it goes on where it stopped."
+            )
+    check = run_module(
+        python, "pip", "--disable-pip-version-check", "check", line=line, environment=environment
+    )
     if conflicts := unexpected_conflicts(check.stdout, no_deps):
         line.done("failed")
-        raise ReproduceError(f"The installed packages do not fit each other ({conflicts[0]}): {again}.")
+        raise ReproduceError(
+            f"The installed packages do not fit each other ({conflicts[0]}): {again}."
+        )
     line.done()
 
 
@@ -450,10 +573,18 @@ def pip_error(text: str) -> str:
 
 def venv_environment(venv: Path) -> dict[str, str]:
     """This process's environment variables without those that would mix another Python's packages in."""
-    kept = {name: value for name, value in os.environ.items()
-            if name not in ("PYTHONHOME", "PYTHONPATH", "__PYVENV_LAUNCHER__")}
-    return {**kept, "VIRTUAL_ENV": str(venv), "PYTHONNOUSERSITE": "1", "PYTHONUTF8": "1",
-            "PATH": os.pathsep.join([str(venv_python(venv).parent), os.environ.get("PATH", "")])}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONHOME", "PYTHONPATH", "__PYVENV_LAUNCHER__")
+    }
+    return {
+        **kept,
+        "VIRTUAL_ENV": str(venv),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONUTF8": "1",
+        "PATH": os.pathsep.join([str(venv_python(venv).parent), os.environ.get("PATH", "")]),
+    }
 
 
 def check_current_environment() -> Path:
@@ -463,10 +594,14 @@ def check_current_environment() -> Path:
         ReproduceError: naming what it lacks.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [re.match(r"[\w.-]+", entry)[0] for entry in (*project["dependencies"], *no_deps_pins())]
+    names = [
+        re.match(r"[\w.-]+", entry)[0] for entry in (*project["dependencies"], *no_deps_pins())
+    ]
     if missing := [name for name in names if not is_installed(name)]:
-        raise ReproduceError(f"{sys.executable} lacks {', '.join(missing)}: activate the study's environment, or leave "
-                             "out --no-venv and one is made.")
+        raise ReproduceError(
+            f"{sys.executable} lacks {', '.join(missing)}: activate the study's environment, or leave "
+            "out --no-venv and one is made."
+        )
     return Path(sys.executable)
 
 
@@ -489,12 +624,21 @@ def find_data(python: Path, environment: dict[str, str]) -> str:
     line.done("failed" if answer.returncode else "")
     if answer.returncode:
         raise ReproduceError(last_line(answer.stderr))
-    found = [text for text in answer.stdout.splitlines() if text.startswith("raw=")][-1]  # a download prints too
+    found = [text for text in answer.stdout.splitlines() if text.startswith("raw=")][
+        -1
+    ]  # a download prints too
     return found.removeprefix("raw=")
 
 
-def run_notebook(python: Path, notebook: str, root: Path, own: Path, values: dict[str, object],
-                 environment: dict[str, str], start: Callable[[], ProgressLine]) -> None:
+def run_notebook(
+    python: Path,
+    notebook: str,
+    root: Path,
+    own: Path,
+    values: dict[str, object],
+    environment: dict[str, str],
+    start: Callable[[], ProgressLine],
+) -> None:
     """Executes `notebook` in its own folder and puts the result under `root`; where a cell fails, what was done so far
     under `own`/failed.
 
@@ -505,19 +649,38 @@ def run_notebook(python: Path, notebook: str, root: Path, own: Path, values: dic
     before, after = own / SCRATCH / f"in-{Path(notebook).name}", own / SCRATCH / Path(notebook).name
     write_atomically(before, json.dumps(source))
     after.unlink(missing_ok=True)
-    result = run_module(python, "papermill", str(before), str(after), "--kernel", "python3", "--no-progress-bar",
-                        "--no-log-output", "--cwd", str((ROOT / notebook).parent), line=line, environment=environment)
+    result = run_module(
+        python,
+        "papermill",
+        str(before),
+        str(after),
+        "--kernel",
+        "python3",
+        "--no-progress-bar",
+        "--no-log-output",
+        "--cwd",
+        str((ROOT / notebook).parent),
+        line=line,
+        environment=environment,
+    )
     executed = source
-    with contextlib.suppress(OSError, ReproduceError):  # it ended before it wrote, or was killed while it wrote
+    with contextlib.suppress(
+        OSError, ReproduceError
+    ):  # it ended before it wrote, or was killed while it wrote
         executed = without_traces(read_notebook(after))
     failed = own / "failed" / notebook
     # A reader who opens the result in Colab wants to see these outputs, not to spend hours on them.
-    executed = set_parameters(executed, {name: False for name in ("retrain", "run_missing") if name in values})
+    executed = set_parameters(
+        executed, {name: False for name in ("retrain", "run_missing") if name in values}
+    )
     text = json.dumps(executed, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
     write_atomically(failed if result.returncode else root / notebook, text)
     if result.returncode:
         line.done("failed")
-        reason = first_error(executed) or f"{last_line(result.stderr)} (no cell raised: often a lack of memory)"
+        reason = (
+            first_error(executed)
+            or f"{last_line(result.stderr)} (no cell raised: often a lack of memory)"
+        )
         raise ReproduceError(f"{notebook} failed: {reason}\nWhat it did so far: {failed}")
     failed.unlink(missing_ok=True)
     line.done()
@@ -574,57 +737,114 @@ def run_study(python: Path, options: argparse.Namespace, environment: dict[str, 
     # Asked once and handed on, so that all notebooks agree and none waits for a download again.
     environment |= {"ALZHEIMER_RAW": raw} if raw else {"ALZHEIMER_OFFLINE": "1"}
     data = "real" if raw else "phantom"
-    print(f"data: {data} ({raw or 'no raw images found: a drawn cohort that shows the machinery and is no result'})")
+    print(
+        f"data: {data} ({raw or 'no raw images found: a drawn cohort that shows the machinery and is no result'})"
+    )
     root, own = result_root(options.profile, data), runs_folder() / f"{options.profile}-{data}"
     with one_at_a_time(own / ".lock"):
         notebooks = choose_notebooks(options.only, present_notebooks(), is_prepared(root))
         values = {"profile": options.profile, "retrain": options.retrain}
-        numbered = [(f"[{number}/{len(notebooks)}] {notebook}", notebook) for number, notebook in enumerate(notebooks, 1)]
+        numbered = [
+            (f"[{number}/{len(notebooks)}] {notebook}", notebook)
+            for number, notebook in enumerate(notebooks, 1)
+        ]
         for group in side_by_side(numbered, options.profile):
             shared = environment
             if len(group) > 1:
-                shared = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // demo_workers())), **environment}
-            run_all([functools.partial(run_notebook, python, notebook, root, own,
-                                       values | ({"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}), shared,
-                                       functools.partial(ProgressLine, text, len(group) == 1)) for text, notebook in group])
+                shared = {
+                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // demo_workers())),
+                    **environment,
+                }
+            run_all(
+                [
+                    functools.partial(
+                        run_notebook,
+                        python,
+                        notebook,
+                        root,
+                        own,
+                        values | ({"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}),
+                        shared,
+                        functools.partial(ProgressLine, text, len(group) == 1),
+                    )
+                    for text, notebook in group
+                ]
+            )
         shutil.rmtree(own / SCRATCH, ignore_errors=True)
         print()
         report(python, environment, "table", "--root", str(root))
         if root == ROOT:
             report(python, environment, "readme")
         files = written_files(root, start)
-        print(f"\nWritten under {root} ({len(files)} files):", *describe_files(files, root), sep="\n")
+        print(
+            f"\nWritten under {root} ({len(files)} files):", *describe_files(files, root), sep="\n"
+        )
 
 
 def report(python: Path, environment: dict[str, str], *arguments: str) -> None:
     result = run_module(python, "utils.report", *arguments, environment=environment)
     print(result.stdout.rstrip())
     if result.returncode:
-        raise ReproduceError(f"`python -m utils.report {arguments[0]}` failed: {last_line(result.stderr)}")
+        raise ReproduceError(
+            f"`python -m utils.report {arguments[0]}` failed: {last_line(result.stderr)}"
+        )
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("command", nargs="?", choices=("figures",), help="make figures and tables from the committed records")
-    add("--profile", choices=PROFILES, default="demo", help="budgets: minutes, hours, or a GPU (default: demo)")
-    add("--only", action="append", default=[], metavar="NOTEBOOK", help="run this notebook alone; may be repeated")
-    add("--raw", metavar="PATH", help="folder or zip of the raw images (default: found as README says)")
-    add("--retrain", action="store_true", help="train and attack again where a record is there already")
+    add(
+        "command",
+        nargs="?",
+        choices=("figures",),
+        help="make figures and tables from the committed records",
+    )
+    add(
+        "--profile",
+        choices=PROFILES,
+        default="demo",
+        help="budgets: minutes, hours, or a GPU (default: demo)",
+    )
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NOTEBOOK",
+        help="run this notebook alone; may be repeated",
+    )
+    add(
+        "--raw",
+        metavar="PATH",
+        help="folder or zip of the raw images (default: found as README says)",
+    )
+    add(
+        "--retrain",
+        action="store_true",
+        help="train and attack again where a record is there already",
+    )
     add("--test", action="store_true", help="run the tests instead of the notebooks")
-    add("--no-venv", action="store_true", help="use this interpreter (a conda environment, for example)")
+    add(
+        "--no-venv",
+        action="store_true",
+        help="use this interpreter (a conda environment, for example)",
+    )
     own, mark, for_pytest = list(arguments), "--" in arguments, []
     if mark:
         cut = own.index("--")
-        own, for_pytest = own[:cut], own[cut + 1:]
+        own, for_pytest = own[:cut], own[cut + 1 :]
     options = parser.parse_args(own)
     if mark and not options.test:
         parser.error("what follows -- goes to pytest, so it needs --test")
     if options.test and (options.command or options.only or options.retrain):
         parser.error("--test runs the tests alone: leave out figures, --only and --retrain")
     if options.command and (options.only or options.retrain or options.raw):
-        parser.error("figures reads the committed records alone: leave out --only, --retrain and --raw")
+        parser.error(
+            "figures reads the committed records alone: leave out --only, --retrain and --raw"
+        )
     options.pytest_arguments = for_pytest
     return options
 
@@ -637,8 +857,10 @@ def raw_choice(option: str | None) -> str | None:
     path = Path(raw).expanduser().resolve()
     if not path.exists():
         asked = "--raw" if option else "ALZHEIMER_RAW"
-        raise ReproduceError(f"{asked} names {path}, which does not exist: give the folder or the zip of the raw "
-                             "images, or leave it out.")
+        raise ReproduceError(
+            f"{asked} names {path}, which does not exist: give the folder or the zip of the raw "
+            "images, or leave it out."
+        )
     return str(path)
 
 
@@ -647,14 +869,19 @@ def run_tests(python: Path, arguments: list[str], environment: dict[str, str]) -
     if not arguments:
         workers = demo_workers()
         arguments = ["-n", str(workers), "--dist", "loadfile"]
-        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **environment}
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+            **environment,
+        }
     return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT, env=environment)
 
 
 def run(options: argparse.Namespace) -> int:
     raw = raw_choice(options.raw) if options.command is None else None
     if not options.test and options.command is None:
-        choose_notebooks(options.only, present_notebooks(), prepared=True)  # a slip shows now, not after installing
+        choose_notebooks(
+            options.only, present_notebooks(), prepared=True
+        )  # a slip shows now, not after installing
     python = check_current_environment() if options.no_venv else make_environment()
     environment = {**os.environ, "PYTHONUTF8": "1"} if options.no_venv else venv_environment(VENV)
     environment |= {"ALZHEIMER_RAW": raw} if raw else {}

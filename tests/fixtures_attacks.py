@@ -30,11 +30,21 @@ def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def small_net(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():  # a test that compares random states must not see these weights being drawn
+    with (
+        torch.random.fork_rng()
+    ):  # a test that compares random states must not see these weights being drawn
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-                             nn.Conv2d(8, 8, 3, padding=1, stride=2), nn.ReLU(), nn.Dropout(0.1), nn.AvgPool2d(2),
-                             nn.Flatten(), nn.Linear(8 * 16, 4))
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8 * 16, 4),
+        )
 
 
 @functools.cache
@@ -60,7 +70,9 @@ def honest_model(seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-def linear_model(seed: int = 0, classes: int = 4, side: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+def linear_model(
+    seed: int = 0, classes: int = 4, side: int = 8
+) -> tuple[nn.Module, Tensor, Tensor]:
     """A linear model, 12 mid-grey images far from the edges of [0, 1], and its answers as labels."""
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(side * side, classes)
@@ -103,7 +115,15 @@ class OnTheWay(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         shift = (images.flatten(1).mean(1) - 0.5) * 255
         lead = torch.where((shift > 1.5) & (shift < 2.5), -1 - 0.1 * shift, 10 - 0.1 * shift)
-        return torch.stack([lead, torch.zeros_like(lead), torch.full_like(lead, -5.0), torch.full_like(lead, -5.0)], 1)
+        return torch.stack(
+            [
+                lead,
+                torch.zeros_like(lead),
+                torch.full_like(lead, -5.0),
+                torch.full_like(lead, -5.0),
+            ],
+            1,
+        )
 
 
 # -- the zoo: defences that are none -----------------------------------------------------------------------------------
@@ -187,7 +207,9 @@ class KnowsItsAttacker(Wrapped):
     """Answers otherwise as soon as a gradient is asked for."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.flip(-1) * 0.5 if torch.is_grad_enabled() and images.requires_grad else images)
+        return self.model(
+            images.flip(-1) * 0.5 if torch.is_grad_enabled() and images.requires_grad else images
+        )
 
 
 class DependsOnItsBatch(Wrapped):
@@ -217,6 +239,14 @@ class MeanOfMembers(nn.Module):
 
 
 #: Each must be attacked successfully or flagged, never reported as robust.
-ZOO = {"quantised input": QuantisedInput, "scaled logits": ScaledLogits, "zero gradient": ZeroGradient,
-       "random resizing": RandomResizing, "changes its mind": ChangesItsMind, "non-finite logits": NonFiniteLogits,
-       "changes its mode": ChangesItsMode, "constant answer": ConstantAnswer, "knows its attacker": KnowsItsAttacker}
+ZOO = {
+    "quantised input": QuantisedInput,
+    "scaled logits": ScaledLogits,
+    "zero gradient": ZeroGradient,
+    "random resizing": RandomResizing,
+    "changes its mind": ChangesItsMind,
+    "non-finite logits": NonFiniteLogits,
+    "changes its mode": ChangesItsMode,
+    "constant answer": ConstantAnswer,
+    "knows its attacker": KnowsItsAttacker,
+}

@@ -40,7 +40,9 @@ def save_state(path: Path, width: int) -> None:
 
 
 def save_record(path: Path, width: int) -> None:
-    rows = {"clean": np.random.default_rng(0).integers(0, 255, width).astype(np.uint8)}  # noise, which nothing compresses
+    rows = {
+        "clean": np.random.default_rng(0).integers(0, 255, width).astype(np.uint8)
+    }  # noise, which nothing compresses
     records.write_record(path, {"width": width}, rows)
 
 
@@ -90,8 +92,11 @@ def attempt(save: Callable[[Path, int], None], path: Path, leave: int | None) ->
     after = contents(path.parent)
     free(fillers)
     save(path, LARGE)  # with room again, the same call goes through
-    return {"error": error, "whole": all(after.get(name) == content for name, content in before.items()),
-            "left": sorted(set(after) - set(before))}
+    return {
+        "error": error,
+        "whole": all(after.get(name) == content for name, content in before.items()),
+        "left": sorted(set(after) - set(before)),
+    }
 
 
 def attempt_training(folder: Path) -> dict:
@@ -113,17 +118,29 @@ def attempt_training(folder: Path) -> dict:
     after = contents(broken.parent)
     free(fillers)
     training.fit(TRAIN, VALIDATION, config, broken, DEVICE)
-    same = equal(weights(whole.checkpoint), weights(broken)) and [e["score"] for e in whole.history] == [
-        e["score"] for e in read_metadata(broken)["history"]]
-    return {"error": error, "whole": all(after.get(name) == content for name, content in kept.items()) and len(kept) == 2 and same,
-            "left": sorted(set(after) - set(kept))}
+    same = equal(weights(whole.checkpoint), weights(broken)) and [
+        e["score"] for e in whole.history
+    ] == [e["score"] for e in read_metadata(broken)["history"]]
+    return {
+        "error": error,
+        "whole": all(after.get(name) == content for name, content in kept.items())
+        and len(kept) == 2
+        and same,
+        "left": sorted(set(after) - set(kept)),
+    }
 
 
 def main(folder: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m,nr_inodes=48", "none", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m,nr_inodes=48", "none", str(folder)], check=True
+    )
     killable.use_tiny_network()
     results = {"training": attempt_training(folder)}
-    for case, leave in {"no byte left": 0, "128 KiB left": 128 << 10, "no file name left": None}.items():
+    for case, leave in {
+        "no byte left": 0,
+        "128 KiB left": 128 << 10,
+        "no file name left": None,
+    }.items():
         for name, (save, file) in WAYS.items():
             where = folder / f"{name} {case}"
             results[f"{name}, {case}"] = attempt(save, where / file, leave)

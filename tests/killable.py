@@ -31,7 +31,9 @@ def use_tiny_network() -> None:
 def train(checkpoint: Path, epochs: int = 12) -> None:
     use_tiny_network()
     config = small("Resnet_atk", epochs=epochs, augmentation=0.7, ema_decay=0.9, train_steps=2)
-    training.fit(TRAIN, VALIDATION, config, checkpoint, DEVICE, logs=checkpoint.with_suffix("") / "logs")
+    training.fit(
+        TRAIN, VALIDATION, config, checkpoint, DEVICE, logs=checkpoint.with_suffix("") / "logs"
+    )
 
 
 def search(folder: Path, trials: int = 5, storage: str | None = None, epochs: int = 4) -> None:
@@ -51,22 +53,42 @@ def sharded_study(root: Path) -> experiment.Study:
 def shard(root: Path, which: str, seconds: float = 0.0) -> None:
     """One shard of the grid, whose units take `seconds` each and have twelve test images: who does what, what is skipped and
     what is recorded are the grid's own affair. Every beginning and every end of a unit's work is a line of `log`."""
+
     def tell(what: str, config: RunConfig) -> None:
-        with open(root / "log", "a", encoding="utf-8") as log:  # one write in append mode: lines of two processes do not mix
+        with open(
+            root / "log", "a", encoding="utf-8"
+        ) as log:  # one write in append mode: lines of two processes do not mix
             log.write(f"{what} {config.model} {config.protocol} {config.unit} {os.getpid()}\n")
 
-    def attack(study: experiment.Study, config: RunConfig, *, retrain: bool = False) -> experiment.Unit:
+    def attack(
+        study: experiment.Study, config: RunConfig, *, retrain: bool = False
+    ) -> experiment.Unit:
         tell("began", config)
         time.sleep(seconds)
         labels, person = np.arange(12) % 4, np.arange(12) + 12 * config.fold
-        rows = {"labels": labels.astype(np.int8), "fold": np.full(12, config.fold, np.int8), "seed": np.zeros(12, np.int8),
-                "patient_id": person.astype(np.int32), "slice_index": np.zeros(12, np.int16), "file_sha256": np.zeros((12, 32), np.uint8)}
+        rows = {
+            "labels": labels.astype(np.int8),
+            "fold": np.full(12, config.fold, np.int8),
+            "seed": np.zeros(12, np.int8),
+            "patient_id": person.astype(np.int32),
+            "slice_index": np.zeros(12, np.int16),
+            "file_sha256": np.zeros((12, 32), np.uint8),
+        }
         clean = np.random.default_rng(config.fold).normal(size=(12, 4))
         rows |= {"clean": metrics.to_half(clean), "4/255:pgd": metrics.to_half(clean - 1)}
         tell("ended", config)
-        return experiment.Unit(rows, {**experiment.describe(study, config), "init": "random", "precision": "fp32", "sanity": [],
-                                      "wall_seconds": {"train": seconds, "attack": 0.0}, "attacks": {"4/255": {"pgd": {"norm": "linf"}}},
-                                      "process": os.getpid()})
+        return experiment.Unit(
+            rows,
+            {
+                **experiment.describe(study, config),
+                "init": "random",
+                "precision": "fp32",
+                "sanity": [],
+                "wall_seconds": {"train": seconds, "attack": 0.0},
+                "attacks": {"4/255": {"pgd": {"norm": "linf"}}},
+                "process": os.getpid(),
+            },
+        )
 
     experiment.open_study = lambda profile, raw: sharded_study(root)
     experiment.train = lambda study, config, retrain: "a stand-in"
@@ -82,7 +104,9 @@ def train_in_a_team(output: Path) -> None:
     seen = team.everyones(rows[team.share], len(rows)).tolist()
     fit = training.fit(TRAIN, VALIDATION, config, output.with_suffix(".safetensors"), DEVICE)
     if team.leads:
-        output.write_text(json.dumps({"processes": team.size, "seen": seen, "history": fit.history}))
+        output.write_text(
+            json.dumps({"processes": team.size, "seen": seen, "history": fit.history})
+        )
 
 
 if __name__ == "__main__":

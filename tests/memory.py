@@ -46,7 +46,11 @@ def _return_what_is_freed() -> None:
 
 
 def _resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{name}:")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -57,7 +61,9 @@ def write_raw(folder: Path, people: int) -> Path:
         where = folder / ("test" if person % 5 == 4 else "train") / FOLDERS[person % 4]
         where.mkdir(parents=True, exist_ok=True)
         for number in range(SLICES):
-            Image.fromarray(np.roll(image, (person, number), (0, 1))).save(where / f"{person:03d}_{number:02d}.jpg")
+            Image.fromarray(np.roll(image, (person, number), (0, 1))).save(
+                where / f"{person:03d}_{number:02d}.jpg"
+            )
     return folder
 
 
@@ -66,8 +72,16 @@ def prepare(raw_folder: Path, folder: Path) -> None:
     raw = read_raw(raw_folder)
     who = np.array([[int(word) for word in Path(path).stem.split("_")] for path in raw.paths])
     files = np.array(raw.file_sha256)
-    cohort = Cohort(files, files, np.array(raw.source_split), raw.label, np.full(len(raw), "real"), np.full(len(raw), ""), who[:, 0],
-                    who[:, 1])
+    cohort = Cohort(
+        files,
+        files,
+        np.array(raw.source_split),
+        raw.label,
+        np.full(len(raw), "real"),
+        np.full(len(raw), ""),
+        who[:, 0],
+        who[:, 1],
+    )
     data.prepare(raw, cohort, data.assign_folds(*data.people_of(cohort)), folder)
 
 
@@ -92,7 +106,9 @@ def hold_theirs() -> None:
 
     data.stack_images, data.load_set = lambda *arguments: theirs(stack(*arguments)), load_theirs
     # The files keep their own form: they are what `load_theirs` reads.
-    data.save_set = lambda part, path: save(replace(part, images=part.images[:, :1, :128, :128].mul(255).byte()), path)
+    data.save_set = lambda part, path: save(
+        replace(part, images=part.images[:, :1, :128, :128].mul(255).byte()), path
+    )
     training.pixels = lambda images, device="cpu": images[:, :1].contiguous()
 
 
@@ -107,7 +123,11 @@ def measure(raw_folders: list[Path], folder: Path, twin: bool = False) -> None:
     for stage in ("prepare", "train"):
         for number, raw_folder in [(0, raw_folders[0]), *enumerate(raw_folders)]:
             sets = folder / raw_folder.name
-            work = (lambda: prepare(raw_folder, sets)) if stage == "prepare" else (lambda: train(sets, sets / "unit.safetensors"))
+            work = (
+                (lambda: prepare(raw_folder, sets))
+                if stage == "prepare"
+                else (lambda: train(sets, sets / "unit.safetensors"))
+            )
             found[number][stage] = peak_of(work)
     (folder / "peaks.json").write_text(json.dumps(found))
 

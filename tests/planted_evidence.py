@@ -29,11 +29,18 @@ LIMIT = 0.7
 BUDGETS: dict[tuple[str, str], dict] = {
     ("Resnet", "whole"): dict(count=960, lr=1e-3, half=True, noise=True, input_size=None),
     ("Efficientnet", "whole"): dict(count=1600, lr=2e-3, half=False, noise=True, input_size=None),
-    ("Dinov2", "whole"): dict(count=1280, lr=3e-4, half=False, noise=False, input_size=112),  # 8 × 8 tokens
-    ("Dinov2", "tokens first"): dict(count=640, lr=1e-4, half=True, noise=False, input_size=112, tokens=1920, token_lr=6e-4)}
+    ("Dinov2", "whole"): dict(
+        count=1280, lr=3e-4, half=False, noise=False, input_size=112
+    ),  # 8 × 8 tokens
+    ("Dinov2", "tokens first"): dict(
+        count=640, lr=1e-4, half=True, noise=False, input_size=112, tokens=1920, token_lr=6e-4
+    ),
+}
 
 
-def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def stripes_in_patch(
+    count: int, seed: int, *, side: int = SIDE, noise: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Images (N, 1, side, side) in [0, 1], labels (N,) and the patch (N, side, side): stripes that fade in towards the
     middle of a patch anywhere on the grid, and whose orientation is the class; around it noise of the stripes' own frequency
     or plain grey.
@@ -45,13 +52,16 @@ def stripes_in_patch(count: int, seed: int, *, side: int = SIDE, noise: bool = T
     return images, labels, share > 0
 
 
-def stripes_by_token(count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8,
-                     part: int = 640) -> tuple[Tensor, Tensor]:
+def stripes_by_token(
+    count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8, part: int = 640
+) -> tuple[Tensor, Tensor]:
     """Images, and what lies under each of cells × cells tokens (N, cells, cells): the class of its stripes, or 4
     where they are too faint to be read there (a patch's four corners) or absent. Drawn in parts, to bound memory."""
     images, targets = [], []
     for start in range(0, count, part):
-        some, labels, share = _stripes(min(part, count - start), 1000 * (1 + seed) + start // part, side, noise)
+        some, labels, share = _stripes(
+            min(part, count - start), 1000 * (1 + seed) + start // part, side, noise
+        )
         seen = F.adaptive_avg_pool2d(share[:, None], cells)[:, 0] > 0.3
         images.append(some)
         targets.append(torch.where(seen, labels[:, None, None], 4))
@@ -65,12 +75,16 @@ def _stripes(count: int, seed: int, side: int, noise: bool) -> tuple[Tensor, Ten
     y, x = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
     angle = (labels * np.pi / 4)[:, None, None]
     phase = 2 * np.pi * torch.rand(count, 1, 1, generator=generator)
-    stripes = 2**0.5 * torch.sin(2 * np.pi / 12 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase)
+    stripes = 2**0.5 * torch.sin(
+        2 * np.pi / 12 * (torch.cos(angle) * x + torch.sin(angle) * y) + phase
+    )
     fade = torch.sin(np.pi * (torch.arange(half) + 0.5) / half)
     share = torch.zeros(count, side, side)
     around = _noise(count, side, generator) if noise else torch.zeros(1)
-    for i, (top, left) in enumerate((32 * torch.randint(half // 32 + 1, (count, 2), generator=generator)).tolist()):
-        share[i, top:top + half, left:left + half] = fade[:, None] * fade
+    for i, (top, left) in enumerate(
+        (32 * torch.randint(half // 32 + 1, (count, 2), generator=generator)).tolist()
+    ):
+        share[i, top : top + half, left : left + half] = fade[:, None] * fade
     images = 0.5 + 0.2 * (share * stripes + (1 - share**2).sqrt() * around)
     return images.clamp(0, 1)[:, None], labels, share
 
@@ -78,21 +92,38 @@ def _stripes(count: int, seed: int, side: int, noise: bool) -> tuple[Tensor, Ten
 def _noise(count: int, side: int, generator: torch.Generator) -> Tensor:
     """Unit noise (N, side, side) in a ring of frequencies around the stripes'."""
     frequency = torch.fft.fftfreq(side)
-    ring = torch.exp(-((12 * (frequency[:, None]**2 + frequency**2).sqrt() - 1) / 0.15)**2 / 2)
-    noise = torch.fft.ifft2(torch.fft.fft2(torch.randn(count, side, side, generator=generator)) * ring).real
+    ring = torch.exp(
+        -(((12 * (frequency[:, None] ** 2 + frequency**2).sqrt() - 1) / 0.15) ** 2) / 2
+    )
+    noise = torch.fft.ifft2(
+        torch.fft.fft2(torch.randn(count, side, side, generator=generator)) * ring
+    ).real
     return noise / noise.std(dim=(1, 2), keepdim=True)
 
 
-def fit(model: nn.Module, *, count: int, epochs: int, lr: float, phantom: Callable, batch: int = 32, half: bool = False) -> nn.Module:
+def fit(
+    model: nn.Module,
+    *,
+    count: int,
+    epochs: int,
+    lr: float,
+    phantom: Callable,
+    batch: int = 32,
+    half: bool = False,
+) -> nn.Module:
     """The model after `epochs` passes over `count` phantom images (AdamW, one-cycle), in eval mode."""
     images, labels = phantom(count, seed=0)[:2]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (count // batch))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=epochs * (count // batch)
+    )
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(count)[: count // batch * batch].split(batch):
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):  # a step each: it keeps cast weights until it is left
+            with torch.autocast(
+                "cpu", dtype=torch.bfloat16, enabled=half
+            ):  # a step each: it keeps cast weights until it is left
                 loss = F.cross_entropy(model(images[rows]).float(), labels[rows])
             loss.backward()
             optimizer.step()
@@ -108,7 +139,9 @@ class TokenReader(nn.Module):
         self.model, self.head = model, nn.Linear(model.body.backbone.config.hidden_size, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.model.body.backbone(pixel_values=self.model.pixels_to_input(images)).last_hidden_state
+        tokens = self.model.body.backbone(
+            pixel_values=self.model.pixels_to_input(images)
+        ).last_hidden_state
         return grad_cam._tokens_to_map(self.model)(self.head(tokens))
 
 
@@ -121,18 +154,34 @@ def trained_backbone(name: str, training: str = "whole") -> PixelClassifier:
         if training == "tokens first":
             last = model.body.backbone.encoder.layer[-1]
             fresh = copy.deepcopy(last.state_dict())
-            fit(TokenReader(model), count=budget["tokens"], epochs=1, lr=budget["token_lr"], batch=8, half=budget["half"],
-                phantom=partial(stripes_by_token, noise=budget["noise"]))
+            fit(
+                TokenReader(model),
+                count=budget["tokens"],
+                epochs=1,
+                lr=budget["token_lr"],
+                batch=8,
+                half=budget["half"],
+                phantom=partial(stripes_by_token, noise=budget["noise"]),
+            )
             last.load_state_dict(fresh)
             model.requires_grad_(False)
             last.requires_grad_(True)
             model.body.head.requires_grad_(True)
-        fit(model, count=budget["count"], epochs=1, lr=budget["lr"], batch=8, half=budget["half"],
-            phantom=partial(stripes_in_patch, noise=budget["noise"]))
+        fit(
+            model,
+            count=budget["count"],
+            epochs=1,
+            lr=budget["lr"],
+            batch=8,
+            half=budget["half"],
+            phantom=partial(stripes_in_patch, noise=budget["noise"]),
+        )
         return model.requires_grad_(True)
 
 
-def inside(model: nn.Module, images: Tensor, labels: Tensor, patch: Tensor, method: str) -> np.ndarray:
+def inside(
+    model: nn.Module, images: Tensor, labels: Tensor, patch: Tensor, method: str
+) -> np.ndarray:
     """Share of each map that lies inside the patch, (N,); NaN for a map that is all zero."""
     maps = grad_cam.explain(model, images, labels, method=method, batch_size=8)
     return grad_cam.anatomy_shares(maps, {"patch": patch})["patch"]

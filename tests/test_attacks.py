@@ -11,13 +11,32 @@ from torch import Tensor, nn
 
 from tests import fixtures_attacks as zoo
 from utils import attacks
-from utils.attacks import (ATTACKS, BINARY, THREE, AttackError, GroupedClasses, brain_mask, clinical_targets,
-                           group_labels, margin, perturb_for_training, perturbation_size, unsaturated_cross_entropy)
+from utils.attacks import (
+    ATTACKS,
+    BINARY,
+    THREE,
+    AttackError,
+    GroupedClasses,
+    brain_mask,
+    clinical_targets,
+    group_labels,
+    margin,
+    perturb_for_training,
+    perturbation_size,
+    unsaturated_cross_entropy,
+)
 
 #: Budgets that let every attack run in a moment.
-SHORT = {"apgd_ce": dict(steps=8), "apgd_t": dict(steps=8), "fab_t": dict(steps=4), "square": dict(queries=30),
-         "hopskipjump": dict(steps=1, evaluations=20), "deepfool": dict(steps=5),
-         "few_pixel": dict(generations=3, population=8), "one_pixel": dict(generations=3, population=8)}
+SHORT = {
+    "apgd_ce": dict(steps=8),
+    "apgd_t": dict(steps=8),
+    "fab_t": dict(steps=4),
+    "square": dict(queries=30),
+    "hopskipjump": dict(steps=1, evaluations=20),
+    "deepfool": dict(steps=5),
+    "few_pixel": dict(generations=3, population=8),
+    "one_pixel": dict(generations=3, population=8),
+}
 #: AutoAttack has no shorter form; it has its own test.
 FAST = sorted(set(ATTACKS) - {"autoattack"})
 
@@ -42,7 +61,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.as_tensor(images).float() / 255, torch.as_tensor(labels)
 
 
-def run(name: str, model: nn.Module, images: Tensor, labels: Tensor, eps: float = 8 / 255, **budget) -> Tensor:
+def run(
+    name: str, model: nn.Module, images: Tensor, labels: Tensor, eps: float = 8 / 255, **budget
+) -> Tensor:
     source = {"source": zoo.honest_model(1)} if name == "transfer" else {}
     return ATTACKS[name](model, images, labels, eps, **{**SHORT.get(name, {}), **source, **budget})
 
@@ -66,7 +87,9 @@ def test_perturbation_stays_in_its_ball_and_changes_images(name, model, batch):
     if ATTACKS[name].norm == "l2":
         assert perturbation_size(images, adversarial, "l2").max() <= 8 / 255 + 1e-6
     standing = model(adversarial).argmax(1) == labels
-    assert (adversarial != images).flatten(1).any(1)[standing].all(), "a standing image came back as it was"
+    assert (adversarial != images).flatten(1).any(1)[standing].all(), (
+        "a standing image came back as it was"
+    )
 
 
 def test_an_attack_outside_its_ball_is_refused(model, batch):
@@ -86,17 +109,26 @@ def test_eps_zero_changes_nothing(name, model, batch):
 
 
 def state_of(model: nn.Module) -> tuple:
-    return ([tensor.clone() for tensor in model.state_dict().values()],
-            [module.training for module in model.modules()],
-            [parameter.requires_grad for parameter in model.parameters()],
-            [parameter.grad for parameter in model.parameters()],
-            torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    return (
+        [tensor.clone() for tensor in model.state_dict().values()],
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad for parameter in model.parameters()],
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+        random.getstate(),
+    )
 
 
 def same_state(before: tuple, after: tuple) -> bool:
     tensors = all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
-    return (tensors and before[1:4] == after[1:4] and torch.equal(before[4], after[4])
-            and np.array_equal(before[5], after[5]) and before[6] == after[6])
+    return (
+        tensors
+        and before[1:4] == after[1:4]
+        and torch.equal(before[4], after[4])
+        and np.array_equal(before[5], after[5])
+        and before[6] == after[6]
+    )
 
 
 def half_frozen_model() -> nn.Module:
@@ -152,8 +184,20 @@ def test_another_seed_gives_another_random_start(model, batch):
 
 
 @pytest.mark.parametrize("groups", [THREE, BINARY])
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "pgd_targeted", "apgd_ce", "apgd_t", "fab_t", "square", "deepfool",
-                                  "kryptonite"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fgsm",
+        "pgd",
+        "pgd_targeted",
+        "apgd_ce",
+        "apgd_t",
+        "fab_t",
+        "square",
+        "deepfool",
+        "kryptonite",
+    ],
+)
 def test_attacks_work_on_merged_classes(name, groups, model, batch):
     images, labels = batch
     view, merged = GroupedClasses(model, groups), group_labels(labels, groups)
@@ -178,7 +222,9 @@ def test_grouped_classes_add_probabilities_and_pass_the_gradient(model, batch):
 def test_attacks_order_as_they_must(model):
     images, labels, _ = zoo.blobs(200, seed=6)
     images, labels = torch.as_tensor(images).float() / 255, torch.as_tensor(labels)
-    right = model(images).argmax(1) == labels  # a clean error is an error, also where noise happens to mend it
+    right = (
+        model(images).argmax(1) == labels
+    )  # a clean error is an error, also where noise happens to mend it
     scores = [right.float().mean().item()]
     for name in ("noise", "fgsm", "pgd", "pgd_targeted"):
         attacked = run(name, model, images, labels, 4 / 255)
@@ -196,16 +242,21 @@ def test_pgd_at_eps_one_leaves_nothing(model, batch):
 def last_iterate_only(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
     import torchattacks
 
-    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(images, labels)
+    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(
+        images, labels
+    )
 
 
 def test_any_successful_iterate_counts():
     model, images, labels = zoo.OnTheWay(), torch.full((4, 1, 8, 8), 0.5), torch.zeros(4).long()
     eps = 8 / 255
-    ours = ATTACKS["pgd"](model, images, labels, eps, steps=10, step_size=eps / 4, random_start=False)
+    ours = ATTACKS["pgd"](
+        model, images, labels, eps, steps=10, step_size=eps / 4, random_start=False
+    )
     assert accuracy(model, ours, labels) == 0
-    assert accuracy(model, last_iterate_only(model, images, labels, eps),
-                    labels) == 1, "the model no longer shows the flaw"
+    assert accuracy(model, last_iterate_only(model, images, labels, eps), labels) == 1, (
+        "the model no longer shows the flaw"
+    )
 
 
 class AwayFromItsNearest(nn.Module):
@@ -218,13 +269,21 @@ class AwayFromItsNearest(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         level = images.flatten(1).mean(1) - 0.5
-        return torch.stack([torch.zeros_like(level), self.ahead - 5 * level, self.ahead - 0.2 + 7 * level], 1)
+        return torch.stack(
+            [torch.zeros_like(level), self.ahead - 5 * level, self.ahead - 0.2 + 7 * level], 1
+        )
 
 
-@pytest.mark.parametrize("name,ahead", [("ifgsm", -0.1), ("mifgsm", -0.1), ("transfer", -0.1), ("transfer", 0.1)])
+@pytest.mark.parametrize(
+    "name,ahead", [("ifgsm", -0.1), ("mifgsm", -0.1), ("transfer", -0.1), ("transfer", 0.1)]
+)
 def test_the_image_itself_is_no_iterate(name, ahead):
     """Nor where the source of a transfer attack gives a wrong answer to it: the target may not."""
-    model, images, labels = AwayFromItsNearest(ahead), torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.int64)
+    model, images, labels = (
+        AwayFromItsNearest(ahead),
+        torch.full((2, 1, 4, 4), 0.5),
+        torch.zeros(2, dtype=torch.int64),
+    )
     source = {"source": model} if name == "transfer" else {}
     moved = ATTACKS[name](model, images, labels, 4 / 255, **source)
     assert margin(model(moved), labels).min() > margin(model(images), labels).max(), "no step helps"
@@ -245,17 +304,29 @@ def test_a_search_in_bfloat16_counts_only_what_falls_in_float32(wrap, model, tho
     images, labels = thousand[0][:200], thousand[1][:200]
     scores = []
     for precision in ("fp32", "bf16"):
-        found = ATTACKS["pgd"](wrap(model), images, labels, 4 / 255, precision=precision, loss="margin")
+        found = ATTACKS["pgd"](
+            wrap(model), images, labels, 4 / 255, precision=precision, loss="margin"
+        )
         scores.append(accuracy(model, found, labels))
-    apart = round(len(images) * abs(scores[0] - scores[1]))  # in whole images: 0.02 of them, free of float32's last digit
+    apart = round(
+        len(images) * abs(scores[0] - scores[1])
+    )  # in whole images: 0.02 of them, free of float32's last digit
     assert apart <= 0.02 * len(images) and scores[0] < 0.7 * accuracy(model, images, labels)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, ConfusedInBfloat16])
-@pytest.mark.parametrize(("attack", "budget"), [("apgd_t", dict(steps=10)), ("square", dict(queries=100)),
-                                                ("kryptonite", dict(mask=torch.ones(200, 1, 1, 1)))])
+@pytest.mark.parametrize(
+    ("attack", "budget"),
+    [
+        ("apgd_t", dict(steps=10)),
+        ("square", dict(queries=100)),
+        ("kryptonite", dict(mask=torch.ones(200, 1, 1, 1))),
+    ],
+)
 def test_any_attack_may_search_in_bfloat16(attack, budget, wrap, model, thousand):
-    images, labels = (values[thousand[1] != 3][:200] for values in thousand[:2])  # where the confused answer is a wrong one
+    images, labels = (
+        values[thousand[1] != 3][:200] for values in thousand[:2]
+    )  # where the confused answer is a wrong one
     scores = []
     for precision in ("fp32", "bf16"):
         found = ATTACKS[attack](wrap(model), images, labels, 4 / 255, precision=precision, **budget)
@@ -267,14 +338,22 @@ class CoarseInBfloat16(torch.nn.Module):
     """Sure of the first class, by a margin that brightness lowers, and a small step by less than bfloat16 can tell there."""
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = torch.stack([100 - images.mean((1, 2, 3)), *images.new_zeros(3, len(images))], dim=1)
+        logits = torch.stack(
+            [100 - images.mean((1, 2, 3)), *images.new_zeros(3, len(images))], dim=1
+        )
         return logits.bfloat16().float() if torch.is_autocast_enabled("cpu") else logits
 
 
 def test_an_image_that_bfloat16_cannot_tell_from_a_step_is_attacked_in_float32():
-    model, images, labels = CoarseInBfloat16(), torch.full((2, 1, 4, 4), 0.2), torch.zeros(2, dtype=torch.int64)
+    model, images, labels = (
+        CoarseInBfloat16(),
+        torch.full((2, 1, 4, 4), 0.2),
+        torch.zeros(2, dtype=torch.int64),
+    )
     budget = dict(steps=10, loss="margin", push=True)
-    assert (ATTACKS["pgd"](attacks._InBfloat16(model), images, labels, 4 / 255, **budget) == images).all()
+    assert (
+        ATTACKS["pgd"](attacks._InBfloat16(model), images, labels, 4 / 255, **budget) == images
+    ).all()
     moved = ATTACKS["pgd"](model, images, labels, 4 / 255, precision="bf16", **budget)
     assert (margin(model(moved), labels) < margin(model(images), labels)).all()
 
@@ -286,10 +365,13 @@ def test_targeted_success_means_hitting_the_target(model, batch):
         adversarial = run(name, model, images, labels, eps=4 / 255, targets=targets)
         closer = margin(model(adversarial), targets) > margin(model(images), targets)
         assert closer.float().mean() > 0.8, name
-    hit = model(run("pgd_targeted", model, images, labels, eps=0.5, targets=targets)).argmax(1) == targets
+    hit = (
+        model(run("pgd_targeted", model, images, labels, eps=0.5, targets=targets)).argmax(1)
+        == targets
+    )
     assert hit.float().mean() > 0.8
     # A targeted attack must not stop at just any wrong answer.
-    wrong = (model(run("pgd_targeted", model, images, labels, eps=0.5)).argmax(1) != labels)
+    wrong = model(run("pgd_targeted", model, images, labels, eps=0.5)).argmax(1) != labels
     assert wrong.float().mean() >= hit.float().mean()
 
 
@@ -307,20 +389,37 @@ def test_unsaturated_cross_entropy_has_the_direction_of_cross_entropy_where_that
     logits = torch.randn(64, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(4, (64,))
     ours = torch.autograd.grad(unsaturated_cross_entropy(logits, labels).sum(), logits)[0]
-    theirs = torch.autograd.grad(nn.functional.cross_entropy(logits, labels, reduction="sum"), logits)[0]
-    assert torch.allclose(nn.functional.normalize(ours, dim=1), nn.functional.normalize(theirs, dim=1), atol=1e-9)
+    theirs = torch.autograd.grad(
+        nn.functional.cross_entropy(logits, labels, reduction="sum"), logits
+    )[0]
+    assert torch.allclose(
+        nn.functional.normalize(ours, dim=1), nn.functional.normalize(theirs, dim=1), atol=1e-9
+    )
     big = (torch.eye(4)[labels] * 1e4).requires_grad_(True)
-    assert torch.autograd.grad(nn.functional.cross_entropy(big, labels), big, retain_graph=True)[0].abs().max() == 0
+    assert (
+        torch.autograd.grad(nn.functional.cross_entropy(big, labels), big, retain_graph=True)[0]
+        .abs()
+        .max()
+        == 0
+    )
     assert torch.autograd.grad(unsaturated_cross_entropy(big, labels).sum(), big)[0].abs().max() > 0
 
 
 # -- the linear oracle -------------------------------------------------------------------------------------------------
 
 #: Iterative full-gradient attacks on a margin, with a budget for the oracle.
-ORACLE = {"pgd": dict(steps=20, loss="margin"), "pgd_targeted": dict(steps=20), "ifgsm": dict(steps=20, loss="margin"),
-          "ifgsm_targeted": dict(steps=20), "mifgsm": dict(steps=20, loss="margin"), "pgd_l2": dict(steps=40),
-          "deepfool": dict(steps=20), "fab_t": dict(steps=20), "apgd_t": dict(steps=20),
-          "kryptonite": dict(mask=torch.ones(1, 1, 8, 8))}
+ORACLE = {
+    "pgd": dict(steps=20, loss="margin"),
+    "pgd_targeted": dict(steps=20),
+    "ifgsm": dict(steps=20, loss="margin"),
+    "ifgsm_targeted": dict(steps=20),
+    "mifgsm": dict(steps=20, loss="margin"),
+    "pgd_l2": dict(steps=40),
+    "deepfool": dict(steps=20),
+    "fab_t": dict(steps=20),
+    "apgd_t": dict(steps=20),
+    "kryptonite": dict(mask=torch.ones(1, 1, 8, 8)),
+}
 
 
 @pytest.mark.parametrize("name", sorted(ORACLE))
@@ -334,15 +433,25 @@ def test_no_attack_beats_the_linear_optimum():
 
 
 def test_the_oracle_sees_too_small_a_step():
-    assert not zoo.within_oracle("pgd", dict(steps=3, step_size=1e-5, loss="margin", random_start=False))
+    assert not zoo.within_oracle(
+        "pgd", dict(steps=3, step_size=1e-5, loss="margin", random_start=False)
+    )
 
 
 def test_fgsm_is_optimal_on_two_linear_classes():
     model, images, labels = zoo.linear_model(3, classes=2)
-    for image, label, distance in zip(images[:, None], labels[:, None],
-                                      zoo.linear_optimum(model, images, labels, "linf"), strict=True):
-        assert model(ATTACKS["fgsm"](model, image, label, 1.02 * float(distance))).argmax(1) != label
-        assert model(ATTACKS["fgsm"](model, image, label, 0.98 * float(distance))).argmax(1) == label
+    for image, label, distance in zip(
+        images[:, None],
+        labels[:, None],
+        zoo.linear_optimum(model, images, labels, "linf"),
+        strict=True,
+    ):
+        assert (
+            model(ATTACKS["fgsm"](model, image, label, 1.02 * float(distance))).argmax(1) != label
+        )
+        assert (
+            model(ATTACKS["fgsm"](model, image, label, 0.98 * float(distance))).argmax(1) == label
+        )
 
 
 # -- against torchattacks and ART --------------------------------------------------------------------------------------
@@ -358,8 +467,14 @@ def thousand() -> tuple[Tensor, Tensor]:
 def art_classifier(model):
     from art.estimators.classification import PyTorchClassifier
 
-    return PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, zoo.SIDE, zoo.SIDE), 4, clip_values=(0.0, 1.0),
-                             device_type="cpu")
+    return PyTorchClassifier(
+        model,
+        nn.CrossEntropyLoss(),
+        (1, zoo.SIDE, zoo.SIDE),
+        4,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
 
 
 def test_fgsm_predictions_equal_torchattacks_and_art(model, thousand, art_classifier):
@@ -371,7 +486,9 @@ def test_fgsm_predictions_equal_torchattacks_and_art(model, thousand, art_classi
     ours = model(run("fgsm", model, images, labels, eps)).argmax(1)
     theirs = model(torchattacks.FGSM(model, eps)(images, labels)).argmax(1)
     toolbox = FastGradientMethod(art_classifier, eps=eps).generate(images.numpy(), y=labels.numpy())
-    assert 0.05 < (ours != labels).float().mean() < 0.95, "the comparison says nothing where all or none fall"
+    assert 0.05 < (ours != labels).float().mean() < 0.95, (
+        "the comparison says nothing where all or none fall"
+    )
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, model(torch.as_tensor(toolbox)).argmax(1))
 
@@ -382,20 +499,47 @@ def test_pgd_agrees_with_torchattacks_and_art(model, thousand, art_classifier):
 
     images, labels = thousand
     eps, step, steps = 3 / 255, 3 / 255 / 4, 10
-    fixed = accuracy(model, run("pgd", model, images, labels, eps, steps=steps, step_size=step, random_start=False),
-                     labels)
-    started = accuracy(model, run("pgd", model, images, labels, eps, steps=steps, step_size=step), labels)
+    fixed = accuracy(
+        model,
+        run("pgd", model, images, labels, eps, steps=steps, step_size=step, random_start=False),
+        labels,
+    )
+    started = accuracy(
+        model, run("pgd", model, images, labels, eps, steps=steps, step_size=step), labels
+    )
 
     def toolbox(starts: int) -> torch.Tensor:
-        attack = ProjectedGradientDescentPyTorch(art_classifier, eps=eps, eps_step=step, max_iter=steps, batch_size=500,
-                                                 num_random_init=starts, verbose=False)
+        attack = ProjectedGradientDescentPyTorch(
+            art_classifier,
+            eps=eps,
+            eps_step=step,
+            max_iter=steps,
+            batch_size=500,
+            num_random_init=starts,
+            verbose=False,
+        )
         return torch.as_tensor(attack.generate(images.numpy(), y=labels.numpy()))
 
     assert 0.05 < fixed < 0.95
-    assert abs(fixed - accuracy(model, torchattacks.PGD(model, eps, step, steps, random_start=False)(images, labels),
-                                labels)) <= 0.001
+    assert (
+        abs(
+            fixed
+            - accuracy(
+                model,
+                torchattacks.PGD(model, eps, step, steps, random_start=False)(images, labels),
+                labels,
+            )
+        )
+        <= 0.001
+    )
     assert abs(fixed - accuracy(model, toolbox(0), labels)) <= 0.001
-    assert abs(started - accuracy(model, torchattacks.PGD(model, eps, step, steps)(images, labels), labels)) <= 0.005
+    assert (
+        abs(
+            started
+            - accuracy(model, torchattacks.PGD(model, eps, step, steps)(images, labels), labels)
+        )
+        <= 0.005
+    )
     assert abs(started - accuracy(model, toolbox(1), labels)) <= 0.005
 
 
@@ -408,17 +552,29 @@ def test_autoattack_runs_with_as_many_targets_as_other_classes(model, batch, mon
     seen = {}
 
     def short(self, images, labels, *, batch_size):
-        seen.update(apgd=self.apgd_targeted.n_target_classes, fab=self.fab.n_target_classes, seed=self.seed,
-                    steps=(self.apgd.n_iter, self.apgd_targeted.n_iter, self.fab.n_iter), version=self.version,
-                    queries=self.square.n_queries, attacks=tuple(self.attacks_to_run))
+        seen.update(
+            apgd=self.apgd_targeted.n_target_classes,
+            fab=self.fab.n_target_classes,
+            seed=self.seed,
+            steps=(self.apgd.n_iter, self.apgd_targeted.n_iter, self.fab.n_iter),
+            version=self.version,
+            queries=self.square.n_queries,
+            attacks=tuple(self.attacks_to_run),
+        )
         return (images + 1e-3).clamp(0, 1), labels
 
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
-    for view, labels, targets in ((model, batch[1], 3), (GroupedClasses(model, THREE), group_labels(batch[1], THREE),
-                                                         2)):
+    for view, labels, targets in (
+        (model, batch[1], 3),
+        (GroupedClasses(model, THREE), group_labels(batch[1], THREE), 2),
+    ):
         ATTACKS["autoattack"](view, batch[0], labels, 8 / 255, seed=7)
         assert (seen["apgd"], seen["fab"]) == (targets, targets)
-    assert seen["steps"] == (100, 100, 100) and seen["version"] == "standard" and seen["queries"] == 5000
+    assert (
+        seen["steps"] == (100, 100, 100)
+        and seen["version"] == "standard"
+        and seen["queries"] == 5000
+    )
     assert seen["seed"] == 7 and seen["attacks"] == ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
@@ -434,9 +590,18 @@ def test_training_perturbation_is_a_working_pgd_without_parameter_gradients(mode
     images, labels = batch
     before = state_of(model)
     for loss, steps in (("ce", 1), ("ce", 5), ("kl", 5)):
-        found = perturb_for_training(model, images, labels, 8 / 255, steps=steps, loss=loss,
-                                     generator=torch.Generator().manual_seed(0))
-        assert (found - images).abs().max() <= 8 / 255 + 1e-6 and 0 <= found.min() and found.max() <= 1
+        found = perturb_for_training(
+            model,
+            images,
+            labels,
+            8 / 255,
+            steps=steps,
+            loss=loss,
+            generator=torch.Generator().manual_seed(0),
+        )
+        assert (
+            (found - images).abs().max() <= 8 / 255 + 1e-6 and 0 <= found.min() and found.max() <= 1
+        )
         assert not found.requires_grad
         losses = [nn.functional.cross_entropy(model(x), labels) for x in (images, found)]
         assert losses[1] > losses[0]

@@ -50,6 +50,7 @@ def score(record: dict, name: str, metric: str = "accuracy") -> float:
 
 # ----------------------------------------------------------------------------------------------- people from pixels
 
+
 def test_the_gap_stands_empty_between_own_and_other_people(study):
     raw, cohort, _ = study
     real = np.flatnonzero(cohort.kind == "real")
@@ -74,15 +75,19 @@ def test_the_people_stay_the_same_under_other_choices(study):
     real = np.flatnonzero(cohort.kind == "real")
     rows = audit.stability([raw.images[i] for i in real], cohort.patient_id[real])
     assert all(
-        row["same"] for row in rows if row["variant"].startswith(("as published", "JPEG", "features", "noise of 2"))
+        row["same"]
+        for row in rows
+        if row["variant"].startswith(("as published", "JPEG", "features", "noise of 2"))
     )
     unrelated = audit._regroup(
-        np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0].astype(np.float32), np.arange(64) // 8
+        np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0].astype(np.float32),
+        np.arange(64) // 8,
     )
     assert unrelated["people"] == 0 and not unrelated["same"]
 
 
 # ----------------------------------------------------------------------------------------------- the split
+
 
 def tiny_cohort(split: list[str], person: list[int], index: list[int]) -> c.Cohort:
     n = len(split)
@@ -99,7 +104,11 @@ def tiny_cohort(split: list[str], person: list[int], index: list[int]) -> c.Coho
 
 
 def test_shared_people_and_distances_are_counted_by_hand():
-    cohort = tiny_cohort(["train", "test", "train", "test", "test", "train"], [0, 0, 0, 1, 2, -1], [0, 1, 5, 0, 0, -1])
+    cohort = tiny_cohort(
+        ["train", "test", "train", "test", "test", "train"],
+        [0, 0, 0, 1, 2, -1],
+        [0, 1, 5, 0, 0, -1],
+    )
     assert audit.shared_people(cohort) == {
         "train": 1,
         "test": 3,
@@ -112,9 +121,13 @@ def test_shared_people_and_distances_are_counted_by_hand():
 
 # ----------------------------------------------------------------------------------------------- controls
 
+
 def test_nearest_rows_are_the_nearest():
     rng = np.random.default_rng(0)
-    queries, gallery = rng.standard_normal((700, 5)).astype(np.float32), rng.standard_normal((40, 5)).astype(np.float32)
+    queries, gallery = (
+        rng.standard_normal((700, 5)).astype(np.float32),
+        rng.standard_normal((40, 5)).astype(np.float32),
+    )
     expected = ((queries[:, None] - gallery) ** 2).sum(2).argmin(1)
     assert (audit.nearest_rows(queries, gallery) == expected).all()
 
@@ -127,7 +140,9 @@ def test_recognising_people_wins_the_published_split_even_with_permuted_labels(a
 
 def test_with_people_apart_the_permuted_neighbour_is_at_chance(audited):
     _, found = audited
-    low, high = found["patient"]["variants"]["nearest_neighbour_permuted"]["clean"]["slice"]["balanced_accuracy"]["ci"]
+    low, high = found["patient"]["variants"]["nearest_neighbour_permuted"]["clean"]["slice"][
+        "balanced_accuracy"
+    ]["ci"]
     assert low - 0.1 < 0.25 < high + 0.1
     assert (
         score(found["patient"], "nearest_neighbour", "balanced_accuracy")
@@ -137,18 +152,29 @@ def test_with_people_apart_the_permuted_neighbour_is_at_chance(audited):
 
 # ----------------------------------------------------------------------------------------------- records and figures
 
+
 def test_the_audit_leaves_valid_records_and_small_arrays(audited):
     out, found = audited
     for protocol in ("slice", "patient"):
         record = records.read_record(out / f"{protocol}.json")
-        assert record == found[protocol] and record["model"] == "Baselines" and record["data"] == "phantom"
+        assert (
+            record == found[protocol]
+            and record["model"] == "Baselines"
+            and record["data"] == "phantom"
+        )
         rescored = metrics.score(
             *(
                 records.read_predictions(out / f"{protocol}.json")[name].astype(kind)
-                for name, kind in (("linear_32/clean", np.float32), ("labels", np.int64), ("patient_id", np.int64))
+                for name, kind in (
+                    ("linear_32/clean", np.float32),
+                    ("labels", np.int64),
+                    ("patient_id", np.int64),
+                )
             )
         )
-        assert rescored["auroc"]["value"] == pytest.approx(score(record, "linear_32", "auroc"), abs=1e-6)
+        assert rescored["auroc"]["value"] == pytest.approx(
+            score(record, "linear_32", "auroc"), abs=1e-6
+        )
     assert (out / audit_figures.ARRAYS).stat().st_size < 1_000_000
 
 
@@ -216,9 +242,13 @@ def test_the_published_split_of_the_real_set_shares_everybody_and_a_neighbour_wi
 
 # ----------------------------------------------------------------------------------------------- the tool
 
+
 def run_tool(raw: Path, out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "utils.audit", str(raw), "--out", str(out)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "utils.audit", str(raw), "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -239,7 +269,9 @@ def test_the_tool_writes_one_self_contained_page(folder, tmp_path):
 
 
 def test_the_tool_says_so_where_there_are_no_people(tmp_path):
-    folder = write_phantom(tmp_path / "raw", people=(30, 20, 15, 10), slices=1, size=48, synthetic=0, duplicates=0)
+    folder = write_phantom(
+        tmp_path / "raw", people=(30, 20, 15, 10), slices=1, size=48, synthetic=0, duplicates=0
+    )
     done = run_tool(folder, tmp_path / "report.html")
     assert done.returncode == audit.NO_PEOPLE == 3 and len(done.stderr.strip().splitlines()) == 1
     assert "No gap separates people" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -247,15 +279,22 @@ def test_the_tool_says_so_where_there_are_no_people(tmp_path):
 
 def test_the_tool_names_what_it_cannot_read(tmp_path):
     done = run_tool(tmp_path / "nothing", tmp_path / "report.html")
-    assert done.returncode == 2 and "nothing at" in done.stderr and not (tmp_path / "report.html").exists()
+    assert (
+        done.returncode == 2
+        and "nothing at" in done.stderr
+        and not (tmp_path / "report.html").exists()
+    )
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({}, "--out"),
-    ({"scores": Path("age.json"), "out": Path("page.html")}, "--scores need another set"),
-    ({"age_from": 60.0, "id_pattern": "P"}, "--id-pattern and --age-from need another set"),
-    ({"against": Path("other"), "age_to": 60.0}, "--ages"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--out"),
+        ({"scores": Path("age.json"), "out": Path("page.html")}, "--scores need another set"),
+        ({"age_from": 60.0, "id_pattern": "P"}, "--id-pattern and --age-from need another set"),
+        ({"against": Path("other"), "age_to": 60.0}, "--ages"),
+    ],
+)
 def test_options_that_need_another_are_refused(folder, options, message):
     with pytest.raises(StudyError, match=message):
         audit.main(folder, **options)

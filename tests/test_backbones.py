@@ -10,9 +10,13 @@ from utils.utils_funcs import BACKBONES, MODELS, StudyError
 @pytest.fixture(scope="module", params=BACKBONES)
 def model(request):
     torch.manual_seed(0)
-    network = build_model(request.param, pretrained=False, input_size=70 if request.param == "Dinov2" else 64)
+    network = build_model(
+        request.param, pretrained=False, input_size=70 if request.param == "Dinov2" else 64
+    )
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # timm starts residual branches at zero: until trained they pass no gradient
+        if isinstance(
+            module, torch.nn.BatchNorm2d
+        ):  # timm starts residual branches at zero: until trained they pass no gradient
             torch.nn.init.ones_(module.weight)
     return network
 
@@ -69,7 +73,15 @@ def test_local_weights_are_loaded_and_named(tmp_path, monkeypatch):
 def test_local_dinov2_weights_are_loaded_and_named(tmp_path, monkeypatch):
     from transformers import Dinov2Config, Dinov2Model
 
-    source = Dinov2Model(Dinov2Config(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, patch_size=14, image_size=518))
+    source = Dinov2Model(
+        Dinov2Config(
+            hidden_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            patch_size=14,
+            image_size=518,
+        )
+    )
     source.save_pretrained(tmp_path / "dinov2-small")
     monkeypatch.setenv("ALZHEIMER_WEIGHTS", str(tmp_path))
     model = build_model("Dinov2_atk")
@@ -86,7 +98,10 @@ def test_an_empty_weights_folder_is_an_error_not_random_weights(tmp_path, monkey
 
 def test_an_untrained_model_does_not_claim_to_know():
     """Its loss in training is near ln 4, that of four equal probabilities; with timm's own head EfficientNet's is about 4 here."""
-    images, labels = torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 4
+    images, labels = (
+        torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)),
+        torch.arange(16) % 4,
+    )
     for name in BACKBONES:
         torch.manual_seed(0)
         model = build_model(name, pretrained=False, input_size=70).train()
@@ -100,7 +115,9 @@ def test_a_file_of_half_the_size_answers_alike(tmp_path):
         model.body.bn1.running_var.fill_(1e6)  # more than float16 holds
     save_model(model, tmp_path / "whole.safetensors", {"best_epoch": 3})
     save_half(tmp_path / "whole.safetensors", tmp_path / "half.safetensors")
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.52 * (tmp_path / "whole.safetensors").stat().st_size
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.52 * (
+        tmp_path / "whole.safetensors"
+    ).stat().st_size
     half, images = load_model(tmp_path / "half.safetensors"), torch.rand(4, 1, 128, 128)
     assert read_metadata(tmp_path / "half.safetensors")["best_epoch"] == 3
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
@@ -131,7 +148,11 @@ def test_checkpoints_that_do_not_fit_say_so(tmp_path):
     with pytest.raises(StudyError, match="not written by this project"):
         load_model(tmp_path / "foreign.safetensors")
     model = build_model("Resnet", pretrained=False)
-    save_model(model, tmp_path / "wrong.safetensors", state=build_model("Efficientnet", pretrained=False).state_dict())
+    save_model(
+        model,
+        tmp_path / "wrong.safetensors",
+        state=build_model("Efficientnet", pretrained=False).state_dict(),
+    )
     with pytest.raises(StudyError, match="does not fit Resnet"):
         load_model(tmp_path / "wrong.safetensors")
 
@@ -147,7 +168,9 @@ def test_fast_layers_change_neither_names_nor_weights_nor_answers():
     assert len(fast) == 11 and all(layer.groups == layer.in_channels for layer in fast)
     mine, theirs = ours.body.state_dict(), delivered.state_dict()
     assert list(mine) == list(theirs)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine if not name.startswith("classifier"))
+    assert all(
+        torch.equal(mine[name], theirs[name]) for name in mine if not name.startswith("classifier")
+    )
     delivered.load_state_dict(mine)
     images = torch.rand(2, 1, 64, 64)
     assert torch.allclose(ours(images), delivered(ours.pixels_to_input(images)), atol=1e-6)
@@ -176,10 +199,18 @@ def test_attention_is_plain_in_bfloat16_and_fused_in_float32(monkeypatch):
     from transformers.models.dinov2 import modeling_dinov2
 
     used = []
-    for module, function in ((sdpa_attention, "sdpa_attention_forward"), (modeling_dinov2, "eager_attention_forward")):
+    for module, function in (
+        (sdpa_attention, "sdpa_attention_forward"),
+        (modeling_dinov2, "eager_attention_forward"),
+    ):
         inner = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *given, inner=inner, function=function,
-                            **more: used.append(function) or inner(*given, **more))
+        monkeypatch.setattr(
+            module,
+            function,
+            lambda *given, inner=inner, function=function, **more: (
+                used.append(function) or inner(*given, **more)
+            ),
+        )
     model, images = build_model("Dinov2", pretrained=False, input_size=28), torch.rand(1, 1, 28, 28)
     model(images)
     assert set(used) == {"sdpa_attention_forward"}

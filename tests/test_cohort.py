@@ -25,9 +25,11 @@ REAL = os.environ.get("ALZHEIMER_RAW")
 
 def truth_of(folder: Path, raw: c.RawImages) -> dict[str, np.ndarray]:
     rows = {row["path"]: row for row in csv.DictReader((folder / "people.csv").open())}
-    return {"person": np.array([int(rows[path]["person"]) for path in raw.paths]),
-            "slice_index": np.array([int(rows[path]["slice_index"]) for path in raw.paths]),
-            "kind": np.array([rows[path]["kind"] for path in raw.paths])}
+    return {
+        "person": np.array([int(rows[path]["person"]) for path in raw.paths]),
+        "slice_index": np.array([int(rows[path]["slice_index"]) for path in raw.paths]),
+        "kind": np.array([rows[path]["kind"] for path in raw.paths]),
+    }
 
 
 def assert_people_are_the_true_ones(folder: Path) -> c.Recovery:
@@ -45,7 +47,15 @@ def assert_people_are_the_true_ones(folder: Path) -> c.Recovery:
 
 def small(folder: Path, **options) -> Path:
     return write_phantom(
-        folder, **{"people": (3, 2, 2, 1), "size": 64, "slices": 12, "synthetic": 6, "duplicates": 3, **options}
+        folder,
+        **{
+            "people": (3, 2, 2, 1),
+            "size": 64,
+            "slices": 12,
+            "synthetic": 6,
+            "duplicates": 3,
+            **options,
+        },
     )
 
 
@@ -70,6 +80,7 @@ def zipped(folder: Path, path: Path, prefix: str = "") -> Path:
 
 # ------------------------------------------------------------------------------------------- the real data
 
+
 @pytest.fixture(scope="module")
 def real_recovery(tmp_path_factory) -> tuple[c.RawImages, c.Cohort, c.Recovery]:
     if not REAL:
@@ -85,10 +96,20 @@ def test_the_real_set_has_200_people_of_32_slices(real_recovery):
     kept = cohort.kind == "real"
     assert Counter(Counter(cohort.patient_id[kept].tolist()).values()) == {32: 200}
     people = c.members_of(np.where(kept, cohort.patient_id, -1))
-    assert all(len(set(cohort.label[members])) == 1 for members in people) and not recovery.conflicts
-    assert Counter(int(cohort.label[members[0]]) for members in people) == {0: 100, 1: 70, 2: 28, 3: 2}
+    assert (
+        all(len(set(cohort.label[members])) == 1 for members in people) and not recovery.conflicts
+    )
+    assert Counter(int(cohort.label[members[0]]) for members in people) == {
+        0: 100,
+        1: 70,
+        2: 28,
+        3: 2,
+    }
     assert all(sorted(cohort.slice_index[members]) == list(range(32)) for members in people)
-    assert recovery.gap == pytest.approx((0.797, 0.926), abs=0.005) and 0.80 < recovery.threshold < 0.92
+    assert (
+        recovery.gap == pytest.approx((0.797, 0.926), abs=0.005)
+        and 0.80 < recovery.threshold < 0.92
+    )
 
 
 def test_the_committed_table_is_the_one_recovered(real_recovery):
@@ -101,7 +122,9 @@ def test_the_committed_table_is_the_one_recovered(real_recovery):
 def test_real_stacks_run_from_the_small_end_of_the_head_down(real_recovery):
     raw, cohort, _ = real_recovery
     for members in c.members_of(np.where(cohort.kind == "real", cohort.patient_id, -1)):
-        areas = c.head_area([raw.images[i] for i in members[np.argsort(cohort.slice_index[members])]])
+        areas = c.head_area(
+            [raw.images[i] for i in members[np.argsort(cohort.slice_index[members])]]
+        )
         assert areas[:8].mean() < areas[-8:].mean()
 
 
@@ -135,7 +158,9 @@ VARIANTS = {
 )
 def test_recovered_people_are_the_true_ones(tmp_path, seed, variant):
     assert_people_are_the_true_ones(
-        write_phantom(tmp_path, **{"people": (4, 3, 2, 2), "size": 96, **VARIANTS[variant]}, seed=seed)
+        write_phantom(
+            tmp_path, **{"people": (4, 3, 2, 2), "size": 96, **VARIANTS[variant]}, seed=seed
+        )
     )
 
 
@@ -143,7 +168,9 @@ def test_recovered_people_are_the_true_ones(tmp_path, seed, variant):
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recovered_people_are_the_true_ones_over_20_seeds(tmp_path, variant, seed):
-    assert_people_are_the_true_ones(write_phantom(tmp_path, **{"people": (6, 4, 3, 2), **VARIANTS[variant]}, seed=seed))
+    assert_people_are_the_true_ones(
+        write_phantom(tmp_path, **{"people": (6, 4, 3, 2), **VARIANTS[variant]}, seed=seed)
+    )
 
 
 def test_a_person_in_two_classes_is_a_reported_conflict(tmp_path):
@@ -153,7 +180,9 @@ def test_a_person_in_two_classes_is_a_reported_conflict(tmp_path):
 
 
 def test_independent_images_are_refused(tmp_path):
-    folder = write_phantom(tmp_path, people=(40, 25, 15, 10), slices=1, synthetic=0, duplicates=0, size=64)
+    folder = write_phantom(
+        tmp_path, people=(40, 25, 15, 10), slices=1, synthetic=0, duplicates=0, size=64
+    )
     with pytest.raises(c.NoPeopleError, match="No gap"):
         c.build_cohort(c.read_raw(folder))
 
@@ -167,8 +196,12 @@ def test_noise_images_are_refused():
 def lift(folder: Path, lifted: np.ndarray) -> tuple[c.Cohort, c.Recovery]:
     """The cohort with the background of some images raised, as a generator would leave it."""
     raw = c.read_raw(folder)
-    images = [np.maximum(image, 6) if raised else image for image, raised in zip(raw.images, lifted)]
-    return c.build_cohort(c.RawImages(raw.paths, images, raw.file_sha256, raw.source_split, raw.label))
+    images = [
+        np.maximum(image, 6) if raised else image for image, raised in zip(raw.images, lifted)
+    ]
+    return c.build_cohort(
+        c.RawImages(raw.paths, images, raw.file_sha256, raw.source_split, raw.label)
+    )
 
 
 def test_a_person_on_an_unusual_background_is_real_among_synthetic_images(phantom):
@@ -186,7 +219,10 @@ def test_a_single_slice_on_an_unusual_background_still_joins_its_person(tmp_path
     one = (truth["slice_index"] == 5) & (truth["person"] == 3) & (truth["kind"] == "real")
     cohort, recovery = lift(folder, one)
     assert recovery.admitted == 1 and cohort.slice_index[one] == 5
-    assert cohort.patient_id[one] == cohort.patient_id[(truth["slice_index"] == 4) & (truth["person"] == 3)][0]
+    assert (
+        cohort.patient_id[one]
+        == cohort.patient_id[(truth["slice_index"] == 4) & (truth["person"] == 3)][0]
+    )
 
 
 def test_a_black_background_alone_makes_no_image_real(phantom):
@@ -196,12 +232,15 @@ def test_a_black_background_alone_makes_no_image_real(phantom):
     images = [*raw.images, np.pad(loner, 8)]
     label = np.append(raw.label, 2)
     cohort, _ = c.build_cohort(
-        c.RawImages([*raw.paths, "z"], images, [*raw.file_sha256, "f"], [*raw.source_split, ""], label)
+        c.RawImages(
+            [*raw.paths, "z"], images, [*raw.file_sha256, "f"], [*raw.source_split, ""], label
+        )
     )
     assert cohort.kind[-1] == "synthetic" and cohort.patient_id[-1] == -1
 
 
 # ------------------------------------------------------------------------------------------- pieces
+
 
 def test_neighbours_are_those_of_the_whole_matrix(monkeypatch):
     rng = np.random.default_rng(0)
@@ -220,7 +259,9 @@ def test_the_tree_is_the_strongest_spanning_tree(monkeypatch):
 
     rng = np.random.default_rng(1)
     vectors = (
-        (rng.standard_normal((8, 1, 30)) * 3 + rng.standard_normal((8, 10, 30))).reshape(80, 30).astype(np.float32)
+        (rng.standard_normal((8, 1, 30)) * 3 + rng.standard_normal((8, 10, 30)))
+        .reshape(80, 30)
+        .astype(np.float32)
     )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     monkeypatch.setattr(c, "BLOCK", 32)
@@ -244,25 +285,39 @@ def test_a_wider_step_between_whole_scanners_is_not_taken_for_people(monkeypatch
     rng = np.random.default_rng(0)
     shared = rng.standard_normal((2, 1, 1, 400)) * 4.5
     people = shared + rng.standard_normal((2, 8, 1, 400))
-    vectors = (people + 0.45 * rng.standard_normal((2, 8, 8, 400))).reshape(128, 400).astype(np.float32)
+    vectors = (
+        (people + 0.45 * rng.standard_normal((2, 8, 8, 400))).reshape(128, 400).astype(np.float32)
+    )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    assert c.find_people(vectors, np.zeros(128)).person.tolist() == np.repeat(np.arange(16), 8).tolist()
+    assert (
+        c.find_people(vectors, np.zeros(128)).person.tolist()
+        == np.repeat(np.arange(16), 8).tolist()
+    )
 
 
 def test_features_ignore_brightness_and_tell_correlation():
     rng = np.random.default_rng(0)
     image = np.kron(rng.integers(20, 100, (16, 16)), np.ones((8, 8))).astype(np.uint8)
     vectors = c.features(
-        [image, image * 2 + 10, np.zeros((128, 128), np.uint8), rng.integers(0, 255, (90, 70), dtype=np.uint8)]
+        [
+            image,
+            image * 2 + 10,
+            np.zeros((128, 128), np.uint8),
+            rng.integers(0, 255, (90, 70), dtype=np.uint8),
+        ]
     )
-    assert vectors.shape == (4, c.SEARCH_SIDE ** 2)
+    assert vectors.shape == (4, c.SEARCH_SIDE**2)
     scores = vectors @ vectors.T
-    assert scores[0, 1] == pytest.approx(1, abs=1e-3) and abs(scores[0, 2]) < 1e-6 and abs(scores[0, 3]) < 0.2
+    assert (
+        scores[0, 1] == pytest.approx(1, abs=1e-3)
+        and abs(scores[0, 2]) < 1e-6
+        and abs(scores[0, 3]) < 0.2
+    )
 
 
 def test_a_shuffled_stack_is_put_in_order():
     place = np.arange(20)
-    matrix = np.exp(-((place[:, None] - place) / 4.0) ** 2)
+    matrix = np.exp(-(((place[:, None] - place) / 4.0) ** 2))
     shuffle = np.random.default_rng(0).permutation(20)
     order = shuffle[c.order_stack(matrix[np.ix_(shuffle, shuffle)])]
     assert order.tolist() in (place.tolist(), place[::-1].tolist())
@@ -300,8 +355,13 @@ def test_the_table_has_the_contract_columns_and_round_trips(built, phantom, tmp_
     )
     file = phantom / raw.paths[0]
     assert rows[0]["file_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert rows[0]["pixel_sha256"] == hashlib.sha256(np.asarray(Image.open(file).convert("L")).tobytes()).hexdigest()
-    assert all(row["patient_id"] == row["slice_index"] == "" for row in rows if row["kind"] == "synthetic")
+    assert (
+        rows[0]["pixel_sha256"]
+        == hashlib.sha256(np.asarray(Image.open(file).convert("L")).tobytes()).hexdigest()
+    )
+    assert all(
+        row["patient_id"] == row["slice_index"] == "" for row in rows if row["kind"] == "synthetic"
+    )
     c.write_cohort(c.read_cohort(tmp_path / "a.csv"), tmp_path / "b.csv")
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
@@ -338,6 +398,7 @@ def test_other_files_are_recovered_and_kept_in_the_cache(built, tmp_path):
 
 # ------------------------------------------------------------------------------------------- reading
 
+
 def test_a_zip_wrapped_in_a_folder_reads_like_the_folder(phantom, tmp_path):
     folder = c.read_raw(phantom)
     for prefix in ("", "outer/", "a/b/"):
@@ -347,9 +408,14 @@ def test_a_zip_wrapped_in_a_folder_reads_like_the_folder(phantom, tmp_path):
     assert c.read_raw(phantom.parent).paths == folder.paths
 
 
-@pytest.mark.parametrize("names", [("NonDemented", "VeryMildDemented", "MildDemented", "ModerateDemented"),
-                                   ("non demented", "VERY MILD DEMENTED", "mild demented", "Moderate Demented"),
-                                   ("No Impairment", "Very Mild Impairment", "Mild_Impairment", "moderate_impairment")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("NonDemented", "VeryMildDemented", "MildDemented", "ModerateDemented"),
+        ("non demented", "VERY MILD DEMENTED", "mild demented", "Moderate Demented"),
+        ("No Impairment", "Very Mild Impairment", "Mild_Impairment", "moderate_impairment"),
+    ],
+)
 def test_class_folders_of_the_copies_in_circulation_are_known(phantom, tmp_path, names):
     original = c.read_raw(phantom)
     kinds = ("Non_Demented", "Very_Mild_Demented", "Mild_Demented", "Moderate_Demented")
@@ -371,7 +437,9 @@ def test_splits_may_be_missing(phantom, tmp_path):
 
 
 def make_tiny(folder: Path) -> Path:
-    for k, name in enumerate(("Non_Demented", "Very_Mild_Demented", "Mild_Demented", "Moderate_Demented")):
+    for k, name in enumerate(
+        ("Non_Demented", "Very_Mild_Demented", "Mild_Demented", "Moderate_Demented")
+    ):
         (folder / name).mkdir(parents=True)
         for i in range(2):
             Image.fromarray(np.full((8, 8), 10 * k + i, np.uint8)).save(folder / name / f"{i}.png")
@@ -390,7 +458,9 @@ def test_what_is_no_image_is_left_alone(tmp_path):
 def test_rgb_16_bit_and_odd_sizes_become_8_bit_grey(tmp_path):
     folder = make_tiny(tmp_path / "raw")
     ramp = np.linspace(0, 255, 15 * 9).reshape(15, 9)
-    Image.fromarray(np.dstack([ramp] * 3).astype(np.uint8)).save(folder / "Non_Demented" / "rgb.png")
+    Image.fromarray(np.dstack([ramp] * 3).astype(np.uint8)).save(
+        folder / "Non_Demented" / "rgb.png"
+    )
     Image.fromarray((ramp * 257).astype(np.uint16)).save(folder / "Non_Demented" / "sixteen.png")
     raw = c.read_raw(folder)
     for name in ("rgb", "sixteen"):
@@ -414,12 +484,19 @@ def test_no_such_path_and_no_image_are_named(tmp_path):
 
 def test_a_truncated_zip_is_named(phantom, tmp_path):
     whole = zipped(phantom, tmp_path / "raw.zip").read_bytes()
-    (tmp_path / "half.zip").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
     refused(tmp_path / "half.zip", "half.zip is no complete zip")
 
 
-@pytest.mark.parametrize("entry", ["../evil/Mild_Demented/1.jpg", "/etc/Mild_Demented/1.jpg", "C:/Mild_Demented/1.jpg",
-                                   "a\\..\\..\\Mild_Demented\\1.jpg"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "../evil/Mild_Demented/1.jpg",
+        "/etc/Mild_Demented/1.jpg",
+        "C:/Mild_Demented/1.jpg",
+        "a\\..\\..\\Mild_Demented\\1.jpg",
+    ],
+)
 def test_an_entry_outside_the_archive_is_refused(tmp_path, entry):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr(entry, b"x")
@@ -429,7 +506,9 @@ def test_an_entry_outside_the_archive_is_refused(tmp_path, entry):
 def test_an_unreadable_image_is_named_and_left_out_only_on_request(tmp_path, capsys):
     folder = make_tiny(tmp_path / "raw")
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).save(buffer, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).save(
+        buffer, "JPEG"
+    )
     (folder / "Mild_Demented" / "broken.jpg").write_bytes(buffer.getvalue()[:900])
     refused(folder, "Mild_Demented/broken.jpg cannot be read")
     assert len(c.read_raw(folder, skip_unreadable=True)) == 8
@@ -465,13 +544,25 @@ def test_the_raw_data_are_found_in_the_documented_order(tmp_path, monkeypatch):
 def test_the_command_writes_the_table_and_answers_errors_in_one_sentence(phantom, tmp_path):
     command = [sys.executable, "-m", "utils.cohort"]
     done = subprocess.run(
-        [*command, str(phantom), "--out", str(tmp_path / "cohort.csv")], cwd=ROOT, capture_output=True, text=True
+        [*command, str(phantom), "--out", str(tmp_path / "cohort.csv")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert (
-        "8 people" in done.stdout and "threshold" in done.stdout and len(c.read_cohort(tmp_path / "cohort.csv")) == 105
+        "8 people" in done.stdout
+        and "threshold" in done.stdout
+        and len(c.read_cohort(tmp_path / "cohort.csv")) == 105
     )
     done = subprocess.run(
-        [*command, str(tmp_path / "no"), "--out", str(tmp_path / "x.csv")], cwd=ROOT, capture_output=True, text=True
+        [*command, str(tmp_path / "no"), "--out", str(tmp_path / "x.csv")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "x.csv").exists()
+    assert (
+        done.returncode == 2
+        and len(done.stderr.strip().splitlines()) == 1
+        and not (tmp_path / "x.csv").exists()
+    )

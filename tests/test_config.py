@@ -29,7 +29,9 @@ def test_wrong_names_are_one_sentence_errors(bad):
         make_config(**{"profile": "demo", **bad})
 
 
-@pytest.mark.parametrize("text,value", [("4/255", 4 / 255), ("0.005", 0.005), ("0", 0.0), ("0.5/255", 0.5 / 255)])
+@pytest.mark.parametrize(
+    "text,value", [("4/255", 4 / 255), ("0.005", 0.005), ("0", 0.0), ("0.5/255", 0.5 / 255)]
+)
 def test_eps_reads_as_written(text, value):
     assert parse_eps(text) == pytest.approx(value)
 
@@ -48,11 +50,23 @@ def test_the_published_split_has_one_fold_and_the_honest_one_five():
 def test_the_small_adversarial_model_starts_from_its_twin_in_a_cpu_run_alone():
     config = make_config("cpu", "Efficientnet_atk")
     assert (config.method, config.warm_start) == ("trades", True)
-    assert make_config("cpu", "Efficientnet_atk", method="pgd").method == "pgd", "what the caller says goes first"
-    others = [make_config("paper", "Efficientnet_atk"), make_config("demo", "Efficientnet_atk"), make_config("cpu", "Resnet_atk")]
+    assert make_config("cpu", "Efficientnet_atk", method="pgd").method == "pgd", (
+        "what the caller says goes first"
+    )
+    others = [
+        make_config("paper", "Efficientnet_atk"),
+        make_config("demo", "Efficientnet_atk"),
+        make_config("cpu", "Resnet_atk"),
+    ]
     assert all((other.method, other.warm_start) == ("pgd", False) for other in others)
 
 
 def test_a_rehearsal_repeats_its_attacks_less_than_a_study():
-    assert make_config("demo").max_steps < make_config("cpu").max_steps == make_config("paper").max_steps
-    assert all(make_config(profile).max_steps >= 2 * make_config(profile).pgd_steps for profile in PROFILES)
+    assert (
+        make_config("demo").max_steps
+        < make_config("cpu").max_steps
+        == make_config("paper").max_steps
+    )
+    assert all(
+        make_config(profile).max_steps >= 2 * make_config(profile).pgd_steps for profile in PROFILES
+    )

@@ -49,10 +49,11 @@ def parts_of(study, protocol: str) -> dict[str, controls.Slices]:
 @pytest.fixture(scope="module")
 def answers(study) -> dict[str, dict[str, controls.Answers]]:
     return {
-        protocol: dict(controls.control_answers(**parts_of(study, protocol), sweep=SWEEP, headline="4/255"))
+        protocol: dict(
+            controls.control_answers(**parts_of(study, protocol), sweep=SWEEP, headline="4/255")
+        )
         for protocol in ("slice", "patient")
     }
-
 
 
 def test_every_control_answers_every_test_slice(study, answers):
@@ -70,9 +71,15 @@ def test_no_answer_depends_on_a_test_label(study, answers):
     parts = parts_of(study, "patient")
     test = parts["test"]
     shuffled = controls.Slices(test.images, (test.labels + 1) % 4, test.patients, test.positions)
-    again = dict(controls.control_answers(parts["train"], parts["validation"], shuffled, sweep=(), headline="4/255"))
+    again = dict(
+        controls.control_answers(
+            parts["train"], parts["validation"], shuffled, sweep=(), headline="4/255"
+        )
+    )
     for name, answer in answers["patient"].items():
-        if name != "nearest_neighbour_permuted":  # its labels are permuted among the test patients too
+        if (
+            name != "nearest_neighbour_permuted"
+        ):  # its labels are permuted among the test patients too
             np.testing.assert_array_equal(again[name].logits, answer.logits, name)
 
 
@@ -107,7 +114,10 @@ def test_a_patient_never_answers_for_its_own_fold(study):
     for rows, told in runs:
         assert (rows["fold"] == [fold_of[who] for who in rows["patient_id"].tolist()]).all()
         assert {f"{name}/clean" for name in told} < set(rows)
-        assert "robust_linear_32/4/255:exact" in rows and told["robust_linear_32"]["settings"]["eps"] > 0
+        assert (
+            "robust_linear_32/4/255:exact" in rows
+            and told["robust_linear_32"]["settings"]["eps"] > 0
+        )
     assert rows["file_sha256"].shape == (len(rows["labels"]), 32)
 
 
@@ -122,7 +132,9 @@ def linear_model(classes_of: np.ndarray, seed: int = 0, size: int = 8) -> nn.Mod
 
 def robust(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float) -> np.ndarray:
     with torch.no_grad():
-        return (model(controls.exact_worst_images(model, images, labels, eps)).argmax(1) == labels).numpy()
+        return (
+            model(controls.exact_worst_images(model, images, labels, eps)).argmax(1) == labels
+        ).numpy()
 
 
 def test_the_exact_worst_case_is_that_of_every_corner_of_the_ball():
@@ -147,16 +159,22 @@ def test_the_suite_comes_within_the_exact_number(view):
     image here, and below it never."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 16)
-    images = np.clip(rng.normal(110, 30, (64, 16, 16)) + 12 * labels[:, None, None] * (np.arange(16) < 8), 0, 255)
+    images = np.clip(
+        rng.normal(110, 30, (64, 16, 16)) + 12 * labels[:, None, None] * (np.arange(16) < 8), 0, 255
+    )
     images = images.astype(np.uint8)
     model = controls.fit_robust_linear(images, labels, 2 / 255, side=8, steps=150)
-    config = make_config("demo", eps=("1/255", "4/255"), suite="standard", sample=16, pgd_steps=20, attack_batch=64)
+    config = make_config(
+        "demo", eps=("1/255", "4/255"), suite="standard", sample=16, pgd_steps=20, attack_batch=64
+    )
     result = evaluate_suite(model, images[:, None], labels, np.arange(64), config)
     pixels = torch.from_numpy(images)[:, None].float() / 255
     for eps in config.eps:
         with torch.no_grad():
             groups = None if view == "four" else THREE
-            worst = controls.exact_worst_images(model, pixels, torch.from_numpy(labels), parse_eps(eps), groups)
+            worst = controls.exact_worst_images(
+                model, pixels, torch.from_numpy(labels), parse_eps(eps), groups
+            )
             logits = model(worst).numpy()
         exact = metrics.correct(logits, labels)[0 if view == "four" else 1]
         exact &= metrics.correct(result.clean_logits, labels)[0 if view == "four" else 1]
@@ -164,8 +182,12 @@ def test_the_suite_comes_within_the_exact_number(view):
         suite = worst_case(result.logits, labels, eps, view)
         suite &= metrics.correct(result.clean_logits, labels)[0 if view == "four" else 1]
         assert (suite >= exact).all(), "no attack leaves the ball"
-        assert suite.sum() - exact.sum() <= 0, f"the suite misses {suite.sum() - exact.sum()} images at {eps}"
-    assert 0 < exact.sum() < 60, "something must be left, and something must fall, or nothing was shown"
+        assert suite.sum() - exact.sum() <= 0, (
+            f"the suite misses {suite.sum() - exact.sum()} images at {eps}"
+        )
+    assert 0 < exact.sum() < 60, (
+        "something must be left, and something must fall, or nothing was shown"
+    )
 
 
 def test_no_attack_beats_the_exact_worst_case_of_four_free_classes():
@@ -185,7 +207,9 @@ def test_merging_the_four_logits_gives_the_three_class_model_back():
     three = np.random.default_rng(0).normal(size=(50, 3)) * 4
     merged = metrics.merge_classes(metrics.probabilities(controls.four_logits(three, 0.07)))
     np.testing.assert_allclose(merged, metrics.probabilities(three), atol=1e-12)
-    assert (controls.four_logits(three, controls.moderate_share(np.array([2, 3]))).argmax(1) != 3).all()
+    assert (
+        controls.four_logits(three, controls.moderate_share(np.array([2, 3]))).argmax(1) != 3
+    ).all()
 
 
 def test_training_for_the_worst_case_buys_exact_robust_accuracy(study):
@@ -197,7 +221,9 @@ def test_training_for_the_worst_case_buys_exact_robust_accuracy(study):
     for eps in (0.0, 8 / 255):
         model = controls.fit_robust_linear(train.images, train.labels, eps)
         with torch.no_grad():
-            logits = model(controls.exact_worst_images(model, pixels, labels, 8 / 255, THREE)).numpy()
+            logits = model(
+                controls.exact_worst_images(model, pixels, labels, 8 / 255, THREE)
+            ).numpy()
         share[eps] = metrics.correct(logits, test.labels)[1].mean()
     assert share[8 / 255] > share[0.0]
 
@@ -218,6 +244,14 @@ def test_atrophy_is_in_five_numbers_a_slice_of_the_real_set():
     images = data.stack_images(raw)[:, 0].numpy()
     every = controls.Slices(images, cohort.label, cohort.patient_id, cohort.slice_index)
     train, validation, test = (every.pick(rows[name]) for name in data.SETS)
-    fit = controls.Slices(*(np.concatenate([getattr(p, n) for p in (train, validation)]) for n in train.__annotations__))
+    fit = controls.Slices(
+        *(
+            np.concatenate([getattr(p, n) for p in (train, validation)])
+            for n in train.__annotations__
+        )
+    )
     logits = controls._atrophy_scan(fit, test, controls.validation_splits(train, validation)).logits
-    assert metrics.score_people(logits, test.labels, test.patients, n_boot=100)["auroc"]["value"] > 0.75
+    assert (
+        metrics.score_people(logits, test.labels, test.patients, n_boot=100)["auroc"]["value"]
+        > 0.75
+    )

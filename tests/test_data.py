@@ -26,8 +26,14 @@ def make_set(people, labels=None, name="set") -> data.ImageSet:
     count = len(people)
     labels = torch.zeros(count, dtype=torch.long) if labels is None else torch.as_tensor(labels)
     slices = torch.tensor([(people[:row] == people[row]).sum() for row in range(count)])
-    return data.ImageSet(torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 8, 8), labels, people, slices,
-                         [f"{row:064x}" for row in range(count)], name)
+    return data.ImageSet(
+        torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 8, 8),
+        labels,
+        people,
+        slices,
+        [f"{row:064x}" for row in range(count)],
+        name,
+    )
 
 
 def test_no_person_on_both_sides(phantom_sets):
@@ -39,15 +45,19 @@ def test_no_person_on_both_sides(phantom_sets):
 
 def test_the_published_split_shares_people_and_the_loader_says_so(phantom_sets):
     leaky = data.load_sets(phantom_sets, "slice", 0)
-    real_only = {name: part.pick(torch.nonzero(part.people >= 0)[:, 0]) for name, part in leaky.items()}
+    real_only = {
+        name: part.pick(torch.nonzero(part.people >= 0)[:, 0]) for name, part in leaky.items()
+    }
     with pytest.raises(data.PeopleSharedError, match=r"Person \d+ is in both train and"):
         data.check_people_apart(real_only)
 
 
 def test_a_leaky_prepared_file_is_refused_on_load(phantom_sets, tmp_path):
     for name in data.SETS:
-        data.save_set(data.load_set(phantom_sets, "patient", 0, "train" if name == "test" else name),
-                      data.set_path(tmp_path, "patient", 0, name))
+        data.save_set(
+            data.load_set(phantom_sets, "patient", 0, "train" if name == "test" else name),
+            data.set_path(tmp_path, "patient", 0, name),
+        )
     with pytest.raises(data.PeopleSharedError, match="train and test"):
         data.load_sets(tmp_path, "patient", 0)
 
@@ -68,7 +78,9 @@ def test_folds_cover_everybody_once_and_are_stratified():
         assert (test & (label == 2)).sum() in (5, 6)
         assert validation.sum() == 20 and not (validation & (label == 3)).any()
     assert sorted(folds.fold[label == 3].tolist())[0] != sorted(folds.fold[label == 3].tolist())[1]
-    assert max(map(len, folds.validation_of)) == 1, "nobody validates twice in a cohort of this size"
+    assert max(map(len, folds.validation_of)) == 1, (
+        "nobody validates twice in a cohort of this size"
+    )
 
 
 def test_folds_survive_their_file(tmp_path):
@@ -89,17 +101,26 @@ def test_the_committed_folds_belong_to_the_committed_cohort():
 def toy_cohort(split: str) -> Cohort:
     count = 180
     known = np.arange(count) < 120
-    return Cohort(file_sha256=np.array([f"{(row * 7919) % 10007:064x}" for row in range(count)]),
-                  pixel_sha256=np.array([f"{row:064x}" for row in range(count)]),
-                  source_split=np.array([split if row % 10 else "test" if split else "" for row in range(count)]),
-                  label=np.arange(count) % 4, kind=np.where(known, "real", "synthetic"), duplicate_of=np.array([""] * count),
-                  patient_id=np.where(known, np.arange(count) // 12, -1), slice_index=np.where(known, np.arange(count) % 12, -1))
+    return Cohort(
+        file_sha256=np.array([f"{(row * 7919) % 10007:064x}" for row in range(count)]),
+        pixel_sha256=np.array([f"{row:064x}" for row in range(count)]),
+        source_split=np.array(
+            [split if row % 10 else "test" if split else "" for row in range(count)]
+        ),
+        label=np.arange(count) % 4,
+        kind=np.where(known, "real", "synthetic"),
+        duplicate_of=np.array([""] * count),
+        patient_id=np.where(known, np.arange(count) // 12, -1),
+        slice_index=np.where(known, np.arange(count) % 12, -1),
+    )
 
 
 def test_the_published_split_is_kept_and_divided_8_to_1():
     cohort = toy_cohort("train")
     parts = data.split_slices(cohort)
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(180)), "every image is in exactly one set"
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(180)), (
+        "every image is in exactly one set"
+    )
     assert set(parts["test"]) == set(np.flatnonzero(cohort.source_split == "test"))
     assert len(parts["train"]) / len(parts["validation"]) == pytest.approx(8, rel=0.15)
 
@@ -140,7 +161,9 @@ def test_a_small_part_is_spread_over_classes_people_and_slices(phantom_sets):
     present = part.labels.bincount(minlength=4)[whole.labels.bincount(minlength=4) > 0]
     assert present.min() >= present.max() - 1
     non = part.labels == 0
-    assert len(part.people[non].unique()) >= min(6, whole.balance()["Non"][0]), "one slice of many people, not many of one"
+    assert len(part.people[non].unique()) >= min(6, whole.balance()["Non"][0]), (
+        "one slice of many people, not many of one"
+    )
     assert len(data.spread(whole, 10**6)) == len(whole)
 
 
@@ -161,7 +184,9 @@ def test_an_epoch_without_stride_draws_every_image_once():
 
 
 def test_a_last_batch_that_is_too_small_joins_the_one_before_it():
-    sizes = lambda rows, least: [len(chunk) for chunk in data.join_last(torch.arange(rows).split(16), least)]  # noqa: E731
+    sizes = lambda rows, least: [
+        len(chunk) for chunk in data.join_last(torch.arange(rows).split(16), least)
+    ]  # noqa: E731
     assert sizes(33, 2) == [16, 17] and sizes(34, 2) == [16, 16, 2] and sizes(1, 2) == [1]
     assert torch.equal(torch.cat(data.join_last(torch.arange(33).split(16), 2)), torch.arange(33))
 
@@ -173,8 +198,12 @@ def test_augmentation_keeps_range_and_shape_and_follows_its_generator():
     assert once.shape == images.shape and 0 <= once.min() and once.max() <= 1
     assert torch.equal(drawn, data.draw_augmentation(8, 1.0, torch.Generator().manual_seed(4)))
     assert not torch.allclose(once, images)
-    assert torch.allclose(once[2:4], data.apply_augmentation(images[2:4], drawn[2:4]), atol=1e-6), "an image's changes are its own"
-    assert torch.equal(data.apply_augmentation(images, data.draw_augmentation(8, 0.0, torch.Generator())), images)
+    assert torch.allclose(once[2:4], data.apply_augmentation(images[2:4], drawn[2:4]), atol=1e-6), (
+        "an image's changes are its own"
+    )
+    assert torch.equal(
+        data.apply_augmentation(images, data.draw_augmentation(8, 0.0, torch.Generator())), images
+    )
 
 
 def test_every_nth_slice_covers_every_person():
@@ -188,8 +217,13 @@ def test_images_of_odd_sizes_come_to_the_commonest_one():
     from utils.cohort import RawImages
 
     sizes = [(20, 20), (20, 20), (31, 17)]
-    raw = RawImages(paths=["a", "b", "c"], images=[np.full(size, 9, np.uint8) for size in sizes], file_sha256=["", "", ""],
-                    source_split=["", "", ""], label=np.zeros(3, np.int64))
+    raw = RawImages(
+        paths=["a", "b", "c"],
+        images=[np.full(size, 9, np.uint8) for size in sizes],
+        file_sha256=["", "", ""],
+        source_split=["", "", ""],
+        label=np.zeros(3, np.int64),
+    )
     stack = data.stack_images(raw)
     assert stack.shape == (3, 1, 20, 20) and (stack == 9).all()
 
@@ -202,10 +236,14 @@ def shares(folder: Path, people: tuple[int, int], twin: bool = False) -> dict[st
     return {stage: memory.share_of_theirs(found, stage) for stage in ("prepare", "train")}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the peak of resident memory is read from Linux's /proc"
+)
 def test_the_data_take_a_tenth_of_the_authors_memory_at_every_moment(tmp_path):
     """Measured, not reckoned: the highest resident memory of preparing 3,200 images against 1,600, and of an epoch on them."""
     ours = shares(tmp_path / "ours", (50, 100))
     assert 0 < ours["prepare"] < 0.1 and 0 < ours["train"] < 0.1, ours
     theirs = shares(tmp_path / "theirs", (20, 30), twin=True)
-    assert theirs["prepare"] > 0.5 and theirs["train"] > 0.5, f"the measure must see float tensors where they are: {theirs}"
+    assert theirs["prepare"] > 0.5 and theirs["train"] > 0.5, (
+        f"the measure must see float tensors where they are: {theirs}"
+    )

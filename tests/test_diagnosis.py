@@ -19,8 +19,14 @@ from utils.utils_funcs import ROOT, StudyError
 def image_set(people: int = 12, each: int = 3) -> ImageSet:
     count = people * each
     person = torch.arange(count) // each
-    return ImageSet(torch.zeros(count, 1, 4, 4, dtype=torch.uint8), person % 3, person, torch.arange(count) % each,
-                    [f"{k:064x}" for k in range(count)], "test")
+    return ImageSet(
+        torch.zeros(count, 1, 4, 4, dtype=torch.uint8),
+        person % 3,
+        person,
+        torch.arange(count) % each,
+        [f"{k:064x}" for k in range(count)],
+        "test",
+    )
 
 
 def test_a_part_of_the_people_is_whole_people_of_every_class():
@@ -37,14 +43,19 @@ def test_a_persons_row_has_the_hash_of_the_slices_in_order():
     rows = diagnosis._person_rows(part, people, config)
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1))
     shuffled = diagnosis._person_rows(part.pick(order), people, config)
-    assert np.array_equal(rows["file_sha256"], shuffled["file_sha256"]) and len(np.unique(rows["file_sha256"], axis=0)) == 12
+    assert (
+        np.array_equal(rows["file_sha256"], shuffled["file_sha256"])
+        and len(np.unique(rows["file_sha256"], axis=0)) == 12
+    )
     assert rows["labels"].tolist() == people.labels.tolist() and (rows["slice_index"] == -1).all()
 
 
 def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     study = Study(tmp_path, "phantom", "demo", tmp_path, "")
-    with pytest.raises(diagnosis.MissingMembersError,
-                       match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0"):
+    with pytest.raises(
+        diagnosis.MissingMembersError,
+        match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0",
+    ):
         diagnosis.run_ensemble(study)
     with pytest.raises(diagnosis.MissingMembersError, match="Resnet_atk"):
         diagnosis.run_sequence(study)
@@ -75,9 +86,15 @@ def ran(monkeypatch):
     def evaluated(study, config, form, model, sources, test, answers, chosen, *, relaxed):
         forms.append(form)
         with torch.no_grad():
-            clean = to_half(model.combine(torch.stack([answers[name] for name in model.members])).numpy())
+            clean = to_half(
+                model.combine(torch.stack([answers[name] for name in model.members])).numpy()
+            )
         rows = {f"{form}/clean": clean, f"{form}/4/255:fgsm": clean}
-        told = {"attacks": {"4/255": {"fgsm": {"norm": "linf"}}}, "members": list(model.members), "weights": diagnosis._weights_of(model)}
+        told = {
+            "attacks": {"4/255": {"fgsm": {"norm": "linf"}}},
+            "members": list(model.members),
+            "weights": diagnosis._weights_of(model),
+        }
         return rows, told, [{"check": "any", "passed": True, "variant": form}]
 
     monkeypatch.setattr(diagnosis, "_evaluated_form", evaluated)
@@ -86,19 +103,31 @@ def ran(monkeypatch):
 
 def test_an_ensemble_grows_form_by_form_and_evaluates_none_twice(trained, ran):
     first = diagnosis.run_ensemble(trained, forms=("uniform mixed",))
-    assert list(first["variants"]) == ["uniform mixed"] and first["units"][0]["config"]["fp16_members"] == ["Efficientnet"]
+    assert list(first["variants"]) == ["uniform mixed"] and first["units"][0]["config"][
+        "fp16_members"
+    ] == ["Efficientnet"]
     second = diagnosis.run_ensemble(trained, forms=("uniform mixed", "uniform clean"))
-    assert ran == ["uniform mixed", "uniform clean"] and list(second["variants"]) == ["uniform clean", "uniform mixed"]
+    assert ran == ["uniform mixed", "uniform clean"] and list(second["variants"]) == [
+        "uniform clean",
+        "uniform mixed",
+    ]
     assert second["variants"]["uniform mixed"] == first["variants"]["uniform mixed"]
     assert [check["variant"] for check in second["sanity"]] == list(second["variants"])
     assert diagnosis.run_ensemble(trained, forms=("uniform clean",)) == second and len(ran) == 2
     assert "Members alone" in diagnosis_report.ensemble_text(second)
-    assert set(second["units"][0]["members"]) == {"Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"}
+    assert set(second["units"][0]["members"]) == {
+        "Efficientnet",
+        "Efficientnet_atk",
+        "Resnet",
+        "Resnet_atk",
+    }
 
 
 def test_ensembles_of_other_members_are_never_pooled(trained, ran):
     diagnosis.run_ensemble(trained, forms=("uniform mixed",))
-    with pytest.raises(StudyError, match="holds ensembles of Efficientnet, Resnet, and these are of Resnet"):
+    with pytest.raises(
+        StudyError, match="holds ensembles of Efficientnet, Resnet, and these are of Resnet"
+    ):
         diagnosis.run_ensemble(trained, fold=1, backbones=("Resnet",))
     with pytest.raises(StudyError, match="Unknown form 'uniform fixed'"):
         diagnosis.run_ensemble(trained, forms=("uniform fixed",))
@@ -116,47 +145,97 @@ def test_an_ensemble_without_its_members_shows_what_is_recorded(trained, ran, ca
 
 
 def a_unit(*variants: str, weights: dict[str, str], people: int = 6) -> Unit:
-    rows = {"file_sha256": np.arange(people * 32, dtype=np.uint8).reshape(people, 32),
-            **{f"{name}/clean": np.ones((people, 4)) for name in variants}}
-    return Unit(rows, {"model": "Sequence", "fold": 0, "variants": {name: {} for name in variants}, "weights_sha256": weights,
-                       "sanity": [{"variant": name} for name in variants],
-                       "git_dirty": False, "git_commit": variants[0], "hardware": "here", "init": "random",
-                       "config": {"members": list(weights), "eps": "4/255"},
-                       "wall_seconds": {"train": 1.0, "attack": 2.0}})
+    rows = {
+        "file_sha256": np.arange(people * 32, dtype=np.uint8).reshape(people, 32),
+        **{f"{name}/clean": np.ones((people, 4)) for name in variants},
+    }
+    return Unit(
+        rows,
+        {
+            "model": "Sequence",
+            "fold": 0,
+            "variants": {name: {} for name in variants},
+            "weights_sha256": weights,
+            "sanity": [{"variant": name} for name in variants],
+            "git_dirty": False,
+            "git_commit": variants[0],
+            "hardware": "here",
+            "init": "random",
+            "config": {"members": list(weights), "eps": "4/255"},
+            "wall_seconds": {"train": 1.0, "attack": 2.0},
+        },
+    )
 
 
 def test_a_unit_grows_by_the_sources_that_are_trained_later():
     first = a_unit("Efficientnet gru", weights={"Efficientnet": "a"})
-    second = a_unit("Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"})
+    second = a_unit(
+        "Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"}
+    )
     both = diagnosis.with_more_variants(first, second)
-    assert list(both.meta["variants"]) == ["Efficientnet gru", "Resnet gru", "Resnet + Efficientnet gru"]
+    assert list(both.meta["variants"]) == [
+        "Efficientnet gru",
+        "Resnet gru",
+        "Resnet + Efficientnet gru",
+    ]
     assert [check["variant"] for check in both.meta["sanity"]] == list(both.meta["variants"])
-    assert both.meta["config"] == {"members": ["Efficientnet", "Resnet"], "fp16_members": [], "eps": "4/255"}
+    assert both.meta["config"] == {
+        "members": ["Efficientnet", "Resnet"],
+        "fp16_members": [],
+        "eps": "4/255",
+    }
     assert both.meta["wall_seconds"] == {"train": 2.0, "attack": 4.0}
-    assert both.meta["git_commit"] == "Efficientnet gru + Resnet gru" and both.meta["hardware"] == "here"
-    assert {name for name in both.rows if "/" in name} == {"Efficientnet gru/clean", "Resnet gru/clean", "Resnet + Efficientnet gru/clean"}
+    assert (
+        both.meta["git_commit"] == "Efficientnet gru + Resnet gru"
+        and both.meta["hardware"] == "here"
+    )
+    assert {name for name in both.rows if "/" in name} == {
+        "Efficientnet gru/clean",
+        "Resnet gru/clean",
+        "Resnet + Efficientnet gru/clean",
+    }
 
-    turned = diagnosis.with_more_variants(first, second, order=("Resnet + Efficientnet gru", "Resnet gru"))
-    assert list(turned.meta["variants"]) == ["Resnet + Efficientnet gru", "Resnet gru", "Efficientnet gru"]
-    assert [name for name in turned.rows if "/" in name] == [f"{name}/clean" for name in turned.meta["variants"]]
+    turned = diagnosis.with_more_variants(
+        first, second, order=("Resnet + Efficientnet gru", "Resnet gru")
+    )
+    assert list(turned.meta["variants"]) == [
+        "Resnet + Efficientnet gru",
+        "Resnet gru",
+        "Efficientnet gru",
+    ]
+    assert [name for name in turned.rows if "/" in name] == [
+        f"{name}/clean" for name in turned.meta["variants"]
+    ]
 
 
 def test_a_unit_never_mixes_weights_or_people():
     first = a_unit("Resnet gru", weights={"Resnet": "a"})
     with pytest.raises(StudyError, match="Resnet has other weights now"):
-        diagnosis.with_more_variants(first, a_unit("Resnet + Resnet_atk gru", weights={"Resnet": "b", "Resnet_atk": "c"}))
+        diagnosis.with_more_variants(
+            first, a_unit("Resnet + Resnet_atk gru", weights={"Resnet": "b", "Resnet_atk": "c"})
+        )
     with pytest.raises(StudyError, match="other people"):
-        diagnosis.with_more_variants(first, a_unit("Efficientnet gru", weights={"Efficientnet": "a"}, people=5))
+        diagnosis.with_more_variants(
+            first, a_unit("Efficientnet gru", weights={"Efficientnet": "a"}, people=5)
+        )
 
 
 def a_scan_evaluation():
     """(people, chosen, clean, found, budget) of four people: one clean error, one falls to one slice, one to all, one stands."""
     labels = torch.tensor([0, 1, 2, 0])
-    people = sequence.Studies(torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4))
+    people = sequence.Studies(
+        torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4)
+    )
     clean = 5 * np.eye(4)[[1, 1, 2, 0]]
-    rounds = {f"4/255:rounds_{view}": np.array([[10, 4, 1], [20, 1, 1]]) for view in ("four", "three")}
-    found = {"4/255:scan_pgd10": 5 * np.eye(4)[[1, 0, 0, 0]], **rounds,
-             "least_gradient": np.array([0, 1, 8, -1]), "least_random": np.array([0, 4, 8, -1])}
+    rounds = {
+        f"4/255:rounds_{view}": np.array([[10, 4, 1], [20, 1, 1]]) for view in ("four", "three")
+    }
+    found = {
+        "4/255:scan_pgd10": 5 * np.eye(4)[[1, 0, 0, 0]],
+        **rounds,
+        "least_gradient": np.array([0, 1, 8, -1]),
+        "least_random": np.array([0, 4, 8, -1]),
+    }
     return people, np.arange(4), np.arange(4), clean, found, {"eps": ("4/255",), "budgets": (1, 4)}
 
 
@@ -165,23 +244,33 @@ def test_checks_pass_on_a_sound_evaluation_of_persons():
     assert all(check["passed"] for check in checks) and len(checks) == 9
 
 
-@pytest.mark.parametrize("broken, check", [
-    ({"4/255:scan_pgd10": 5 * np.eye(4)[[0, 0, 0, 0]]}, "scan_attack_le_clean_three"),
-    ({"4/255:rounds_three": np.array([[10, 4, 3], [20, 3, 1]])}, "converged_in_steps_three"),
-    ({"least_gradient": np.array([1, 1, 8, -1])}, "no_slice_is_clean"),
-    ({"least_random": np.array([0, 4, 8, 8])}, "all_slices_are_the_full_attack"),
-])
+@pytest.mark.parametrize(
+    "broken, check",
+    [
+        ({"4/255:scan_pgd10": 5 * np.eye(4)[[0, 0, 0, 0]]}, "scan_attack_le_clean_three"),
+        ({"4/255:rounds_three": np.array([[10, 4, 3], [20, 3, 1]])}, "converged_in_steps_three"),
+        ({"least_gradient": np.array([1, 1, 8, -1])}, "no_slice_is_clean"),
+        ({"least_random": np.array([0, 4, 8, 8])}, "all_slices_are_the_full_attack"),
+    ],
+)
 def test_each_check_fails_on_a_broken_evaluation(broken, check):
     people, chosen, curve, clean, found, budget = a_scan_evaluation()
-    failed = [row["check"] for row in diagnosis._scan_checks("Resnet gru", people, chosen, curve, clean, found | broken, budget)
-              if not row["passed"]]
+    failed = [
+        row["check"]
+        for row in diagnosis._scan_checks(
+            "Resnet gru", people, chosen, curve, clean, found | broken, budget
+        )
+        if not row["passed"]
+    ]
     assert check in failed
 
 
 class FlatBackbone(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(16, 6, generator=torch.Generator().manual_seed(1)))
+        self.weight = torch.nn.Parameter(
+            torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+        )
 
     def features(self, images):
         return ((images.flatten(1) - 0.5) @ self.weight).tanh()
@@ -191,8 +280,15 @@ class FlatBackbone(torch.nn.Module):
 def scans(monkeypatch):
     """(model, people, looked): a small scan model, seven people of it, and the attacks that were run."""
     torch.manual_seed(0)
-    model = sequence.StudyModel(FlatBackbone(), sequence.build_aggregator("attention", 6), torch.zeros(6), torch.full((6,), 0.2)).eval()
-    values = torch.randint(80, 170, (7, 4, 1, 4, 4), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    model = sequence.StudyModel(
+        FlatBackbone(),
+        sequence.build_aggregator("attention", 6),
+        torch.zeros(6),
+        torch.full((6,), 0.2),
+    ).eval()
+    values = torch.randint(80, 170, (7, 4, 1, 4, 4), generator=torch.Generator().manual_seed(2)).to(
+        torch.uint8
+    )
     mask = torch.ones(7, 4, dtype=torch.bool)
     mask[1, 3], values[1, 3] = False, 0
     with torch.no_grad():
@@ -208,31 +304,57 @@ def scans(monkeypatch):
     return model, sequence.Studies(values, mask, labels, torch.arange(20, 27)), ran
 
 
-SMALL = dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=2, doublings=1, budgets=(1, 2), epochs=1)
+SMALL = dict(
+    train=None,
+    validation=None,
+    test=None,
+    eps=("1/255", "4/255"),
+    steps=2,
+    doublings=1,
+    budgets=(1, 2),
+    epochs=1,
+)
 
 
-def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_settings(scans, tmp_path, monkeypatch):
+def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_settings(
+    scans, tmp_path, monkeypatch
+):
     model, people, ran = scans
     config, path = make_config("demo", "Resnet"), tmp_path / "attention.npz"
     chosen, curve = np.array([0, 1, 3, 4, 6]), np.array([1, 4])
 
     def attacked(budget=SMALL, of=model, chosen=chosen, curve=curve, config=config):
         ran.clear()
-        return diagnosis._attacked_scans(of, people, chosen, curve, config, budget, path, "attention")
+        return diagnosis._attacked_scans(
+            of, people, chosen, curve, config, budget, path, "attention"
+        )
 
     def same(one, other):
-        return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(
+            np.array_equal(one[key], other[key]) for key in one
+        )
 
     first = attacked()
     assert ran and {attack.view for attack in ran} == {"four", "three", "binary"}
     assert {attack.momentum for attack in ran} == {None, sequence.MOMENTUM}
     for eps in SMALL["eps"]:
         columns = {key.partition(":")[2] for key in first if key.startswith(f"{eps}:scan_")}
-        assert columns == {"scan_pgd2", "scan_mpgd2", "scan_pgd2_merged", "scan_mpgd2_merged", "scan_pgd2_binary"}
+        assert columns == {
+            "scan_pgd2",
+            "scan_mpgd2",
+            "scan_pgd2_merged",
+            "scan_mpgd2_merged",
+            "scan_pgd2_binary",
+        }
         assert all(first[f"{eps}:{name}"].shape == (5, 4) for name in columns)
-    assert path.with_suffix(".safetensors").is_file() and len(first["least_gradient"]) == len(first["least_random"]) == 2
+    assert (
+        path.with_suffix(".safetensors").is_file()
+        and len(first["least_gradient"]) == len(first["least_random"]) == 2
+    )
     assert same(attacked(), first) and not ran, "the file is taken"
-    assert same(attacked(SMALL | {"train": 3, "test": 9}), first) and not ran, "these are settings of what comes before"
+    assert same(attacked(SMALL | {"train": 3, "test": 9}), first) and not ran, (
+        "these are settings of what comes before"
+    )
 
     # Curves of older code are measured again, and the attacks on whole scans, which cost most, are not.
     np.savez(path, **{**first, "curve_state": np.array(0), "least_gradient": np.full(2, 77)})
@@ -242,8 +364,12 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
 
     longer = attacked(SMALL | {"steps": 3})
     assert ran and "4/255:scan_pgd3" in longer and "4/255:scan_pgd2" not in longer
-    for other in (dict(budget=SMALL | {"doublings": 2}), dict(chosen=np.array([0, 1, 2, 4, 6])), dict(curve=np.array([1, 6])),
-                  dict(config=dataclasses.replace(config, seed=1))):
+    for other in (
+        dict(budget=SMALL | {"doublings": 2}),
+        dict(chosen=np.array([0, 1, 2, 4, 6])),
+        dict(curve=np.array([1, 6])),
+        dict(config=dataclasses.replace(config, seed=1)),
+    ):
         attacked(**other)
         assert ran, other
     assert same(attacked(), first) and ran, "attacked again, and to the same numbers"
@@ -256,14 +382,32 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
 def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
     model, people, _ = scans
     everybody = np.arange(7)
-    found = diagnosis._attacked_scans(model, people, everybody, everybody, make_config("demo", "Resnet"), SMALL, tmp_path / "a.npz", "a")
+    found = diagnosis._attacked_scans(
+        model,
+        people,
+        everybody,
+        everybody,
+        make_config("demo", "Resnet"),
+        SMALL,
+        tmp_path / "a.npz",
+        "a",
+    )
     told = diagnosis._scan_attacks(found, SMALL, 7)
     assert {f"{eps}:{name}" for eps, name in told} == {key for key in found if ":scan_" in key}
     assert {name: attack["view"] for (_, name), attack in told.items()} == {
-        "scan_pgd2": "four", "scan_mpgd2": "four", "scan_pgd2_merged": "three", "scan_mpgd2_merged": "three", "scan_pgd2_binary": "binary"}
+        "scan_pgd2": "four",
+        "scan_mpgd2": "four",
+        "scan_pgd2_merged": "three",
+        "scan_mpgd2_merged": "three",
+        "scan_pgd2_binary": "binary",
+    }
     clean = model(people.values.float() / 255, people.mask).detach().numpy()
     checks = diagnosis._scan_checks("a", people, everybody, everybody, clean, found, SMALL)
-    assert [row["check"] for row in checks if not row["passed"] and not row["check"].startswith("converged")] == []
+    assert [
+        row["check"]
+        for row in checks
+        if not row["passed"] and not row["check"].startswith("converged")
+    ] == []
 
 
 # -------------------------------------------------------------------------------------------------------- from records
@@ -275,17 +419,46 @@ def sequence_entry(tmp_path):
     clean = 2 * np.eye(4)[labels] + generator.normal(size=(20, 4))
     attacked = np.full((20, 4), np.nan)
     attacked[::2] = -clean[::2]
-    rows = {"labels": labels.astype(np.int8), "fold": np.zeros(20, np.int8), "seed": np.zeros(20, np.int8),
-            "patient_id": np.arange(20, dtype=np.int32),
-            "slice_index": np.full(20, -1, np.int16), "file_sha256": np.zeros((20, 32), np.uint8),
-            "Resnet gru/clean": to_half(clean), "Resnet gru/4/255:scan_pgd3": to_half(attacked)}
-    budget = {"eps": "4/255", "budgets": [0, 1, 32], "people": list(range(0, 20, 2)), "labels": labels[::2].tolist(),
-              "least": {"gradient": [1, 32] * 5, "random": [32] * 10}}
-    unit = {"model": "Sequence", "regime": "both", "protocol": "patient", "data": "phantom", "profile": "demo", "init": "random",
-            "search": "none", "fold": 0,
-            "seed": 0, "cohort_sha256": "0", "config": {"headline_eps": "4/255"}, "wall_seconds": {"train": 1, "attack": 1},
-            "git_commit": "0", "git_dirty": False,
-            "sanity": [], "variants": {"Resnet gru": {"attacks": {"4/255": {"scan_pgd3": {"norm": "linf"}}}, "slice_budget": budget}}}
+    rows = {
+        "labels": labels.astype(np.int8),
+        "fold": np.zeros(20, np.int8),
+        "seed": np.zeros(20, np.int8),
+        "patient_id": np.arange(20, dtype=np.int32),
+        "slice_index": np.full(20, -1, np.int16),
+        "file_sha256": np.zeros((20, 32), np.uint8),
+        "Resnet gru/clean": to_half(clean),
+        "Resnet gru/4/255:scan_pgd3": to_half(attacked),
+    }
+    budget = {
+        "eps": "4/255",
+        "budgets": [0, 1, 32],
+        "people": list(range(0, 20, 2)),
+        "labels": labels[::2].tolist(),
+        "least": {"gradient": [1, 32] * 5, "random": [32] * 10},
+    }
+    unit = {
+        "model": "Sequence",
+        "regime": "both",
+        "protocol": "patient",
+        "data": "phantom",
+        "profile": "demo",
+        "init": "random",
+        "search": "none",
+        "fold": 0,
+        "seed": 0,
+        "cohort_sha256": "0",
+        "config": {"headline_eps": "4/255"},
+        "wall_seconds": {"train": 1, "attack": 1},
+        "git_commit": "0",
+        "git_dirty": False,
+        "sanity": [],
+        "variants": {
+            "Resnet gru": {
+                "attacks": {"4/255": {"scan_pgd3": {"norm": "linf"}}},
+                "slice_budget": budget,
+            }
+        },
+    }
     record = records.summarise(rows, [unit], n_boot=100)
     path = tmp_path / "assets" / "Sequence" / "patient.json"
     records.write_record(path, record, rows)
@@ -295,8 +468,13 @@ def sequence_entry(tmp_path):
 def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path):
     entry = sequence_entry(tmp_path)
     assert entry.record["variants"]["Resnet gru"]["variant"] == "Resnet gru"
-    assert {path.name for path in diagnosis_report.draw_figures(tmp_path)} == {"slice_budget_patient.png", "abstention_patient.png"}
-    budgets, shares, count, eps = diagnosis_report.pooled_budgets(entry.record, "Resnet gru", "gradient")
+    assert {path.name for path in diagnosis_report.draw_figures(tmp_path)} == {
+        "slice_budget_patient.png",
+        "abstention_patient.png",
+    }
+    budgets, shares, count, eps = diagnosis_report.pooled_budgets(
+        entry.record, "Resnet gru", "gradient"
+    )
     assert (budgets, count, eps) == ([0, 1, 32], 10, "4/255")
     assert [share["value"] for share in shares] == pytest.approx([1, 0.5, 0])
 
@@ -304,8 +482,10 @@ def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path
 def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     entry = sequence_entry(tmp_path)
     whole = diagnosis_report.person_reliability(entry, "Resnet gru")
-    more = {name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values])
-            for name, values in entry.predictions.items()}
+    more = {
+        name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values])
+        for name, values in entry.predictions.items()
+    }
     more["fold"] = np.repeat(np.array([0, 1], np.int8), 20)
     other = {**entry.record["units"][0], "fold": 1, "variants": {}}
     record = records.summarise(more, [entry.record["units"][0], other], n_boot=100)
@@ -314,11 +494,17 @@ def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     assert diagnosis_report.person_reliability(grown, "Resnet gru") == whole
     assert record["variants"]["Resnet gru"]["clean"]["n_people"] == 20 and record["folds"] == [0, 1]
     assert diagnosis_report.pooled_budgets(record, "Resnet gru", "gradient")[2] == 10
-    grown.record["sanity"] = [{"check": "any", "passed": True, "variant": name, "fold": 0, "seed": 0}
-                              for name in ("Resnet gru", "Resnet mean")]
+    grown.record["sanity"] = [
+        {"check": "any", "passed": True, "variant": name, "fold": 0, "seed": 0}
+        for name in ("Resnet gru", "Resnet mean")
+    ]
     grown.record["profile"] = "cpu"
     row = next(row for row in records.study_rows({("Sequence", "patient"): grown}) if row.variant)
-    assert row.folds("patient") == [0] and report._runs(row).endswith(", fold 0 of 5") and report._checks(row, "patient") == "1/1"
+    assert (
+        row.folds("patient") == [0]
+        and report._runs(row).endswith(", fold 0 of 5")
+        and report._checks(row, "patient") == "1/1"
+    )
     assert len(diagnosis_report.draw_figures(tmp_path)) == 2
 
 
@@ -331,7 +517,9 @@ def test_coverage_falls_under_attack_at_the_thresholds_of_clean_studies(tmp_path
 
 def test_the_committed_ensembles_leave_no_more_standing_under_several_images_than_under_one():
     record = json.loads((ROOT / "assets" / "Ensemble" / "patient.json").read_text(encoding="utf-8"))
-    assert record["data"] == "real" and set(record["variants"]) == {f"{combiner} {membership}" for combiner, membership in diagnosis.FORMS}
+    assert record["data"] == "real" and set(record["variants"]) == {
+        f"{combiner} {membership}" for combiner, membership in diagnosis.FORMS
+    }
     compared = 0
     for variant, blocks in record["variants"].items():
         assert blocks["variant"] == variant

@@ -20,7 +20,9 @@ class Tiny(nn.Module):
         self.second = nn.Parameter(torch.randn(6, 4, generator=generator))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return ((images.flatten(1) - 0.5) @ self.first.to(images.dtype)).tanh() @ self.second.to(images.dtype)
+        return ((images.flatten(1) - 0.5) @ self.first.to(images.dtype)).tanh() @ self.second.to(
+            images.dtype
+        )
 
 
 def members(count: int = 3, **options) -> dict[str, nn.Module]:
@@ -34,29 +36,47 @@ def images(count: int = 12, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("weights", [None, (0.2, 0.5, 0.3), (0.0, 1.0, 0.0)])
 def test_logits_are_the_log_of_the_members_mean_probability(weights):
     own, x = members(), images()
-    mixed = sum(weight * member(x).double().softmax(1) for weight, member in zip(weights or (1 / 3,) * 3, own.values(), strict=True))
-    assert torch.allclose(ensemble.Mixture(own, weights)(x).double(), mixed.log(), atol=1e-6, rtol=0)
+    mixed = sum(
+        weight * member(x).double().softmax(1)
+        for weight, member in zip(weights or (1 / 3,) * 3, own.values(), strict=True)
+    )
+    assert torch.allclose(
+        ensemble.Mixture(own, weights)(x).double(), mixed.log(), atol=1e-6, rtol=0
+    )
 
 
 def test_a_pool_is_the_multinomial_model_on_its_members_logits():
     own, x, a, b = members(), images(), np.array([0.5, 0.2, 1.0]), np.array([0.1, -0.2, 0.3, 0.3])
-    z = sum(k * member(x).double().log_softmax(1) for k, member in zip(a, own.values(), strict=True)) + torch.tensor(b)
-    assert torch.allclose(ensemble.LogLinearPool(own, a, b)(x).double(), z.log_softmax(1), atol=1e-6, rtol=0)
+    z = sum(
+        k * member(x).double().log_softmax(1) for k, member in zip(a, own.values(), strict=True)
+    ) + torch.tensor(b)
+    assert torch.allclose(
+        ensemble.LogLinearPool(own, a, b)(x).double(), z.log_softmax(1), atol=1e-6, rtol=0
+    )
 
 
 def ensembles() -> list[nn.Module]:
     own = members()
-    return [ensemble.Mixture(own), ensemble.Mixture(own, (0.2, 0.5, 0.3)),
-            ensemble.LogLinearPool(own, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
-            ensemble.SeparateImages(ensemble.Mixture(own))]
+    return [
+        ensemble.Mixture(own),
+        ensemble.Mixture(own, (0.2, 0.5, 0.3)),
+        ensemble.LogLinearPool(own, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
+        ensemble.SeparateImages(ensemble.Mixture(own)),
+    ]
 
 
 @pytest.mark.parametrize("kind", range(4))
 def test_gradients_equal_finite_differences(kind):
     model = ensembles()[kind].double()
-    x = images(2, seed=3).double().expand(-1, 3 if kind == 3 else 1, -1, -1).clone().requires_grad_(True)
+    x = (
+        images(2, seed=3)
+        .double()
+        .expand(-1, 3 if kind == 3 else 1, -1, -1)
+        .clone()
+        .requires_grad_(True)
+    )
     value = model(x)[:, 1].sum()
-    gradient, = torch.autograd.grad(value, x)
+    (gradient,) = torch.autograd.grad(value, x)
     with torch.no_grad():
         for place in ((0, 0, 0, 0), (1, x.shape[1] - 1, 2, 3), (0, 0, 3, 1)):
             step = torch.zeros_like(x)
@@ -80,7 +100,9 @@ def test_every_ensemble_reads_one_channel_and_no_member_is_forgotten():
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def validation(noise: tuple[float, ...], people: int = 30, each: int = 4, classes: int = 3, seed: int = 0):
+def validation(
+    noise: tuple[float, ...], people: int = 30, each: int = 4, classes: int = 3, seed: int = 0
+):
     """(log-probabilities (M, N, 4), labels, people): the less noise a member has, the better it is."""
     generator = np.random.default_rng(seed)
     person = np.repeat(np.arange(people), each)
@@ -114,7 +136,9 @@ def test_fitted_weights_beat_uniform_ones_on_other_people():
     own = members()
 
     def loss(combiner):
-        model = ensemble.build_ensemble(combiner, own, z[:, fitted], labels[fitted], people[fitted], test_people=people[held])
+        model = ensemble.build_ensemble(
+            combiner, own, z[:, fitted], labels[fitted], people[fitted], test_people=people[held]
+        )
         answers = model.combine(torch.tensor(z[:, held], dtype=torch.float32)).numpy()
         return -answers[np.arange(held.sum()), labels[held]].mean()
 
@@ -139,7 +163,13 @@ def test_a_class_that_nobody_was_fitted_on_is_answered_from_the_members():
     coefficients, bias = ensemble.fit_stacking(z, labels, people, test_people=np.array([999]))
     assert bias[3] == bias[2]
     sure = np.log(np.array([[[0.01, 0.01, 0.01, 0.97]], [[0.01, 0.01, 0.01, 0.97]]]))
-    assert ensemble.LogLinearPool(members(2), coefficients, bias).combine(torch.tensor(sure, dtype=torch.float32)).argmax(1).item() == 3
+    assert (
+        ensemble.LogLinearPool(members(2), coefficients, bias)
+        .combine(torch.tensor(sure, dtype=torch.float32))
+        .argmax(1)
+        .item()
+        == 3
+    )
 
 
 def test_people_take_turns_whole():
@@ -168,9 +198,13 @@ def test_diversity_of_twins_and_strangers():
     b = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
     found = ensemble.diversity({"a": a, "twin": a, "b": b}, labels, people, n_boot=200)
     assert set(found) == {"a / twin", "a / b", "twin / b"}
-    assert found["a / twin"]["disagreement"]["value"] == 0 and found["a / twin"]["error_correlation"]["value"] == pytest.approx(1)
+    assert found["a / twin"]["disagreement"]["value"] == 0 and found["a / twin"][
+        "error_correlation"
+    ]["value"] == pytest.approx(1)
     wrong = [(x.argmax(1) != labels).astype(float) for x in (a, b)]
-    assert found["a / b"]["error_correlation"]["value"] == pytest.approx(np.corrcoef(*wrong)[0, 1], abs=1e-5)
+    assert found["a / b"]["error_correlation"]["value"] == pytest.approx(
+        np.corrcoef(*wrong)[0, 1], abs=1e-5
+    )
     low, high = found["a / b"]["disagreement"]["ci"]
     assert low <= (a.argmax(1) != b.argmax(1)).mean() <= high and high > low
 
@@ -192,7 +226,9 @@ def test_separate_images_leave_no_more_standing_than_one_image(eps):
     with torch.no_grad():
         standing_one = model(one).argmax(1) == labels
     alone = ensemble.attack_separately(model, x, labels, eps, steps=40).argmax(1) == labels
-    helped = ensemble.attack_separately(model, x, labels, eps, steps=40, shared=one).argmax(1) == labels
+    helped = (
+        ensemble.attack_separately(model, x, labels, eps, steps=40, shared=one).argmax(1) == labels
+    )
     assert 0 < standing_one.sum() < len(x), "the check says nothing where all or none stand"
     assert alone.sum() <= standing_one.sum()
     assert not (helped & ~standing_one).any(), "what one image fells, several images fell"
@@ -201,10 +237,16 @@ def test_separate_images_leave_no_more_standing_than_one_image(eps):
 def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_leaves_more_standing():
     model, x, labels, _ = attacked(0.1)
     strong = (ensemble.attack_separately(model, x, labels, 0.1, steps=40).argmax(1) == labels).sum()
-    weak = (ensemble.attack_like_the_original_project(model, x, labels, 0.1).argmax(1) == labels).sum()
+    weak = (
+        ensemble.attack_like_the_original_project(model, x, labels, 0.1).argmax(1) == labels
+    ).sum()
     assert strong < weak
-    parts = [ATTACKS["pgd"](member, x, labels, 0.1, steps=10, step_size=1e-4, random_start=False, push=True)
-             for member in model.members.values()]
+    parts = [
+        ATTACKS["pgd"](
+            member, x, labels, 0.1, steps=10, step_size=1e-4, random_start=False, push=True
+        )
+        for member in model.members.values()
+    ]
     assert max(float((part - x).abs().max()) for part in parts) <= 10 * 1e-4 + 1e-6
 
 

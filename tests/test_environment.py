@@ -15,9 +15,18 @@ import reproduce
 
 ROOT = reproduce.ROOT
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-REQUIREMENTS = [line for line in (ROOT / "env" / "requirements.txt").read_text(encoding="utf-8").splitlines()
-                if line.strip() and not line.lstrip().startswith("#")]
-FIRST_PARTY = {"utils", "reproduce", "tests", "conftest", *(path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py"))}
+REQUIREMENTS = [
+    line
+    for line in (ROOT / "env" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    if line.strip() and not line.lstrip().startswith("#")
+]
+FIRST_PARTY = {
+    "utils",
+    "reproduce",
+    "tests",
+    "conftest",
+    *(path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")),
+}
 
 
 def normalised(name: str) -> str:
@@ -34,8 +43,12 @@ SECOND = {distribution(entry) for entry in PYPROJECT["tool"]["alzheimer"]["no_de
 
 
 def pip(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True,
-                          text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_every_package_is_pinned_and_comes_from_no_named_place():
@@ -57,19 +70,30 @@ def test_the_pins_hold_on_the_other_systems_too():
 
 
 def test_this_environment_is_the_pinned_one():
-    answer = pip("install", "--dry-run", "--no-deps", "--no-index", "-r", str(reproduce.REQUIREMENTS))
-    assert answer.returncode == 0 and "Would install" not in answer.stdout, answer.stdout[-500:] + answer.stderr[-500:]
+    answer = pip(
+        "install", "--dry-run", "--no-deps", "--no-index", "-r", str(reproduce.REQUIREMENTS)
+    )
+    assert answer.returncode == 0 and "Would install" not in answer.stdout, (
+        answer.stdout[-500:] + answer.stderr[-500:]
+    )
 
 
 def test_pip_check_names_torchattacks_old_requests_and_nothing_else():
     assert reproduce.unexpected_conflicts(pip("check").stdout, reproduce.no_deps_pins()) == []
 
 
-@pytest.mark.parametrize("line, accepted", [
-    ("torchattacks 3.5.1 has requirement requests~=2.25.1, but you have requests 2.34.2.", True),
-    ("No broken requirements found.", True),
-    ("torchattacks 3.5.1 requires torch, which is not installed.", False),
-    ("timm 1.0.31 has requirement requests~=2.25.1, but you have requests 2.34.2.", False)])
+@pytest.mark.parametrize(
+    "line, accepted",
+    [
+        (
+            "torchattacks 3.5.1 has requirement requests~=2.25.1, but you have requests 2.34.2.",
+            True,
+        ),
+        ("No broken requirements found.", True),
+        ("torchattacks 3.5.1 requires torch, which is not installed.", False),
+        ("timm 1.0.31 has requirement requests~=2.25.1, but you have requests 2.34.2.", False),
+    ],
+)
 def test_no_other_conflict_is_accepted(line, accepted):
     assert (reproduce.unexpected_conflicts(line, ["torchattacks==3.5.1"]) == []) == accepted
 
@@ -95,24 +119,35 @@ def notebook_source(path: Path) -> str:
 
 
 def sources() -> dict[str, str]:
-    files = [ROOT / "reproduce.py", *(ROOT / "utils").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    files = [
+        ROOT / "reproduce.py",
+        *(ROOT / "utils").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+    ]
     notebooks = [*(ROOT / "dataset").glob("*.ipynb"), *(ROOT / "models").glob("*.ipynb")]
     return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files} | {
-        str(path.relative_to(ROOT)): notebook_source(path) for path in notebooks}
+        str(path.relative_to(ROOT)): notebook_source(path) for path in notebooks
+    }
 
 
 def test_everything_imported_is_declared():
     providers = importlib.metadata.packages_distributions()
     undeclared = {}
     for file, source in sources().items():
-        for name in imports(source, file) - FIRST_PARTY - set(sys.stdlib_module_names) - {"google"}:  # google.colab
-            if not {normalised(provider) for provider in providers.get(name, ())} & (DECLARED | SECOND):
+        for name in (
+            imports(source, file) - FIRST_PARTY - set(sys.stdlib_module_names) - {"google"}
+        ):  # google.colab
+            if not {normalised(provider) for provider in providers.get(name, ())} & (
+                DECLARED | SECOND
+            ):
                 undeclared.setdefault(name, []).append(file)
     assert not undeclared, f"imported but not in pyproject.toml: {undeclared}"
 
 
 def test_reproduce_needs_nothing_but_python():
-    assert imports((ROOT / "reproduce.py").read_text(encoding="utf-8"), "reproduce.py") <= set(sys.stdlib_module_names)
+    assert imports((ROOT / "reproduce.py").read_text(encoding="utf-8"), "reproduce.py") <= set(
+        sys.stdlib_module_names
+    )
 
 
 # --- conda and continuous integration ---
@@ -120,7 +155,9 @@ def test_reproduce_needs_nothing_but_python():
 
 def test_conda_installs_the_same_pins():
     text = (ROOT / "env" / "project_env.yaml").read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")
+    ]
     assert "name: project_env" in lines and "- -r requirements.txt" in lines
     python = next(line for line in lines if line.startswith("- python="))
     assert python.removeprefix("- python=") in ("3.11", "3.12", "3.13")
@@ -129,4 +166,8 @@ def test_conda_installs_the_same_pins():
 
 def test_continuous_integration_runs_the_command_of_the_readme():
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "reproduce.py --test\n" in text and text.startswith("#!/usr/bin/env bash\n") and "set -euo pipefail" in text
+    assert (
+        "reproduce.py --test\n" in text
+        and text.startswith("#!/usr/bin/env bash\n")
+        and "set -euo pipefail" in text
+    )

@@ -16,8 +16,19 @@ from utils.backbones import load_model, save_half, save_model
 from utils.config import make_config
 from utils.utils_funcs import MODELS, ROOT, StudyError
 
-TINY = dict(max_train=24, max_test=8, epochs=1, trials=0, eps=("4/255",), pgd_steps=2, sample=4, input_size=32, batch_size=12,
-            pretrained=False, train_steps=1)
+TINY = dict(
+    max_train=24,
+    max_test=8,
+    epochs=1,
+    trials=0,
+    eps=("4/255",),
+    pgd_steps=2,
+    sample=4,
+    input_size=32,
+    batch_size=12,
+    pretrained=False,
+    train_steps=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +48,29 @@ def record(study):
 
 
 def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
-    for key in ("schema_version", "model", "regime", "protocol", "data", "profile", "init", "search", "folds", "seeds", "cohort_sha256",
-                "config", "environment", "hardware", "wall_seconds", "git_commit", "git_dirty", "clean", "attacks", "worst_case", "sanity"):
+    for key in (
+        "schema_version",
+        "model",
+        "regime",
+        "protocol",
+        "data",
+        "profile",
+        "init",
+        "search",
+        "folds",
+        "seeds",
+        "cohort_sha256",
+        "config",
+        "environment",
+        "hardware",
+        "wall_seconds",
+        "git_commit",
+        "git_dirty",
+        "clean",
+        "attacks",
+        "worst_case",
+        "sanity",
+    ):
         assert key in record, key
     told = [record[key] for key in ("model", "data", "init", "folds", "seeds")]
     assert told == ["Efficientnet", "phantom", "random", [0], [0]]
@@ -50,7 +82,9 @@ def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
 def test_a_record_names_every_machine_that_worked_on_the_unit(study, record, monkeypatch):
     before = record["units"][0]["hardware"]
     monkeypatch.setattr(experiment, "hardware", lambda: "two cores")
-    assert experiment.attack(study, tiny(), retrain=True).meta["hardware"] == f"{before} + two cores", "the weights are of before"
+    assert (
+        experiment.attack(study, tiny(), retrain=True).meta["hardware"] == f"{before} + two cores"
+    ), "the weights are of before"
     monkeypatch.setattr(training, "fit", lambda *_, **__: None)
     experiment.train(study, tiny(), retrain=True)
     assert experiment._machines(study, tiny()) == "two cores", "a new training starts a new list"
@@ -58,7 +92,9 @@ def test_a_record_names_every_machine_that_worked_on_the_unit(study, record, mon
 
 def test_the_record_follows_from_its_predictions(study, record):
     rows = report.read_predictions(study.record("Efficientnet", "patient"))
-    assert len(rows["labels"]) == record["clean"]["slice"].get("n_slices", record["clean"].get("n_slices"))
+    assert len(rows["labels"]) == record["clean"]["slice"].get(
+        "n_slices", record["clean"].get("n_slices")
+    )
     assert report.summarise(rows, record["units"]) == record
 
 
@@ -78,7 +114,9 @@ def keep_only_a_weak_attack(study):
     rows, unit = report.read_predictions(path), report.read_record(path)["units"][0]
     right = np.where(np.arange(4) == rows["labels"][:, None], 0, -9).astype(np.float16)
     right[-1] = np.nan
-    rows = {name: values for name, values in rows.items() if ":" not in name} | {"4/255:fgsm": right}
+    rows = {name: values for name, values in rows.items() if ":" not in name} | {
+        "4/255:fgsm": right
+    }
     unit = {**unit, "attacks": {"4/255": {"fgsm": unit["attacks"]["4/255"]["fgsm"]}}}
     report.write_record(path, report.summarise(rows, [unit]), rows)
     return rows
@@ -88,7 +126,9 @@ def attack_the_record_again(study, monkeypatch, **options):
     """Record and rows after the command was run on the copied study."""
     monkeypatch.setattr(experiment, "make_config", lambda *_, **__: tiny())
     monkeypatch.setattr(experiment, "open_study", lambda *_: study)
-    experiment.attack_again_command("Efficientnet", **{"eps": ("4/255",), "steps": 4, "profile": "demo", **options})
+    experiment.attack_again_command(
+        "Efficientnet", **{"eps": ("4/255",), "steps": 4, "profile": "demo", **options}
+    )
     path = study.record("Efficientnet", "patient")
     return report.read_record(path), report.read_predictions(path)
 
@@ -99,24 +139,40 @@ def test_a_record_is_attacked_again_where_it_holds_slices_robust(copied, monkeyp
     after, rows = attack_the_record_again(copied, monkeypatch)
     assert set(rows) - set(old) == {"4/255:pgd4_again", "4/255:pgd4_again_merged"}
     assert all(np.array_equal(rows[name], values, equal_nan=True) for name, values in old.items())
-    printed, inside = capsys.readouterr().out, np.arange(len(old["labels"])) < len(old["labels"]) - 1
+    printed, inside = (
+        capsys.readouterr().out,
+        np.arange(len(old["labels"])) < len(old["labels"]) - 1,
+    )
     for name, place in (("pgd4_again", 0), ("pgd4_again_merged", 1)):
         meta, column = after["units"][0]["attacks"]["4/255"][name], rows[f"4/255:{name}"]
         right = metrics.correct(old["clean"], old["labels"])[place] & inside
         assert (meta["n_attacked"], meta["n_set"]) == (right.sum(), inside.sum()) and right.any()
         assert np.isnan(column[~inside]).all() and not np.isnan(column[inside]).any()
-        assert np.array_equal(column[inside & ~right], old["clean"][inside & ~right]), "a clean error keeps its clean logits"
+        assert np.array_equal(column[inside & ~right], old["clean"][inside & ~right]), (
+            "a clean error keeps its clean logits"
+        )
         wrong = ~metrics.correct(column, old["labels"])[place] & right
         assert meta["misclassified"] == wrong.sum()
         assert f"{wrong.sum()} of {right.sum()} robust slices misclassified" in printed
-        assert (meta["steps"], meta["restarts"], meta["norm"], meta["weights"]) == (4, 2, "linf", "checkpoint")
+        assert (meta["steps"], meta["restarts"], meta["norm"], meta["weights"]) == (
+            4,
+            2,
+            "linf",
+            "checkpoint",
+        )
         assert {"seconds", "kind", "view", "git_commit", "git_dirty"} <= set(meta)
-    assert set(after["worst_case"]["4/255"]["attacks"]) == {"fgsm", "pgd4_again", "pgd4_again_merged"}
+    assert set(after["worst_case"]["4/255"]["attacks"]) == {
+        "fgsm",
+        "pgd4_again",
+        "pgd4_again_merged",
+    }
     assert after["wall_seconds"]["attack"] >= before["wall_seconds"]["attack"]
     assert report.summarise(rows, after["units"]) == after
 
 
-def test_what_the_record_misclassified_already_is_not_attacked_again_and_carries_its_logits(copied, monkeypatch):
+def test_what_the_record_misclassified_already_is_not_attacked_again_and_carries_its_logits(
+    copied, monkeypatch
+):
     rows = keep_only_a_weak_attack(copied)
     path, wrong = copied.record("Efficientnet", "patient"), np.float16([-3, -3, -3, -3])
     first = int(np.flatnonzero(metrics.correct(rows["clean"], rows["labels"])[0])[0])
@@ -133,7 +189,9 @@ def test_a_record_is_attacked_again_once_a_seed_and_at_its_own_eps(copied, monke
     with pytest.raises(StudyError, match="pgd4_again at eps 4/255 already"):
         attack_the_record_again(copied, monkeypatch)
     after, _ = attack_the_record_again(copied, monkeypatch, attack_seed=2)
-    assert {"pgd4_again", "pgd4_again_seed2", "pgd4_again_seed2_merged"} <= set(after["units"][0]["attacks"]["4/255"])
+    assert {"pgd4_again", "pgd4_again_seed2", "pgd4_again_seed2_merged"} <= set(
+        after["units"][0]["attacks"]["4/255"]
+    )
     with pytest.raises(StudyError, match="no attacks at eps 3/255"):
         attack_the_record_again(copied, monkeypatch, eps=("3/255",))
 
@@ -168,7 +226,9 @@ def test_a_finished_unit_is_not_run_twice(study, record, monkeypatch):
     assert experiment.run_unit(study, tiny()) == record
 
 
-def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(study, tmp_path, monkeypatch):
+def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(
+    study, tmp_path, monkeypatch
+):
     study = dataclasses.replace(study, root=tmp_path)
     config = make_config("cpu", "Efficientnet_atk", warm_start=True, fold=2)
     assert experiment.start_of(study, dataclasses.replace(config, warm_start=False)) is None
@@ -182,7 +242,9 @@ def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(s
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "load_sets", lambda *_: {"train": None, "validation": None})
         patch.setattr(training, "fit", fit)
-        assert experiment.start_of(study, config) == whole and trained == [make_config("cpu", "Efficientnet", fold=2)]
+        assert experiment.start_of(study, config) == whole and trained == [
+            make_config("cpu", "Efficientnet", fold=2)
+        ]
     half = whole.with_name("fold2_seed0_fp16.safetensors")
     half.touch()
     assert experiment.start_of(study, config) == half
@@ -203,7 +265,10 @@ def test_weights_are_the_checkpoint_or_its_half_copy(tmp_path):
 
 def test_lost_weights_are_trained_again_and_the_record_stays(study, record, monkeypatch):
     checkpoint, config = study.checkpoint(tiny()), tiny()
-    hidden, path = checkpoint.rename(checkpoint.with_suffix(".hidden")), study.record("Efficientnet", "patient")
+    hidden, path = (
+        checkpoint.rename(checkpoint.with_suffix(".hidden")),
+        study.record("Efficientnet", "patient"),
+    )
     before = path.read_bytes()
     monkeypatch.setattr(experiment, "make_config", lambda *_, **__: config)
     monkeypatch.setattr(experiment, "open_study", lambda *_: study)
@@ -222,7 +287,12 @@ def test_a_record_is_shown_without_its_weights(study, record, monkeypatch):
         fit = experiment.train(study, tiny())
         unit = experiment.attack(study, tiny())
         assert fit.history == record["units"][0]["history"] and len(unit.rows["labels"]) == 8
-        assert experiment.save(study, experiment.with_explanation(unit, experiment.explain(study, tiny())[1])) == record
+        assert (
+            experiment.save(
+                study, experiment.with_explanation(unit, experiment.explain(study, tiny())[1])
+            )
+            == record
+        )
     finally:
         hidden.rename(checkpoint)
 
@@ -234,17 +304,30 @@ def test_other_settings_do_not_pass_as_the_recorded_ones(study, record):
 
 def test_folds_are_pooled_and_a_unit_replaces_only_itself(study, record):
     first = experiment.attack(study, tiny())
-    second = experiment.Unit({**first.rows, "fold": np.full(8, 1, np.int8)}, {**first.meta, "fold": 1})
+    second = experiment.Unit(
+        {**first.rows, "fold": np.full(8, 1, np.int8)}, {**first.meta, "fold": 1}
+    )
     both = experiment.save(study, second)
-    assert both["folds"] == [0, 1] and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
-    again = experiment.save(study, experiment.Unit(second.rows, {**second.meta, "hardware": "another machine"}))
-    assert again["folds"] == [0, 1] and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+    assert (
+        both["folds"] == [0, 1]
+        and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+    )
+    again = experiment.save(
+        study, experiment.Unit(second.rows, {**second.meta, "hardware": "another machine"})
+    )
+    assert (
+        again["folds"] == [0, 1]
+        and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+    )
 
 
 def test_an_attack_that_one_fold_lacks_is_outside_its_declared_set():
     rows = {"labels": np.zeros(2, np.int8), "clean": np.zeros((2, 4), np.float16)}
     pooled = experiment._pool({**rows, "4/255:square": np.ones((2, 4), np.float16)}, rows)
-    assert np.isnan(pooled["4/255:square"][2:]).all() and not np.isnan(pooled["4/255:square"][:2]).any()
+    assert (
+        np.isnan(pooled["4/255:square"][2:]).all()
+        and not np.isnan(pooled["4/255:square"][:2]).any()
+    )
 
 
 def test_the_grid_puts_the_most_valuable_first():
@@ -257,7 +340,11 @@ def test_the_grid_puts_the_most_valuable_first():
 @pytest.mark.parametrize("count", [1, 2, 5, 50])
 def test_shards_together_do_every_unit_once(count):
     units = experiment.grid_units("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
-    shared = [unit for index in range(count) for unit in experiment.shard_of(units, f"{index + 1}/{count}")]
+    shared = [
+        unit
+        for index in range(count)
+        for unit in experiment.shard_of(units, f"{index + 1}/{count}")
+    ]
     assert sorted(map(repr, shared)) == sorted(map(repr, units))
 
 
@@ -277,40 +364,92 @@ def test_the_phantom_is_announced(tmp_path, monkeypatch, capsys):
     assert experiment.open_study("demo") == opened
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["grid", "--help"], ["attack", "--help"],
-                                       ["attack-again", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["grid", "--help"],
+        ["attack", "--help"],
+        ["attack-again", "--help"],
+    ],
+)
 def test_help_is_the_documentation(arguments):
-    done = subprocess.run([sys.executable, "-m", "utils.experiment", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.experiment", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "usage" in done.stdout.lower()
 
 
 def test_the_run_command_shows_the_defaults_of_its_profile():
-    done = subprocess.run([sys.executable, "-m", "utils.experiment", "run", "--profile", "cpu", "--model", "Dinov2", "--help"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "utils.experiment",
+            "run",
+            "--profile",
+            "cpu",
+            "--model",
+            "Dinov2",
+            "--help",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     shown = " ".join(done.stdout.replace("│", " ").split())  # wherever its lines break
     assert "(default: 12)" in shown and "(default: Dinov2)" in shown
 
 
 def test_a_users_mistake_is_one_sentence(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "utils.experiment", "prepare", "--raw", str(tmp_path / "nothing")], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.experiment", "prepare", "--raw", str(tmp_path / "nothing")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode != 0
+        and done.stderr.startswith("error: ")
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
-    (tmp_path / "mine.py").write_text("import torch\n"
-                                      "def build():\n"
-                                      "    torch.manual_seed(0)\n"
-                                      "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(16, "
-                                      "4))\n")
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(16, "
+        "4))\n"
+    )
     few = tmp_path / "images"
     for folder in sorted((phantom_raw / "test").iterdir()):
         (few / folder.name).mkdir(parents=True)
         for image in sorted(folder.iterdir())[:3]:
             (few / folder.name / image.name).write_bytes(image.read_bytes())
-    done = subprocess.run([sys.executable, "-m", "utils.experiment", "attack", "--model", "mine:build", "--raw", str(few), "--suite",
-                           "quick"],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "utils.experiment",
+            "attack",
+            "--model",
+            "mine:build",
+            "--raw",
+            str(few),
+            "--suite",
+            "quick",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
     assert done.returncode == 0, done.stderr
     assert "WORST CASE" in done.stdout and "checks" in done.stdout and "12" in done.stdout
 
@@ -327,35 +466,68 @@ def test_what_each_attack_does_is_drawn_once_and_never_without_weights(study, re
 
 
 def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(study, monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "recorded", lambda study, unit: unit if (unit.model, unit.protocol) == ("Resnet", "patient") else None)
-    assert [unit.protocol for unit in experiment.units_of(study, "Resnet", run_missing=False)] == ["patient"]
+    monkeypatch.setattr(
+        experiment,
+        "recorded",
+        lambda study, unit: unit if (unit.model, unit.protocol) == ("Resnet", "patient") else None,
+    )
+    assert [unit.protocol for unit in experiment.units_of(study, "Resnet", run_missing=False)] == [
+        "patient"
+    ]
     assert "1 of 2 units are in no record yet" in capsys.readouterr().out
     assert len(experiment.units_of(study, "Resnet")) == 2
-    assert len(experiment.units_of(study, "Dinov2", run_missing=False)) == 2, "where nothing is held there is nothing to show"
+    assert len(experiment.units_of(study, "Dinov2", run_missing=False)) == 2, (
+        "where nothing is held there is nothing to show"
+    )
 
 
 def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
     monkeypatch.setattr(experiment, "find_raw", lambda raw: None)
     monkeypatch.setattr(experiment, "_holds_records", lambda profile: True)
     study = experiment.open_study("cpu", records=True)
-    assert study.raw is None and (study.data, study.root) == ("real", ROOT) and "no images here" in capsys.readouterr().out
-    units = [make_config("cpu", "Resnet", protocol=protocol, fold=3 if protocol == "patient" else 0) for protocol in ("patient", "slice")]
+    assert (
+        study.raw is None
+        and (study.data, study.root) == ("real", ROOT)
+        and "no images here" in capsys.readouterr().out
+    )
+    units = [
+        make_config("cpu", "Resnet", protocol=protocol, fold=3 if protocol == "patient" else 0)
+        for protocol in ("patient", "slice")
+    ]
     text = experiment.balance_text(study, units)
-    lines = {" ".join(line.split()[:3]): " ".join(line.split()[3:]) for line in text.splitlines()[1:]}
-    assert lines["patient fold3_seed0 test"] == "20 people, 640 14 people, 448 5 people, 160 1 people, 32"
-    assert lines["slice fold0_seed0 test"] == "100 people, 640 70 people, 448 28 people, 179 2 people, 12"
+    lines = {
+        " ".join(line.split()[:3]): " ".join(line.split()[3:]) for line in text.splitlines()[1:]
+    }
+    assert (
+        lines["patient fold3_seed0 test"]
+        == "20 people, 640 14 people, 448 5 people, 160 1 people, 32"
+    )
+    assert (
+        lines["slice fold0_seed0 test"]
+        == "100 people, 640 70 people, 448 28 people, 179 2 people, 12"
+    )
 
 
 @pytest.mark.parametrize("model", ["Resnet", "Resnet_atk"])
 def test_the_study_of_defaults_is_a_table_of_its_file(model):
     study = json.loads((ROOT / "assets" / model / "defaults.json").read_text(encoding="utf-8"))
     text = experiment.defaults_text(model)
-    assert "validation people only" in text and "n = 20 people, 640 slices" in text and "3 classes present" in text
+    assert (
+        "validation people only" in text
+        and "n = 20 people, 640 slices" in text
+        and "3 classes present" in text
+    )
     assert "patient, fold 0 · data: real · profile: cpu" in text and "init random" in text
-    lines = {name: next(line for line in text.splitlines() if line.startswith(f"{name}  ")) for name in study["rows"]}
+    lines = {
+        name: next(line for line in text.splitlines() if line.startswith(f"{name}  "))
+        for name in study["rows"]
+    }
     for name, row in study["rows"].items():
         assert f"{row['best_epoch']} of {study['epochs']}" in lines[name]
-        assert f"{row['best']['validation_balanced_accuracy']:.3f}" in lines[name] and f"{row['seconds']:,.0f}" in lines[name]
+        assert (
+            f"{row['best']['validation_balanced_accuracy']:.3f}" in lines[name]
+            and f"{row['seconds']:,.0f}" in lines[name]
+        )
         if model.endswith("_atk"):
             assert f"{row['best']['adversarial_validation_balanced_accuracy']:.3f}" in lines[name]
             assert f"{row['best']['adversarial_validation_loss']:.3f}" in lines[name]
@@ -365,24 +537,37 @@ def test_the_study_of_defaults_is_a_table_of_its_file(model):
 
 def test_a_notebook_on_phantom_data_shows_no_study_of_the_real_cohort():
     text = experiment.defaults_text("Resnet", "phantom")
-    assert "data: real" not in text and "chosen on the real cohort" in text and len(text.splitlines()) == 1
+    assert (
+        "data: real" not in text
+        and "chosen on the real cohort" in text
+        and len(text.splitlines()) == 1
+    )
 
 
 def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
     study = json.loads((ROOT / "assets" / "Resnet" / "defaults.json").read_text(encoding="utf-8"))
     name = next(iter(study["rows"]))
     study["rows"][name]["one_class"] = True
-    study["rows"]["learning rate 9"] = {"changes": {"lr": 9}, "failed": "the training loss became nan", "hardware": "9 cores, other",
-                                        "threads": 7}
+    study["rows"]["learning rate 9"] = {
+        "changes": {"lr": 9},
+        "failed": "the training loss became nan",
+        "hardware": "9 cores, other",
+        "threads": 7,
+    }
     (tmp_path / "assets" / "Resnet").mkdir(parents=True)
     (tmp_path / "assets" / "Resnet" / "defaults.json").write_text(json.dumps(study))
     text = experiment.defaults_text("Resnet", root=tmp_path)
     assert text.count("ANSWERED ONE CLASS") == 1 and "failed: the training loss became nan" in text
-    assert f"{study['hardware']}, threads: {study['threads']}; 9 cores, other, threads: 7" in text, "each machine that ran a line is named"
+    assert (
+        f"{study['hardware']}, threads: {study['threads']}; 9 cores, other, threads: 7" in text
+    ), "each machine that ran a line is named"
 
 
 def test_a_model_without_a_study_of_defaults_says_so(tmp_path):
-    assert experiment.defaults_text("Resnet", root=tmp_path) == "No study of training defaults was run for Resnet."
+    assert (
+        experiment.defaults_text("Resnet", root=tmp_path)
+        == "No study of training defaults was run for Resnet."
+    )
 
 
 def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):
@@ -409,5 +594,7 @@ def test_results_are_shown_where_there_are_no_images(tmp_path, monkeypatch):
     assert experiment.results_root("cpu") == ROOT
     assert experiment.results_root("demo") == tmp_path / "demo-phantom"
     (tmp_path / "cpu-phantom").mkdir()
-    (tmp_path / "cpu-phantom" / "assets").symlink_to(ROOT / "assets")  # a run of one's own goes first
+    (tmp_path / "cpu-phantom" / "assets").symlink_to(
+        ROOT / "assets"
+    )  # a run of one's own goes first
     assert experiment.results_root("cpu") == tmp_path / "cpu-phantom"

@@ -10,8 +10,15 @@ from functools import partial
 import numpy as np
 import pytest
 from scipy.stats import binomtest
-from sklearn.metrics import (accuracy_score, balanced_accuracy_score, cohen_kappa_score, confusion_matrix, f1_score,
-                             log_loss, roc_auc_score)
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    roc_auc_score,
+)
 
 from utils import metrics
 
@@ -24,7 +31,9 @@ def cohort(seed: int = 0, slices: int = 8, strength: float = 1.0, of_class=PEOPL
     person_class = np.repeat(np.arange(4), of_class)
     people = np.repeat(np.arange(len(person_class)), slices)
     labels = person_class[people]
-    logits = generator.normal(size=(len(person_class), 4))[people] + 0.4 * generator.normal(size=(len(people), 4))
+    logits = generator.normal(size=(len(person_class), 4))[people] + 0.4 * generator.normal(
+        size=(len(people), 4)
+    )
     logits[np.arange(len(people)), labels] += strength
     return logits, labels, people
 
@@ -49,13 +58,18 @@ def test_scores_equal_scikit_learn(seed: int) -> None:
     }
     found = values(metrics.score(logits, labels, people, n_boot=10))
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert (metrics.confusion_matrix(logits, labels) == confusion_matrix(labels, decided, labels=range(4))).all()
+    assert (
+        metrics.confusion_matrix(logits, labels)
+        == confusion_matrix(labels, decided, labels=range(4))
+    ).all()
 
 
 def test_auroc_of_margins_is_that_of_probabilities() -> None:
     logits, labels, people = cohort()
     expected = roc_auc_score(labels > 0, 1 - metrics.probabilities(logits)[:, 0])
-    assert metrics.score(logits, labels, people, n_boot=2)["auroc"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert metrics.score(logits, labels, people, n_boot=2)["auroc"]["value"] == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_ece_is_the_binned_gap_between_confidence_and_accuracy() -> None:
@@ -67,7 +81,9 @@ def test_ece_is_the_binned_gap_between_confidence_and_accuracy() -> None:
         inside = (confidence > low) & (confidence <= low + 1 / metrics.ECE_BINS)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert metrics.score(logits, labels, people, n_boot=2)["ece"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert metrics.score(logits, labels, people, n_boot=2)["ece"]["value"] == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_merging_sums_probabilities_so_that_mild_beats_non_only_together() -> None:
@@ -86,10 +102,14 @@ def test_bootstrap_draws_equal_scores_of_weighted_slices() -> None:
     for draw, weight in enumerate(weights):
         own = weight[people]
         assert drawn["balanced_accuracy"][draw] == pytest.approx(
-            balanced_accuracy_score(labels, decided, sample_weight=own))
-        assert drawn["auroc"][draw] == pytest.approx(roc_auc_score(labels > 0, margin, sample_weight=own))
+            balanced_accuracy_score(labels, decided, sample_weight=own)
+        )
+        assert drawn["auroc"][draw] == pytest.approx(
+            roc_auc_score(labels > 0, margin, sample_weight=own)
+        )
         assert drawn["qwk"][draw] == pytest.approx(
-            cohen_kappa_score(labels, decided, weights="quadratic", sample_weight=own))
+            cohen_kappa_score(labels, decided, weights="quadratic", sample_weight=own)
+        )
 
 
 def test_each_resample_draws_all_patients_of_a_class_but_one_and_keeps_its_size() -> None:
@@ -112,23 +132,34 @@ def test_resampled_variance_is_the_unbiased_one_of_a_mean() -> None:
 
 def test_intervals_over_people_are_wider_than_over_slices() -> None:
     logits, labels, people = cohort(slices=16)
-    by_people, by_slices = (metrics.score(logits, labels, who)["accuracy"]["ci"]
-                            for who in (people, np.arange(len(people))))
+    by_people, by_slices = (
+        metrics.score(logits, labels, who)["accuracy"]["ci"]
+        for who in (people, np.arange(len(people)))
+    )
     assert by_people[1] - by_people[0] > 2 * (by_slices[1] - by_slices[0])
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
-    truth = np.mean([metrics.score(*cohort(seed, of_class=(60, 60, 60, 60)), n_boot=2)["balanced_accuracy"]["value"]
-                     for seed in range(100, 160)])
+    truth = np.mean(
+        [
+            metrics.score(*cohort(seed, of_class=(60, 60, 60, 60)), n_boot=2)["balanced_accuracy"][
+                "value"
+            ]
+            for seed in range(100, 160)
+        ]
+    )
     hits = 0
     for seed in range(80):
-        low, high = metrics.score(*cohort(seed, of_class=(20, 20, 20, 20)), n_boot=300)["balanced_accuracy"]["ci"]
+        low, high = metrics.score(*cohort(seed, of_class=(20, 20, 20, 20)), n_boot=300)[
+            "balanced_accuracy"
+        ]["ci"]
         hits += low <= truth <= high
     assert 0.86 <= hits / 80 <= 1.0
 
 
-def simulated_coverage(of_class: tuple[int, ...], rate: float, trials: int,
-                       correlation: float = 0.3) -> float:
+def simulated_coverage(
+    of_class: tuple[int, ...], rate: float, trials: int, correlation: float = 0.3
+) -> float:
     """How often the interval of balanced accuracy over three classes holds the true rate.
 
     Each of a patient's 32 slices is right with the patient's own probability, beta-distributed around the
@@ -144,24 +175,35 @@ def simulated_coverage(of_class: tuple[int, ...], rate: float, trials: int,
         counts = np.zeros((size, 3, 2))
         counts[np.arange(size), patient_class] = np.column_stack([right, 32 - right])
         view = metrics._View(counts, np.zeros(3, dtype=np.int64), metrics._merged_share_scores)
-        problem = metrics._Problem(metrics._view_statistic(view), partial(metrics._view_widths, view),
-                                   patient_class, 32 * size, {})
+        problem = metrics._Problem(
+            metrics._view_statistic(view),
+            partial(metrics._view_widths, view),
+            patient_class,
+            32 * size,
+            {},
+        )
         low, high = metrics._intervals(problem, 500, 0)["balanced_accuracy_3"]["ci"]
         held += low <= rate <= high
     return held / trials
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.5, 0.97])
-@pytest.mark.parametrize(("of_class", "least"), [((100, 70, 30), 0.93), ((20, 14, 6), 0.91)],
-                         ids=["200 patients", "40 patients"])
-def test_simulated_intervals_cover_the_truth(of_class: tuple[int, ...], least: float, rate: float) -> None:
+@pytest.mark.parametrize(
+    ("of_class", "least"),
+    [((100, 70, 30), 0.93), ((20, 14, 6), 0.91)],
+    ids=["200 patients", "40 patients"],
+)
+def test_simulated_intervals_cover_the_truth(
+    of_class: tuple[int, ...], least: float, rate: float
+) -> None:
     assert simulated_coverage(of_class, rate, trials=600) >= least
 
 
 @pytest.mark.parametrize("slices", [1, 32])
 @pytest.mark.parametrize(("right", "patients"), [(0, 10), (10, 10), (0, 1), (2, 2), (0, 200)])
 def test_where_all_or_no_patients_are_right_the_interval_is_the_exact_one_over_patients(
-        right: int, patients: int, slices: int) -> None:
+    right: int, patients: int, slices: int
+) -> None:
     people = np.repeat(np.arange(patients), slices)
     found = metrics.share(people < right, np.zeros(len(people)), people)
     expected = binomtest(right, patients).proportion_ci(0.95, method="exact")
@@ -169,7 +211,9 @@ def test_where_all_or_no_patients_are_right_the_interval_is_the_exact_one_over_p
 
 
 @pytest.mark.parametrize("right", range(0, 21, 4))
-def test_with_one_slice_a_patient_the_exact_interval_is_that_of_clopper_and_pearson(right: int) -> None:
+def test_with_one_slice_a_patient_the_exact_interval_is_that_of_clopper_and_pearson(
+    right: int,
+) -> None:
     flags = np.arange(20) < right
     expected = binomtest(right, 20).proportion_ci(0.95, method="exact")
     found = metrics.exact_interval(flags.astype(float), np.ones(20))
@@ -201,8 +245,11 @@ def test_no_interval_has_width_zero_or_leaves_the_range(answer: str) -> None:
         assert low < high and low <= entry["value"] <= high, name
         assert (-1 if name == "qwk" else 0) <= low and high <= 1, name
     if answer == "right":
-        assert {name: entry["value"] for name, entry in scores.items() if name != "ece"} == pytest.approx(
-            dict.fromkeys(set(scores) - {"ece"}, 1)) and scores["ece"]["value"] == pytest.approx(0)
+        assert {
+            name: entry["value"] for name, entry in scores.items() if name != "ece"
+        } == pytest.approx(dict.fromkeys(set(scores) - {"ece"}, 1)) and scores["ece"][
+            "value"
+        ] == pytest.approx(0)
 
 
 def test_bounds_of_several_classes_are_combined_in_quadrature() -> None:
@@ -231,7 +278,9 @@ def test_means_of_numbers_stay_inside_the_numbers() -> None:
     assert found["value"] == pytest.approx(numbers.mean(), abs=1e-6)
     assert numbers.min() <= found["ci"][0] < found["value"] < found["ci"][1] <= numbers.max()
     one = metrics.score_standing(numbers[:8], numbers[:8], labels[:8], people[:8])["accuracy"]
-    assert numbers[:8].min() <= one["ci"][0] < one["ci"][1] <= numbers[:8].max(), "one patient says little"
+    assert numbers[:8].min() <= one["ci"][0] < one["ci"][1] <= numbers[:8].max(), (
+        "one patient says little"
+    )
     same = np.full(len(labels), 0.25)
     found = metrics.score_standing(same, same, labels, people)["accuracy"]
     assert found == {"value": 0.25, "ci": [0.25, 0.25]}
@@ -257,7 +306,9 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
 def test_constant_answer_scores_chance() -> None:
     logits, labels, people = cohort()
     found = values(metrics.score(np.tile([0.0, -9, -9, -9], (len(labels), 1)), labels, people))
-    assert found["balanced_accuracy"] == 0.25 and found["balanced_accuracy_3"] == pytest.approx(1 / 3, abs=1e-6)
+    assert found["balanced_accuracy"] == 0.25 and found["balanced_accuracy_3"] == pytest.approx(
+        1 / 3, abs=1e-6
+    )
     assert found["auroc"] == 0.5 and found["qwk"] == 0
 
 
@@ -265,7 +316,8 @@ def test_absent_classes_are_left_out_and_undefined_scores_are_null() -> None:
     logits, labels, people = cohort(of_class=(5, 5, 0, 0))
     found = metrics.score(logits, labels, people)
     assert found["balanced_accuracy"]["value"] == pytest.approx(
-        np.mean([(logits.argmax(1) == label)[labels == label].mean() for label in (0, 1)]), abs=1e-6)
+        np.mean([(logits.argmax(1) == label)[labels == label].mean() for label in (0, 1)]), abs=1e-6
+    )
     only = metrics.score(logits[labels == 0], labels[labels == 0], people[labels == 0])
     assert only["auroc"] == {"value": None, "ci": None, "n": int((labels == 0).sum())}
     nothing = metrics.score(np.full((3, 4), np.nan), np.zeros(3), np.arange(3))
@@ -277,37 +329,53 @@ def test_nan_rows_are_outside_the_declared_set() -> None:
     logits, labels, people = cohort()
     kept = np.arange(len(labels)) % 3 > 0
     holed = np.where(kept[:, None], logits, np.nan)
-    assert metrics.score(holed, labels, people) == metrics.score(logits[kept], labels[kept], people[kept])
+    assert metrics.score(holed, labels, people) == metrics.score(
+        logits[kept], labels[kept], people[kept]
+    )
 
 
 def test_person_scores_use_the_mean_slice_probability() -> None:
     logits, labels, people = cohort()
-    mean = np.array([metrics.probabilities(logits[people == person]).mean(0) for person in np.unique(people)])
+    mean = np.array(
+        [metrics.probabilities(logits[people == person]).mean(0) for person in np.unique(people)]
+    )
     person_class = np.array([labels[people == person][0] for person in np.unique(people)])
     found = values(metrics.score_people(logits, labels, people, n_boot=2))
     assert found["accuracy"] == pytest.approx((mean.argmax(1) == person_class).mean(), abs=1e-6)
-    assert found["auroc"] == pytest.approx(roc_auc_score(person_class > 0, 1 - mean[:, 0]), abs=1e-6)
+    assert found["auroc"] == pytest.approx(
+        roc_auc_score(person_class > 0, 1 - mean[:, 0]), abs=1e-6
+    )
 
 
 def test_seeds_are_not_averaged_into_an_ensemble() -> None:
     logits, labels, people = cohort()
     other, _, _ = cohort(seed=5)
-    pooled = [np.concatenate(pair) for pair in ((logits, other), (labels, labels), (people, people))]
+    pooled = [
+        np.concatenate(pair) for pair in ((logits, other), (labels, labels), (people, people))
+    ]
     seeds = np.repeat([0, 1], len(labels))
-    accuracy = [metrics.score_people(x, labels, people, n_boot=2)["accuracy"]["value"] for x in (logits, other)]
-    assert metrics.score_people(*pooled, seeds=seeds, n_boot=2)["accuracy"]["value"] == pytest.approx(np.mean(accuracy),
-                                                                                                      abs=1e-5)
+    accuracy = [
+        metrics.score_people(x, labels, people, n_boot=2)["accuracy"]["value"]
+        for x in (logits, other)
+    ]
+    assert metrics.score_people(*pooled, seeds=seeds, n_boot=2)["accuracy"][
+        "value"
+    ] == pytest.approx(np.mean(accuracy), abs=1e-5)
 
 
 def test_standing_scores_are_means_of_class_shares() -> None:
     logits, labels, people = cohort()
     four, three = metrics.correct(logits, labels)
-    standing, clean = metrics.score_standing(four, three, labels, people), metrics.score(logits, labels, people)
+    standing, clean = (
+        metrics.score_standing(four, three, labels, people),
+        metrics.score(logits, labels, people),
+    )
     for name in ("balanced_accuracy_3", "balanced_accuracy", "accuracy"):
         assert standing[name] == clean[name]
     shares = metrics.share_by_class(four, labels, people)
-    assert np.mean([share["value"] for share in shares]) == pytest.approx(standing["balanced_accuracy"]["value"],
-                                                                          abs=1e-5)
+    assert np.mean([share["value"] for share in shares]) == pytest.approx(
+        standing["balanced_accuracy"]["value"], abs=1e-5
+    )
     assert [share["n_people"] for share in shares] == list(PEOPLE_OF_CLASS)
 
 
@@ -317,7 +385,9 @@ def test_paired_difference_is_tighter_than_two_separate_intervals() -> None:
     paired = metrics.paired_difference(better, logits, labels, people)["accuracy"]
     alone = [metrics.score(x, labels, people)["accuracy"] for x in (better, logits)]
     assert paired["value"] == pytest.approx(alone[0]["value"] - alone[1]["value"], abs=1e-6)
-    assert paired["ci"][1] - paired["ci"][0] < min(score["ci"][1] - score["ci"][0] for score in alone)
+    assert paired["ci"][1] - paired["ci"][0] < min(
+        score["ci"][1] - score["ci"][0] for score in alone
+    )
 
 
 def test_equal_answers_differ_by_no_more_than_so_many_patients_can_tell() -> None:
@@ -335,20 +405,36 @@ def test_equal_answers_differ_by_no_more_than_so_many_patients_can_tell() -> Non
 def test_a_difference_of_all_against_none_has_one_sided_bounds() -> None:
     _, labels, people = cohort(of_class=(20, 0, 0, 0))
     every, none = np.ones(len(labels), bool), np.zeros(len(labels), bool)
-    found = metrics.paired_standing_difference((every, every), (none, none), labels, people)["accuracy"]
-    assert found["value"] == 1 and found["ci"][1] == 1 and found["p"] == pytest.approx(2 / 2001, abs=1e-6)
-    assert 1 - 2 * metrics._no_event_bound(20) < found["ci"][0] < 1 - metrics._no_event_bound(20) + 2e-6
+    found = metrics.paired_standing_difference((every, every), (none, none), labels, people)[
+        "accuracy"
+    ]
+    assert (
+        found["value"] == 1
+        and found["ci"][1] == 1
+        and found["p"] == pytest.approx(2 / 2001, abs=1e-6)
+    )
+    assert (
+        1 - 2 * metrics._no_event_bound(20)
+        < found["ci"][0]
+        < 1 - metrics._no_event_bound(20) + 2e-6
+    )
 
 
 def test_p_values_agree_with_the_intervals_and_turn_with_the_sign() -> None:
     logits, labels, people = cohort(slices=4)
     decided = []
     for gain in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):
-        other = logits + gain * np.eye(4)[labels] + 0.3 * np.random.default_rng(1).normal(size=logits.shape)
+        other = (
+            logits
+            + gain * np.eye(4)[labels]
+            + 0.3 * np.random.default_rng(1).normal(size=logits.shape)
+        )
         forward = metrics.paired_difference(other, logits, labels, people)
         backward = metrics.paired_difference(logits, other, labels, people)
         for name, entry in forward.items():
-            assert 0 < entry["p"] <= 1 and entry["p"] == pytest.approx(backward[name]["p"], abs=2e-6)
+            assert 0 < entry["p"] <= 1 and entry["p"] == pytest.approx(
+                backward[name]["p"], abs=2e-6
+            )
             if entry["ci"][0] <= 0 <= entry["ci"][1]:
                 assert entry["p"] >= 0.049, (gain, name)
         decided.append(forward["accuracy"]["p"])
@@ -361,8 +447,12 @@ def test_p_values_are_rare_where_there_is_no_difference() -> None:
     below = 0
     for _ in range(200):
         first, second = (generator.random(320) < generator.random(40)[people] for _ in range(2))
-        below += metrics.paired_standing_difference((first, first), (second, second), labels, people,
-                                                    n_boot=400)["accuracy"]["p"] <= 0.05
+        below += (
+            metrics.paired_standing_difference(
+                (first, first), (second, second), labels, people, n_boot=400
+            )["accuracy"]["p"]
+            <= 0.05
+        )
     assert 2 <= below <= 20
 
 
@@ -370,8 +460,12 @@ def test_holm_adjusts_as_in_a_known_example_whatever_the_order() -> None:
     p_values = np.array([0.01, 0.04, 0.03, 0.005])
     assert metrics.holm(p_values) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     for order in itertools.permutations(range(4)):
-        assert metrics.holm(p_values[list(order)]) == pytest.approx(metrics.holm(p_values)[list(order)])
-    assert metrics.holm([0.5, 0.6]) == pytest.approx([1, 1]) and metrics.holm([0.2]) == pytest.approx([0.2])
+        assert metrics.holm(p_values[list(order)]) == pytest.approx(
+            metrics.holm(p_values)[list(order)]
+        )
+    assert metrics.holm([0.5, 0.6]) == pytest.approx([1, 1]) and metrics.holm(
+        [0.2]
+    ) == pytest.approx([0.2])
     assert metrics.holm([0.02, 0.02]) == pytest.approx([0.04, 0.04]) and len(metrics.holm([])) == 0
     for wrong in ([1.2], [-0.1], [np.nan]):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -382,17 +476,26 @@ def test_paired_standing_difference_is_that_of_the_scores() -> None:
     logits, labels, people = cohort()
     flags = [metrics.correct(x, labels) for x in (logits + np.eye(4)[labels], logits)]
     difference = metrics.paired_standing_difference(*flags, labels, people)["balanced_accuracy_3"]
-    one, two = (metrics.score_standing(*pair, labels, people)["balanced_accuracy_3"]["value"] for pair in flags)
+    one, two = (
+        metrics.score_standing(*pair, labels, people)["balanced_accuracy_3"]["value"]
+        for pair in flags
+    )
     assert difference["value"] == pytest.approx(one - two, abs=2e-6) and difference["ci"][0] > 0
 
 
 def test_a_difference_of_other_images_of_the_same_people_resamples_these_people() -> None:
     logits, labels, people = cohort()
     odd = np.arange(len(people)) % 2 == 1
-    sides = [(*metrics.correct(logits[rows], labels[rows]), labels[rows], people[rows]) for rows in (odd, ~odd)]
+    sides = [
+        (*metrics.correct(logits[rows], labels[rows]), labels[rows], people[rows])
+        for rows in (odd, ~odd)
+    ]
     difference = metrics.standing_difference(*sides)["balanced_accuracy_3"]
     one, two = (metrics.score_standing(*side)["balanced_accuracy_3"]["value"] for side in sides)
-    assert difference["value"] == pytest.approx(one - two, abs=2e-6) and difference["ci"][0] < difference["value"] < difference["ci"][1]
+    assert (
+        difference["value"] == pytest.approx(one - two, abs=2e-6)
+        and difference["ci"][0] < difference["value"] < difference["ci"][1]
+    )
     gone = sides[1][3] != people[0]
     with pytest.raises(ValueError, match="same ones"):
         metrics.standing_difference(sides[0], tuple(column[gone] for column in sides[1]))
@@ -401,10 +504,23 @@ def test_a_difference_of_other_images_of_the_same_people_resamples_these_people(
 def test_kept_shares_count_only_what_was_there_before() -> None:
     labels, people = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
     had, had_too = np.arange(80) % 2 == 0, np.ones(80, bool)
-    shares = metrics.kept_shares((had, np.arange(80) % 4 == 0), (had_too, np.arange(80) % 4 != 0), labels, people)
-    assert [shares[name]["value"] for name in ("first", "second", "difference")] == [0.5, 0.75, -0.25]
-    assert metrics.kept_shares((had, ~had), (had_too, had_too), labels, people)["first"]["value"] == 0, "what comes up later is not kept"
-    assert metrics.kept_shares((~had_too, had), (had_too, had_too), labels, people)["difference"]["value"] is None
+    shares = metrics.kept_shares(
+        (had, np.arange(80) % 4 == 0), (had_too, np.arange(80) % 4 != 0), labels, people
+    )
+    assert [shares[name]["value"] for name in ("first", "second", "difference")] == [
+        0.5,
+        0.75,
+        -0.25,
+    ]
+    assert (
+        metrics.kept_shares((had, ~had), (had_too, had_too), labels, people)["first"]["value"] == 0
+    ), "what comes up later is not kept"
+    assert (
+        metrics.kept_shares((~had_too, had), (had_too, had_too), labels, people)["difference"][
+            "value"
+        ]
+        is None
+    )
 
 
 def test_recalls_are_those_of_each_class_by_slice_and_by_patient() -> None:
@@ -415,7 +531,10 @@ def test_recalls_are_those_of_each_class_by_slice_and_by_patient() -> None:
     found = metrics.recalls(logits, labels, people)
     for index, entry in enumerate(found):
         own = rows & (metrics.THREE[labels] == index)
-        assert entry["value"] == pytest.approx(three[own].mean(), abs=1e-6) and entry["n_slices"] == own.sum()
+        assert (
+            entry["value"] == pytest.approx(three[own].mean(), abs=1e-6)
+            and entry["n_slices"] == own.sum()
+        )
         assert entry["ci"][0] < entry["value"] < entry["ci"][1]
     assert [entry["n_people"] for entry in found] == [20, 14, 8]
     balanced = metrics.score(logits, labels, people)["balanced_accuracy_3"]["value"]
@@ -442,16 +561,23 @@ def test_shares_of_two_decisions_have_no_interval_of_width_zero() -> None:
     assert pair["error_correlation"]["value"] == 1 and -1 <= pair["error_correlation"]["ci"][0] < 1
     assert pair["disagreement"]["value"] == 0 and pair["disagreement"]["ci"][1] > 0
     sure = metrics.calibration_curve(50.0 * np.eye(4)[labels], labels, people)
-    assert [entry["accuracy"] for entry in sure] == [1.0] and sure[0]["ci"][0] < 1 == sure[0]["ci"][1]
-
+    assert [entry["accuracy"] for entry in sure] == [1.0] and sure[0]["ci"][0] < 1 == sure[0]["ci"][
+        1
+    ]
 
 
 def test_half_precision_keeps_every_decision() -> None:
     logits = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
-    logits[:1000, 1] = logits[:1000, 0] + np.float32(1e-6) * np.random.default_rng(1).choice([-1, 1], 1000)
+    logits[:1000, 1] = logits[:1000, 0] + np.float32(1e-6) * np.random.default_rng(1).choice(
+        [-1, 1], 1000
+    )
     logits[1000:1010] = 300 * logits[1000:1010] ** 3
     half = metrics.to_half(np.vstack([logits, np.full((2, 4), np.nan), [[0, 0, 0, 0]]]))
-    assert half.dtype == np.float16 and np.isnan(half[5000:5002]).all() and np.isfinite(half[:5000]).all()
+    assert (
+        half.dtype == np.float16
+        and np.isnan(half[5000:5002]).all()
+        and np.isfinite(half[:5000]).all()
+    )
     assert (half[:5000].argmax(1) == logits.argmax(1)).all() and half[5002].argmax() == 0
     assert (half[:5000].max(1) == 0).all() and ((half[:5000] == 0).sum(1) == 1).all()
     once = half[:5000].astype(np.float32)
@@ -465,18 +591,25 @@ def test_temperature_minimises_cross_entropy_and_keeps_decisions() -> None:
     temperature = metrics.fit_temperature(3.0 * logits, labels)
     assert temperature == pytest.approx(3.0, rel=0.08)
     best = log_loss(labels, metrics.probabilities(3 * logits / temperature))
-    assert all(best <= log_loss(labels, metrics.probabilities(3 * logits / other))
-               for other in (0.97 * temperature, 1.03 * temperature))
+    assert all(
+        best <= log_loss(labels, metrics.probabilities(3 * logits / other))
+        for other in (0.97 * temperature, 1.03 * temperature)
+    )
     separable = 9.0 * np.eye(4)[labels]
     temperature = metrics.fit_temperature(separable, labels)
-    assert 0.05 <= temperature < 1 and log_loss(labels, metrics.probabilities(separable / temperature)) < 1e-12
+    assert (
+        0.05 <= temperature < 1
+        and log_loss(labels, metrics.probabilities(separable / temperature)) < 1e-12
+    )
 
 
 def test_calibration_curve_accounts_for_every_slice() -> None:
     logits, labels, people = cohort()
     curve = metrics.calibration_curve(logits, labels, people)
     assert sum(b["n_slices"] for b in curve) == len(labels)
-    assert sum(b["n_slices"] * b["accuracy"] for b in curve) == pytest.approx((logits.argmax(1) == labels).sum())
+    assert sum(b["n_slices"] * b["accuracy"] for b in curve) == pytest.approx(
+        (logits.argmax(1) == labels).sum()
+    )
     assert all(b["ci"][0] <= b["accuracy"] <= b["ci"][1] for b in curve)
 
 
@@ -506,16 +639,22 @@ def test_risk_falls_with_coverage_and_ends_at_the_whole_error():
     whole = (logits.argmax(1) != labels).mean()
     assert [point["coverage"] for point in curve] == pytest.approx(np.linspace(0.1, 1, 10))
     assert curve[-1]["risk"] == pytest.approx(whole, abs=1e-6) and curve[-1]["n"] == len(labels)
-    assert curve[0]["risk"] < whole / 2 and all(point["ci"][0] <= point["risk"] <= point["ci"][1] for point in curve)
+    assert curve[0]["risk"] < whole / 2 and all(
+        point["ci"][0] <= point["risk"] <= point["ci"][1] for point in curve
+    )
 
 
 def test_the_threshold_of_clean_studies_is_kept_under_attack():
     logits, labels, people = people_with_confidence()
     probability = metrics.merge_classes(metrics.probabilities(logits))
     half = np.median(probability.max(axis=1))
-    unsure = metrics.selective_risk(np.ones(len(labels), bool), np.full(len(labels), 0.34), half, labels, people)
+    unsure = metrics.selective_risk(
+        np.ones(len(labels), bool), np.full(len(labels), 0.34), half, labels, people
+    )
     assert unsure["risk"] is None and unsure["answered"] == 0
-    sure = metrics.selective_risk(np.ones(len(labels), bool), np.full(len(labels), 0.99), half, labels, people, n_boot=100)
+    sure = metrics.selective_risk(
+        np.ones(len(labels), bool), np.full(len(labels), 0.99), half, labels, people, n_boot=100
+    )
     assert sure["risk"] == 1 and sure["answered"] == 1
 
 
@@ -526,7 +665,9 @@ def test_conformal_sets_cover_new_people_as_promised_and_no_more(alpha):
     sets = metrics.conformal_sets(logits[2000:], threshold)
     coverage = sets[np.arange(2000), labels[2000:]].mean()
     assert coverage == pytest.approx(1 - alpha, abs=0.03)
-    assert coverage <= sets.sum(axis=1).mean() < 2  # below 1 where models err more rarely than alpha: some sets are empty
+    assert (
+        coverage <= sets.sum(axis=1).mean() < 2
+    )  # below 1 where models err more rarely than alpha: some sets are empty
 
 
 def test_too_few_people_to_calibrate_on_give_every_class():

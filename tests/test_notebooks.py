@@ -35,7 +35,10 @@ def printed(notebook) -> str:
 
 
 def test_every_model_has_its_notebook():
-    assert {f"models/{model}.ipynb" for model in MODELS} | {"models/results.ipynb", "dataset/prepare_dataset.ipynb"} <= set(COMMITTED)
+    assert {f"models/{model}.ipynb" for model in MODELS} | {
+        "models/results.ipynb",
+        "dataset/prepare_dataset.ipynb",
+    } <= set(COMMITTED)
 
 
 @pytest.mark.parametrize("path", COMMITTED)
@@ -44,9 +47,18 @@ def test_a_notebook_is_thin(path):
     assert (ROOT / path).stat().st_size < 1_000_000
     for source in code(notebook):
         assert source.count("\n") < 20, f"a cell of {path} is longer than 20 lines"
-        tree = ast.parse("\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))))
+        tree = ast.parse(
+            "\n".join(
+                line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))
+            )
+        )
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
-    definitions = [node for source in code(notebook) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    definitions = [
+        node
+        for source in code(notebook)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert len(definitions) <= 1
 
 
@@ -54,21 +66,36 @@ def test_a_notebook_is_thin(path):
 def test_a_notebook_has_the_fixed_anatomy(path):
     notebook = read(path)
     first, setup, imports, parameters = notebook.cells[:4]
-    assert first.cell_type == "markdown" and first.source.startswith("# ") and "colab-badge" in first.source and path in first.source
+    assert (
+        first.cell_type == "markdown"
+        and first.source.startswith("# ")
+        and "colab-badge" in first.source
+        and path in first.source
+    )
     assert "?" in first.source, "the first paragraph poses the question"
     assert "google.colab" in setup.source and "print_environment()" in imports.source
     assert "parameters" in parameters.metadata.tags
     assert set(re.findall(r"^(\w+) =", parameters.source, re.M)) >= {"profile", "raw", "retrain"}
     assert notebook.metadata.kernelspec.name == "python3"
     last = notebook.cells[-1]
-    assert last.cell_type == "markdown" and last.source.startswith("## What this shows") and len(last.source) > 200
+    assert (
+        last.cell_type == "markdown"
+        and last.source.startswith("## What this shows")
+        and len(last.source) > 200
+    )
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_clean_notebook_and_its_twin_differ_in_title_parameters_and_prose_only(backbone):
     notebooks = [read(f"models/{backbone}{twin}.ipynb") for twin in ("", "_atk")]
-    sources = [[cell.source for cell in notebook.cells if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])]
-               for notebook in notebooks]
+    sources = [
+        [
+            cell.source
+            for cell in notebook.cells
+            if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])
+        ]
+        for notebook in notebooks
+    ]
     assert sources[0] == sources[1]
 
 
@@ -79,20 +106,38 @@ def test_a_committed_notebook_shows_a_run_on_real_data_and_no_error(path):
     assert outputs, f"{path} was committed without its outputs"
     assert not any(output.output_type == "error" for output in outputs)
     # How maps do on planted evidence is a record of phantom images, and says so, whatever the data of the run.
-    assert "data: real" in printed(notebook) and "phantom" not in printed(notebook).replace("Planted evidence (phantom,", "")
+    assert "data: real" in printed(notebook) and "phantom" not in printed(notebook).replace(
+        "Planted evidence (phantom,", ""
+    )
     assert str(Path.home()) not in json.dumps(outputs) and str(ROOT) not in json.dumps(outputs)
 
 
-def reproduce(tmp_path: Path, *arguments: str, raw: str | None = None, **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "ALZHEIMER_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+def reproduce(
+    tmp_path: Path, *arguments: str, raw: str | None = None, **options
+) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "ALZHEIMER_RUNS": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     environment.pop("ALZHEIMER_RAW", None)
     environment |= {"ALZHEIMER_RAW": raw} if raw else {}
-    return subprocess.run([sys.executable, "reproduce.py", "--no-venv", *arguments], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, encoding="utf-8", **options)
+    return subprocess.run(
+        [sys.executable, "reproduce.py", "--no-venv", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        **options,
+    )
 
 
 def state_of_the_tree() -> str:
-    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
 
 
 def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
@@ -107,14 +152,21 @@ def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
         assert "data: phantom" in printed(notebook) and "data: real" not in printed(notebook), path
     for model in MODELS:
         for protocol in ("slice", "patient"):
-            record = json.loads((root / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8"))
+            record = json.loads(
+                (root / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8")
+            )
             assert (record["data"], record["profile"]) == ("phantom", "demo")
             assert record["wall_seconds"]["train"] > 0 and record["worst_case"]
     for model in ("Ensemble", "Sequence"):
         record = json.loads((root / "assets" / model / "patient.json").read_text(encoding="utf-8"))
         assert (record["data"], record["profile"]) == ("phantom", "demo") and record["folds"] == [0]
-        assert all(blocks["variant"] == name and blocks["worst_case"] for name, blocks in record["variants"].items())
-    assert all(check["passed"] for check in record["sanity"]), "what whole persons must satisfy holds by construction"
+        assert all(
+            blocks["variant"] == name and blocks["worst_case"]
+            for name, blocks in record["variants"].items()
+        )
+    assert all(check["passed"] for check in record["sanity"]), (
+        "what whole persons must satisfy holds by construction"
+    )
     assert "phantom" in done.stdout and "Dinov2_atk" in done.stdout
 
 
@@ -125,23 +177,39 @@ def test_with_data_a_part_of_the_real_cohort_runs_survives_a_kill_and_says_so(tm
         reproduce(tmp_path, "--only", "Efficientnet_atk", raw=raw, timeout=25)
     done = reproduce(tmp_path, "--only", "Efficientnet_atk", raw=raw)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    record = json.loads((tmp_path / "demo-real" / "assets" / "Efficientnet_atk" / "patient.json").read_text(encoding="utf-8"))
+    record = json.loads(
+        (tmp_path / "demo-real" / "assets" / "Efficientnet_atk" / "patient.json").read_text(
+            encoding="utf-8"
+        )
+    )
     assert (record["data"], record["profile"], record["init"]) == ("real", "demo", "random")
-    clean, worst = record["clean"]["slice"]["accuracy"]["value"], record["worst_case"]["4/255"]["accuracy"]["value"]
+    clean, worst = (
+        record["clean"]["slice"]["accuracy"]["value"],
+        record["worst_case"]["4/255"]["accuracy"]["value"],
+    )
     attacks = record["attacks"]["4/255"]
     assert worst <= attacks["fgsm"]["accuracy"]["value"] <= clean
     assert not list((tmp_path / "demo-real").rglob("*.tmp"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("ALZHEIMER_RAW" not in os.environ or os.name == "nt", reason="needs the real data and process groups")
+@pytest.mark.skipif(
+    "ALZHEIMER_RAW" not in os.environ or os.name == "nt",
+    reason="needs the real data and process groups",
+)
 def test_the_whole_study_survives_kills_at_random_moments(tmp_path):
     """The whole demo on the real cohort, killed with all its children eight times, then left to finish."""
     environment = {**os.environ, "ALZHEIMER_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     moments = random.Random(0)
     for _ in range(8):
-        running = subprocess.Popen([sys.executable, "reproduce.py", "--no-venv"], cwd=ROOT, env=environment, start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            [sys.executable, "reproduce.py", "--no-venv"],
+            cwd=ROOT,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(moments.uniform(2, 60))
         os.killpg(running.pid, signal.SIGKILL)
@@ -158,7 +226,11 @@ def test_the_whole_study_survives_kills_at_random_moments(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for model in MODELS:
         for protocol in ("slice", "patient"):
-            assert json.loads((tmp_path / "demo-real" / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8"))["worst_case"]
+            assert json.loads(
+                (tmp_path / "demo-real" / "assets" / model / f"{protocol}.json").read_text(
+                    encoding="utf-8"
+                )
+            )["worst_case"]
 
 
 @pytest.mark.parametrize("folder", ["dataset", "."])
@@ -170,6 +242,12 @@ def test_a_notebook_runs_from_its_own_folder_and_from_the_root(folder, tmp_path,
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        papermill.execute_notebook(str(ROOT / "dataset" / "prepare_dataset.ipynb"), str(tmp_path / "out.ipynb"), cwd=str(ROOT / folder),
-                                   parameters={"raw": str(phantom_raw)}, progress_bar=False, kernel_name="python3")
+        papermill.execute_notebook(
+            str(ROOT / "dataset" / "prepare_dataset.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            cwd=str(ROOT / folder),
+            parameters={"raw": str(phantom_raw)},
+            progress_bar=False,
+            kernel_name="python3",
+        )
     assert "804 images" in printed(nbformat.read(tmp_path / "out.ipynb", as_version=4))

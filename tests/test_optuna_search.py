@@ -26,7 +26,9 @@ def test_a_search_leaves_the_best_settings_where_training_reads_them(tiny, tmp_p
     assert len(study.trials) == 3
     best = optuna_search.best_settings(tmp_path / "optuna", config)
     assert best == study.best_params and set(best) == set(optuna_search.SPACE)
-    assert read_json(tmp_path / "optuna" / "patient_fold0_best.json")["value"] == min(t.value for t in study.trials)
+    assert read_json(tmp_path / "optuna" / "patient_fold0_best.json")["value"] == min(
+        t.value for t in study.trials
+    )
     assert "lr" in optuna_search.trials_table(study)
 
 
@@ -45,7 +47,9 @@ def test_a_search_goes_on_where_it_stopped_and_draws_the_same_trials(tiny, tmp_p
         run(tmp_path / "broken")
     monkeypatch.setattr(optuna_search, "objective", original)
     study, config = run(tmp_path / "broken")
-    assert [(t.state, t.params, t.value) for t in study.trials] == [(t.state, t.params, t.value) for t in whole.trials]
+    assert [(t.state, t.params, t.value) for t in study.trials] == [
+        (t.state, t.params, t.value) for t in whole.trials
+    ]
 
 
 def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
@@ -60,11 +64,16 @@ def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_search, "objective", sometimes)
     study, _ = run(tmp_path)
     states = [trial.state for trial in study.trials]
-    assert states.count(optuna.trial.TrialState.FAIL) == 1 and states.count(optuna.trial.TrialState.COMPLETE) == 3
+    assert (
+        states.count(optuna.trial.TrialState.FAIL) == 1
+        and states.count(optuna.trial.TrialState.COMPLETE) == 3
+    )
     assert "out of memory" in study.trials[0].user_attrs["error"]
 
 
-def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(tiny, tmp_path, monkeypatch):
+def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(
+    tiny, tmp_path, monkeypatch
+):
     storage, real = f"sqlite:///{(tmp_path / 'shared.db').as_posix()}", optuna_search.objective
     study = optuna_search.open_study(tmp_path, small("Resnet", trials=3), storage)
     optuna_search.enqueue(study, 3)
@@ -80,8 +89,14 @@ def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(tiny,
     said: list[str] = []
     monkeypatch.setattr(optuna_search, "objective", slept)
     monkeypatch.setattr(optuna_search, "say", said.append)
-    optuna_search.search(TRAIN, VALIDATION, small("Resnet", trials=3), tmp_path, DEVICE, storage=storage)
-    assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+    optuna_search.search(
+        TRAIN, VALIDATION, small("Resnet", trials=3), tmp_path, DEVICE, storage=storage
+    )
+    assert [trial.state for trial in study.get_trials()] == [
+        TrialState.FAIL,
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+    ]
     assert ["was given up" in line and line.split()[1] for line in said] == ["0", "1"]
 
 
@@ -100,27 +115,44 @@ def test_the_test_set_is_out_of_reach_by_construction():
 
 
 def test_every_fold_has_its_own_study(tmp_path):
-    names = {optuna_search.open_study(tmp_path, small("Resnet", protocol=protocol, fold=fold)).study_name
-             for protocol, fold in (("slice", 0), ("patient", 0), ("patient", 1))}
+    names = {
+        optuna_search.open_study(tmp_path, small("Resnet", protocol=protocol, fold=fold)).study_name
+        for protocol, fold in (("slice", 0), ("patient", 0), ("patient", 1))
+    }
     assert len(names) == 3
 
 
 # ---------------------------------------------------------------------------------------------------- what it looks like
 
 
-def drawn_study(complete: int, pruned: int = 0, failed: int = 0, one_class: int = 0, flat: bool = False) -> optuna.Study:
+def drawn_study(
+    complete: int, pruned: int = 0, failed: int = 0, one_class: int = 0, flat: bool = False
+) -> optuna.Study:
     """A study whose score is the learning rate and hears nothing of the optimiser."""
-    distributions = {"lr": FloatDistribution(0.0, 1.0), "optimizer": CategoricalDistribution(["adamw", "sgd"])}
+    distributions = {
+        "lr": FloatDistribution(0.0, 1.0),
+        "optimizer": CategoricalDistribution(["adamw", "sgd"]),
+    }
     study, dice = optuna.create_study(study_name="Resnet_atk-patient_fold0-cpu"), random.Random(0)
 
     def add(state: TrialState, charge: float = 0.0) -> None:
         lr = dice.random()
         value = 1.0 if flat else 1.0 + lr + charge
-        study.add_trial(create_trial(state=state, value=value, params={"lr": lr, "optimizer": dice.choice(["adamw", "sgd"])},
-                                     distributions=distributions, intermediate_values={1: value}))
+        study.add_trial(
+            create_trial(
+                state=state,
+                value=value,
+                params={"lr": lr, "optimizer": dice.choice(["adamw", "sgd"])},
+                distributions=distributions,
+                intermediate_values={1: value},
+            )
+        )
 
-    for state, count, charge in ((TrialState.COMPLETE, complete, 0.0), (TrialState.PRUNED, pruned, 0.0),
-                                 (TrialState.COMPLETE, one_class, optuna_search.ONE_CLASS)):
+    for state, count, charge in (
+        (TrialState.COMPLETE, complete, 0.0),
+        (TrialState.PRUNED, pruned, 0.0),
+        (TrialState.COMPLETE, one_class, optuna_search.ONE_CLASS),
+    ):
         for _ in range(count):
             add(state, charge)
     for _ in range(failed):
@@ -138,30 +170,54 @@ def test_the_figure_shows_every_finished_trial_the_best_so_far_and_what_decided(
     open_figures = matplotlib.pyplot.get_fignums()
     figure = optuna_search.search_figures(study)
     history, importances = figure.axes
-    shown = {collection.get_label(): collection.get_offsets().tolist() for collection in history.collections}
+    shown = {
+        collection.get_label(): collection.get_offsets().tolist()
+        for collection in history.collections
+    }
     learnt = [[trial.number, trial.value] for trial in study.trials[:20]]
     assert shown["complete"] == learnt
-    assert {label: len(points) for label, points in shown.items()} == {"complete": 20, "pruned (last epoch's)": 3, "failed": 2,
-                                                                      "answered one class": 1}
+    assert {label: len(points) for label, points in shown.items()} == {
+        "complete": 20,
+        "pruned (last epoch's)": 3,
+        "failed": 2,
+        "answered one class": 1,
+    }
     best = history.lines[0].get_ydata()
     assert best[-1] == min(value for _, value in learnt) and (best[1:] <= best[:-1]).all()
-    assert history.get_ylim()[1] < 3, "one class is charged 10, and must not squeeze the others into a line"
+    assert history.get_ylim()[1] < 3, (
+        "one class is charged 10, and must not squeeze the others into a line"
+    )
     names = [label.get_text() for label in importances.get_yticklabels()]
     assert names[-1] == "lr", "the only setting that decides stands on top"
-    assert [bar.get_width() for bar in importances.patches][::-1] == list(optuna.importance.get_param_importances(study).values())
-    for said in ("n = 26 trials", "21 complete", "3 pruned", "2 failed", "Resnet_atk-patient_fold0-cpu"):
+    assert [bar.get_width() for bar in importances.patches][::-1] == list(
+        optuna.importance.get_param_importances(study).values()
+    )
+    for said in (
+        "n = 26 trials",
+        "21 complete",
+        "3 pruned",
+        "2 failed",
+        "Resnet_atk-patient_fold0-cpu",
+    ):
         assert said in words_of(figure)
-    assert figure._repr_png_().startswith(b"\x89PNG") and matplotlib.pyplot.get_fignums() == open_figures
+    assert (
+        figure._repr_png_().startswith(b"\x89PNG")
+        and matplotlib.pyplot.get_fignums() == open_figures
+    )
 
 
-@pytest.mark.parametrize("study", [drawn_study(3, pruned=9), drawn_study(8, flat=True)], ids=["too few", "all alike"])
+@pytest.mark.parametrize(
+    "study", [drawn_study(3, pruned=9), drawn_study(8, flat=True)], ids=["too few", "all alike"]
+)
 def test_importances_that_would_mean_nothing_are_words(study):
     assert optuna_search.importances_of(study) == {}
     figure = optuna_search.search_figures(study)
     assert "need at least 4 complete trials" in words_of(figure) and not figure.axes[1].patches
 
 
-@pytest.mark.parametrize("study", [drawn_study(0), drawn_study(0, failed=3), drawn_study(0, one_class=2)])
+@pytest.mark.parametrize(
+    "study", [drawn_study(0), drawn_study(0, failed=3), drawn_study(0, one_class=2)]
+)
 def test_a_study_in_which_nothing_learnt_is_drawn_too(study):
     figure = optuna_search.search_figures(study)
     assert figure._repr_png_() and f"n = {len(study.trials)} trials" in words_of(figure)
@@ -170,17 +226,26 @@ def test_a_study_in_which_nothing_learnt_is_drawn_too(study):
 def test_units_show_the_searches_that_they_rest_on_and_make_none(tiny, tmp_path):
     """Under `cpu` all five folds rest on the search of fold 0; under `paper` each on its own."""
     place = experiment.Study(tmp_path, "phantom", "cpu", tmp_path, "0")
-    units = [make_config("cpu", "Resnet", protocol=protocol, fold=fold, trials=3)
-             for protocol, folds in (("patient", 5), ("slice", 1)) for fold in range(folds)]
+    units = [
+        make_config("cpu", "Resnet", protocol=protocol, fold=fold, trials=3)
+        for protocol, folds in (("patient", 5), ("slice", 1))
+        for fold in range(folds)
+    ]
     assert experiment.search_figures(place, units) == []
     assert not list(tmp_path.rglob("*")), "looking makes no study"
-    small_units = [dataclasses.replace(small("Resnet", fold=fold, trials=3, search_epochs=1), profile="cpu") for fold in (0, 1)]
+    small_units = [
+        dataclasses.replace(small("Resnet", fold=fold, trials=3, search_epochs=1), profile="cpu")
+        for fold in (0, 1)
+    ]
     for unit in small_units:
         optuna_search.search(TRAIN, VALIDATION, unit, place.optuna("Resnet"), DEVICE)
-    figure, = experiment.search_figures(place, units)
+    (figure,) = experiment.search_figures(place, units)
     assert "Search Resnet-patient_fold0-cpu" in words_of(figure) and "3 trials" in words_of(figure)
     paper = [dataclasses.replace(unit, profile="paper") for unit in small_units]
     for unit in paper:
         optuna_search.search(TRAIN, VALIDATION, unit, place.optuna("Resnet"), DEVICE)
     assert len(experiment.search_figures(place, paper)) == 2
-    assert experiment.search_figures(place, [dataclasses.replace(unit, trials=0) for unit in units]) == []
+    assert (
+        experiment.search_figures(place, [dataclasses.replace(unit, trials=0) for unit in units])
+        == []
+    )

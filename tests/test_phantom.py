@@ -13,7 +13,9 @@ from utils.phantom import draw_cohort, draw_person, write_phantom
 
 @pytest.fixture(scope="module")
 def drawn():
-    return draw_cohort(people=(3, 2, 2, 1), size=64, synthetic=10, duplicates=4, cross_duplicates=2, seed=5)
+    return draw_cohort(
+        people=(3, 2, 2, 1), size=64, synthetic=10, duplicates=4, cross_duplicates=2, seed=5
+    )
 
 
 def real(cohort) -> np.ndarray:
@@ -29,8 +31,12 @@ def test_the_cohort_is_the_one_asked_for(drawn):
 
 
 def test_equal_seeds_give_equal_pixels_and_others_do_not(drawn):
-    again = draw_cohort(people=(3, 2, 2, 1), size=64, synthetic=10, duplicates=4, cross_duplicates=2, seed=5)
-    other = draw_cohort(people=(3, 2, 2, 1), size=64, synthetic=10, duplicates=4, cross_duplicates=2, seed=6)
+    again = draw_cohort(
+        people=(3, 2, 2, 1), size=64, synthetic=10, duplicates=4, cross_duplicates=2, seed=5
+    )
+    other = draw_cohort(
+        people=(3, 2, 2, 1), size=64, synthetic=10, duplicates=4, cross_duplicates=2, seed=6
+    )
     assert all(np.array_equal(a, b) for a, b in zip(drawn.images, again.images, strict=True))
     assert not np.array_equal(drawn.images[0], other.images[0])
 
@@ -58,33 +64,50 @@ def test_everybody_is_in_both_splits(drawn):
 
 
 def test_ventricles_grow_with_the_class():
-    dark = [np.mean([(image[24:40, 24:40] < 60).mean() for seed in range(4)
-                     for image in draw_person(np.random.default_rng(seed), group, 32, (64,))]) for group in range(4)]
+    dark = [
+        np.mean(
+            [
+                (image[24:40, 24:40] < 60).mean()
+                for seed in range(4)
+                for image in draw_person(np.random.default_rng(seed), group, 32, (64,))
+            ]
+        )
+        for group in range(4)
+    ]
     assert dark == sorted(dark) and dark[3] > 2 * dark[0]
 
 
 def test_neighbouring_slices_are_more_alike_than_slices_of_others():
-    one, other = (np.stack(draw_person(np.random.default_rng(seed), 1, 32, (64,))).reshape(32, -1) for seed in (1, 2))
+    one, other = (
+        np.stack(draw_person(np.random.default_rng(seed), 1, 32, (64,))).reshape(32, -1)
+        for seed in (1, 2)
+    )
     neighbours = [np.corrcoef(one[i], one[i + 1])[0, 1] for i in range(31)]
     strangers = [np.corrcoef(one[i], other[i])[0, 1] for i in range(32)]
     assert min(neighbours) > max(strangers)
 
 
 def test_a_conflict_files_one_person_under_two_classes():
-    cohort = draw_cohort(people=(2, 1, 1, 1), size=48, conflicts=1, synthetic=0, duplicates=0, seed=0)
+    cohort = draw_cohort(
+        people=(2, 1, 1, 1), size=48, conflicts=1, synthetic=0, duplicates=0, seed=0
+    )
     assert Counter(cohort.label[cohort.person == 0].tolist()) == {0: 16, 1: 16}
     assert set(cohort.label[cohort.person == 1].tolist()) == {0}
 
 
 def test_sizes_and_slice_counts_follow_their_ranges():
-    cohort = draw_cohort(people=(6, 1, 1, 1), slices=(8, 40), size=(48, 64), synthetic=0, duplicates=0, seed=1)
+    cohort = draw_cohort(
+        people=(6, 1, 1, 1), slices=(8, 40), size=(48, 64), synthetic=0, duplicates=0, seed=1
+    )
     counts = Counter(cohort.person.tolist()).values()
     assert min(counts) >= 8 and max(counts) <= 40 and len(set(counts)) > 1
     assert {image.shape for image in cohort.images} == {(48, 48), (64, 64)}
 
 
 def test_the_written_folder_holds_the_raw_layout_and_the_truth(tmp_path: Path):
-    folder = write_phantom(tmp_path / "raw", people=(2, 1, 1, 1), size=48, slices=6, synthetic=4, duplicates=2, seed=2)
+    folder = write_phantom(
+        tmp_path / "raw", people=(2, 1, 1, 1), size=48, slices=6, synthetic=4, duplicates=2, seed=2
+    )
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.jpg")}
     truth = list(csv.DictReader((folder / "people.csv").open()))
     assert {row["path"] for row in truth} == files and len(files) == 5 * 6 + 4 + 2

@@ -19,18 +19,27 @@ PROSE = README.split(report.BEGIN)[0] + README.split(report.END)[1]
 
 
 def test_readme_equals_the_records() -> None:
-    assert report.results_markdown(read_entries(ROOT)) == GENERATED, "run `python -m utils.report readme`"
+    assert report.results_markdown(read_entries(ROOT)) == GENERATED, (
+        "run `python -m utils.report readme`"
+    )
 
 
 def test_persons_and_slices_are_never_rows_of_one_headline_table() -> None:
     before, _, after = README.split("<details>")[0].partition("**Whole scans**")
     after, _, apart = after.partition("**One fold alone**")
     rows = study_rows(without_rehearsals(read_entries(ROOT)))
-    assert all(f"| {row.name} |" in apart and f"| {row.name} |" not in before + after for row in rows if not report._is_whole(row))
+    assert all(
+        f"| {row.name} |" in apart and f"| {row.name} |" not in before + after
+        for row in rows
+        if not report._is_whole(row)
+    )
     names = {row.name: row.counts_persons for row in rows if report._is_whole(row)}
     assert any(names.values())
     for name, counts_persons in names.items():
-        assert (f"| {name} |" in before, f"| {name} |" in after) == (not counts_persons, counts_persons), name
+        assert (f"| {name} |" in before, f"| {name} |" in after) == (
+            not counts_persons,
+            counts_persons,
+        ), name
 
 
 def test_every_relative_link_and_figure_exists() -> None:
@@ -54,52 +63,84 @@ def test_the_examples_run(monkeypatch, capsys) -> None:
 def test_the_committed_models_are_those_of_the_records(model: str) -> None:
     """Of the slices shown, each file gives the probabilities that its unit gave, to what half precision leaves."""
     network = load_model(ROOT / "checkpoints" / model / "patient" / "fold0_seed0_fp16.safetensors")
-    unit = next(unit for unit in read_entries(ROOT)[model, "patient"].record["units"] if unit["fold"] == 0)
+    unit = next(
+        unit for unit in read_entries(ROOT)[model, "patient"].record["units"] if unit["fold"] == 0
+    )
     assert network.name == model and network.init == unit["init"] and unit["profile"] != "demo"
     with np.load(ROOT / "assets" / model / "patient_explained.npz") as slices:
-        images, expected = torch.tensor(slices["images"])[:, None] / 255, torch.tensor(slices["probabilities"])
+        images, expected = (
+            torch.tensor(slices["images"])[:, None] / 255,
+            torch.tensor(slices["probabilities"]),
+        )
     with torch.no_grad():
         assert (network(images).softmax(1) - expected).abs().max() < 0.02
 
 
 def test_every_anchor_exists() -> None:
-    titles = {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
-              for title in re.findall(r"(?m)^#+ (.+)$", README)}
-    assert [anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README) if anchor not in titles] == []
+    titles = {
+        re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+        for title in re.findall(r"(?m)^#+ (.+)$", README)
+    }
+    assert [
+        anchor for anchor in re.findall(r"\]\(#([^)]+)\)", README) if anchor not in titles
+    ] == []
 
 
 def test_badges_and_citation_follow_the_address() -> None:
     address = report.repository_address(ROOT)
-    badges = re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+\.ipynb)", README)
+    badges = re.findall(
+        r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/([\w./-]+\.ipynb)", README
+    )
     assert badges and {owner for owner, _ in badges} == {address}
     assert [path for _, path in badges if not (ROOT / path).is_file()] == []
-    assert f'repository-code: "https://github.com/{address}"' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert f"git clone https://github.com/{address}.git" in README and f"https://github.com/{address}}}" in README
+    assert f'repository-code: "https://github.com/{address}"' in (ROOT / "CITATION.cff").read_text(
+        encoding="utf-8"
+    )
+    assert (
+        f"git clone https://github.com/{address}.git" in README
+        and f"https://github.com/{address}}}" in README
+    )
 
 
 def test_every_notebook_has_its_badge() -> None:
-    notebooks = [path.relative_to(ROOT).as_posix() for folder in ("models", "dataset")
-                 for path in (ROOT / folder).glob("*.ipynb")]
+    notebooks = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("models", "dataset")
+        for path in (ROOT / folder).glob("*.ipynb")
+    ]
     assert [path for path in notebooks if f"/blob/main/{path}" not in README] == []
 
 
 def test_every_figure_of_a_record_exists() -> None:
-    missing = [name for model, _ in read_entries(ROOT) if (ROOT / "assets" / model / "robustness.png").exists()
-               for name in ("confusion_matrix", "loss_curve", "accuracy_curve")
-               if not (ROOT / "assets" / model / f"{name}.png").is_file()]
+    missing = [
+        name
+        for model, _ in read_entries(ROOT)
+        if (ROOT / "assets" / model / "robustness.png").exists()
+        for name in ("confusion_matrix", "loss_curve", "accuracy_curve")
+        if not (ROOT / "assets" / model / f"{name}.png").is_file()
+    ]
     assert missing == []
 
 
 def test_prose_bears_no_score() -> None:
     """Percentages outside the generated part would be results that no record bears."""
-    allowed = {"50 %",
-               "95 %"}  # the constant answer's accuracy, which the class counts give; the level of the intervals
+    allowed = {
+        "50 %",
+        "95 %",
+    }  # the constant answer's accuracy, which the class counts give; the level of the intervals
     assert set(re.findall(r"\d+(?:\.\d+)? ?%", PROSE)) <= allowed
 
 
-@pytest.mark.parametrize("command",
-                         ["python reproduce.py", "python reproduce.py --test", "pip install -r env/requirements.txt",
-                                     "pip install --no-deps torchattacks==3.5.1", "python -m utils.cohort",
-                          "python -m utils.report"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python reproduce.py",
+        "python reproduce.py --test",
+        "pip install -r env/requirements.txt",
+        "pip install --no-deps torchattacks==3.5.1",
+        "python -m utils.cohort",
+        "python -m utils.report",
+    ],
+)
 def test_readme_gives_the_commands(command: str) -> None:
     assert command in PROSE

@@ -19,13 +19,22 @@ PARAMETERS = 'profile = "demo"\nretrain = False'
 
 
 def start(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, encoding="utf-8",
-                          timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        **options,
+    )
 
 
 def notebook(*sources: str, tagged: int | None = 0) -> dict:
     empty = {"cell_type": "code", "execution_count": None, "outputs": []}
-    cells = [{**empty, "metadata": {}, "source": source, "id": f"c{number}"} for number, source in enumerate(sources)]
+    cells = [
+        {**empty, "metadata": {}, "source": source, "id": f"c{number}"}
+        for number, source in enumerate(sources)
+    ]
     if tagged is not None:
         cells[tagged]["metadata"]["tags"] = ["parameters"]
     return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
@@ -50,8 +59,13 @@ def test_notebooks_that_a_clone_lacks_are_passed_over_only_where_they_may():
 def test_only_keeps_the_order_and_prepares_the_data_where_they_are_missing():
     present = set(NOTEBOOKS)
     assert reproduce.choose_notebooks(["results", "Resnet_atk"], present, prepared=True) == [
-        "models/Resnet_atk.ipynb", "models/results.ipynb"]
-    assert reproduce.choose_notebooks(["Resnet_atk"], present, prepared=False) == [PREPARE, "models/Resnet_atk.ipynb"]
+        "models/Resnet_atk.ipynb",
+        "models/results.ipynb",
+    ]
+    assert reproduce.choose_notebooks(["Resnet_atk"], present, prepared=False) == [
+        PREPARE,
+        "models/Resnet_atk.ipynb",
+    ]
     with pytest.raises(ReproduceError, match="Restnet.*Resnet_atk"):
         reproduce.choose_notebooks(["Restnet"], present, prepared=True)
 
@@ -80,8 +94,12 @@ def test_it_writes_where_the_library_writes(monkeypatch, tmp_path, moved):
 
 
 def test_only_a_full_run_on_real_data_writes_to_the_repository():
-    in_place = {(profile, data) for profile in reproduce.PROFILES for data in ("real", "phantom")
-                if reproduce.result_root(profile, data) == reproduce.ROOT}
+    in_place = {
+        (profile, data)
+        for profile in reproduce.PROFILES
+        for data in ("real", "phantom")
+        if reproduce.result_root(profile, data) == reproduce.ROOT
+    }
     assert in_place == {("cpu", "real"), ("paper", "real")}
 
 
@@ -91,12 +109,15 @@ def test_only_a_full_run_on_real_data_writes_to_the_repository():
 def test_parameters_are_set_where_the_reader_sees_them():
     source = notebook('profile = "demo"  # or "cpu"\nraw = ""\nretrain = False', 'profile = "x"')
     changed = reproduce.set_parameters(source, {"profile": "cpu", "retrain": True})
-    assert "".join(changed["cells"][0]["source"]) == 'profile = "cpu"  # or "cpu"\nraw = ""\nretrain = True'
+    assert (
+        "".join(changed["cells"][0]["source"])
+        == 'profile = "cpu"  # or "cpu"\nraw = ""\nretrain = True'
+    )
     assert changed["cells"][1]["source"] == 'profile = "x"'
     assert source["cells"][0]["source"].startswith('profile = "demo"')
 
 
-@pytest.mark.parametrize("source", ['retrain = False', 'profile = "a"\nprofile = "b"'])
+@pytest.mark.parametrize("source", ["retrain = False", 'profile = "a"\nprofile = "b"'])
 def test_a_parameter_that_is_not_assigned_once_is_an_error(source):
     with pytest.raises(ReproduceError, match="profile"):
         reproduce.set_parameters(notebook(source), {"profile": "cpu"})
@@ -109,8 +130,15 @@ def test_a_notebook_without_parameters_is_an_error():
 
 def test_an_executed_notebook_keeps_no_trace_of_this_machine():
     executed = notebook('profile = "demo"', "1 + 1")
-    executed["metadata"] |= {"papermill": {"input_path": "/home/someone/in.ipynb"}, "widgets": {"state": "of a progress bar that is gone"}}
-    executed["cells"][1]["metadata"] = {"papermill": {"duration": 1.0}, "execution": {"idle": "now"}, "tags": []}
+    executed["metadata"] |= {
+        "papermill": {"input_path": "/home/someone/in.ipynb"},
+        "widgets": {"state": "of a progress bar that is gone"},
+    }
+    executed["cells"][1]["metadata"] = {
+        "papermill": {"duration": 1.0},
+        "execution": {"idle": "now"},
+        "tags": [],
+    }
     assert reproduce.without_traces(executed) == notebook('profile = "demo"', "1 + 1")
 
 
@@ -118,7 +146,9 @@ def test_the_failing_cell_is_named():
     failed = notebook("1", "raise")
     failed["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": "# Title"})
     assert reproduce.first_error(failed) is None
-    failed["cells"][2]["outputs"] = [{"output_type": "error", "ename": "StudyError", "evalue": "No data."}]
+    failed["cells"][2]["outputs"] = [
+        {"output_type": "error", "ename": "StudyError", "evalue": "No data."}
+    ]
     assert reproduce.first_error(failed) == "code cell 2: StudyError: No data."
 
 
@@ -126,28 +156,52 @@ def run_one(tmp_path, monkeypatch, *sources: str) -> Path:
     """Runs one notebook through reproduce.py's own machinery in a folder of its own; returns where it wrote."""
     repository, runs = tmp_path / "repository", tmp_path / "runs" / "demo-phantom"
     (repository / "models").mkdir(parents=True)
-    (repository / "models" / "Resnet.ipynb").write_text(json.dumps(notebook(*sources)), encoding="utf-8")
+    (repository / "models" / "Resnet.ipynb").write_text(
+        json.dumps(notebook(*sources)), encoding="utf-8"
+    )
     shutil.copy(SCRIPT, repository)
     monkeypatch.setattr(reproduce, "ROOT", repository)
-    reproduce.run_notebook(Path(sys.executable), "models/Resnet.ipynb", runs, runs, {"profile": "cpu", "retrain": True},
-                           dict(os.environ), lambda: reproduce.ProgressLine("models/Resnet.ipynb"))
+    reproduce.run_notebook(
+        Path(sys.executable),
+        "models/Resnet.ipynb",
+        runs,
+        runs,
+        {"profile": "cpu", "retrain": True},
+        dict(os.environ),
+        lambda: reproduce.ProgressLine("models/Resnet.ipynb"),
+    )
     return runs
 
 
 def test_a_notebook_runs_in_its_own_folder_with_this_interpreter(tmp_path, monkeypatch, capsys):
-    runs = run_one(tmp_path, monkeypatch, PARAMETERS,
-                   "import os, sys\nprint(os.getcwd(), sys.prefix, profile, retrain, sep='\\n')")
+    runs = run_one(
+        tmp_path,
+        monkeypatch,
+        PARAMETERS,
+        "import os, sys\nprint(os.getcwd(), sys.prefix, profile, retrain, sep='\\n')",
+    )
     executed = json.loads((runs / "models" / "Resnet.ipynb").read_text(encoding="utf-8"))
-    folder, prefix, profile, retrain = "".join(executed["cells"][1]["outputs"][0]["text"]).split("\n")[:4]
-    assert (Path(folder), prefix, profile, retrain) == (tmp_path / "repository" / "models", sys.prefix, "cpu", "True")
+    folder, prefix, profile, retrain = "".join(executed["cells"][1]["outputs"][0]["text"]).split(
+        "\n"
+    )[:4]
+    assert (Path(folder), prefix, profile, retrain) == (
+        tmp_path / "repository" / "models",
+        sys.prefix,
+        "cpu",
+        "True",
+    )
     shown = "".join(executed["cells"][0]["source"])
     assert shown == 'profile = "cpu"\nretrain = False', "a reader must not retrain unasked"
-    assert str(tmp_path) not in json.dumps([executed["metadata"], [cell["metadata"] for cell in executed["cells"]]])
+    assert str(tmp_path) not in json.dumps(
+        [executed["metadata"], [cell["metadata"] for cell in executed["cells"]]]
+    )
     assert capsys.readouterr().out.startswith("models/Resnet.ipynb … ")
 
 
 def test_a_failing_notebook_is_kept_apart_with_its_error(tmp_path, monkeypatch):
-    with pytest.raises(ReproduceError, match=r"models/Resnet.ipynb failed: code cell 3: ValueError: broken"):
+    with pytest.raises(
+        ReproduceError, match=r"models/Resnet.ipynb failed: code cell 3: ValueError: broken"
+    ):
         run_one(tmp_path, monkeypatch, PARAMETERS, "print('so far')", "raise ValueError('broken')")
     runs = tmp_path / "runs" / "demo-phantom"
     assert not (runs / "models" / "Resnet.ipynb").exists()
@@ -172,7 +226,11 @@ def bare(tmp_path, monkeypatch) -> Path:
         return state(venv)
 
     def state(venv: Path) -> dict | None:
-        return {"version": "3.12", "folders": [str(venv)]} if reproduce.venv_python(venv).exists() else None
+        return (
+            {"version": "3.12", "folders": [str(venv)]}
+            if reproduce.venv_python(venv).exists()
+            else None
+        )
 
     def note(what: str) -> None:
         (tmp_path / "calls" / f"{len(list((tmp_path / 'calls').iterdir()))}-{what}").touch()
@@ -225,10 +283,14 @@ def test_a_marker_that_does_not_fit_counts_for_nothing(tmp_path, content):
 
 def test_the_fingerprint_follows_pins_python_and_torchattacks_but_not_line_ends():
     one = reproduce.fingerprint("timm==1.0\nnumpy==2\n", "3.12", ["torchattacks==3.5.1"])
-    assert one == reproduce.fingerprint("timm==1.0\r\nnumpy==2\r\n", "3.12", ["torchattacks==3.5.1"])
-    others = {reproduce.fingerprint("timm==1.1\nnumpy==2\n", "3.12", ["torchattacks==3.5.1"]),
-              reproduce.fingerprint("timm==1.0\nnumpy==2\n", "3.13", ["torchattacks==3.5.1"]),
-              reproduce.fingerprint("timm==1.0\nnumpy==2\n", "3.12", ["torchattacks==3.5.2"])}
+    assert one == reproduce.fingerprint(
+        "timm==1.0\r\nnumpy==2\r\n", "3.12", ["torchattacks==3.5.1"]
+    )
+    others = {
+        reproduce.fingerprint("timm==1.1\nnumpy==2\n", "3.12", ["torchattacks==3.5.1"]),
+        reproduce.fingerprint("timm==1.0\nnumpy==2\n", "3.13", ["torchattacks==3.5.1"]),
+        reproduce.fingerprint("timm==1.0\nnumpy==2\n", "3.12", ["torchattacks==3.5.2"]),
+    }
     assert len(others | {one}) == 4
 
 
@@ -271,10 +333,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_what_it_started_ends_when_it_is_killed(tmp_path):
     """pip or a notebook that outlived it would write beside those of the next start."""
-    (tmp_path / "beats.py").write_text("import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\n"
-                                       "while True:\n    pathlib.Path('beat').touch()\n    time.sleep(0.1)\n")
-    code = f"import reproduce, sys, pathlib; reproduce.ROOT = pathlib.Path({str(tmp_path)!r}); " \
-           "reproduce.run_module(pathlib.Path(sys.executable), 'beats')"
+    (tmp_path / "beats.py").write_text(
+        "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\n"
+        "while True:\n    pathlib.Path('beat').touch()\n    time.sleep(0.1)\n"
+    )
+    code = (
+        f"import reproduce, sys, pathlib; reproduce.ROOT = pathlib.Path({str(tmp_path)!r}); "
+        "reproduce.run_module(pathlib.Path(sys.executable), 'beats')"
+    )
     shutil.copy(SCRIPT, tmp_path)
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=reproduce.ROOT)
     beat = tmp_path / "beat"
@@ -295,7 +361,9 @@ def test_two_do_not_work_in_the_same_place_at_once(tmp_path):
     lock = str(tmp_path / "lock")
     code = f"import reproduce, pathlib\nwith reproduce.one_at_a_time(pathlib.Path({lock!r})): print('in')"
     with reproduce.one_at_a_time(tmp_path / "lock"):
-        second = subprocess.Popen([sys.executable, "-c", code], cwd=reproduce.ROOT, stdout=subprocess.PIPE, text=True)
+        second = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=reproduce.ROOT, stdout=subprocess.PIPE, text=True
+        )
         assert "waiting" in second.stdout.readline()
         assert second.poll() is None
     assert second.communicate(timeout=20)[0] == "in\n"
@@ -307,17 +375,35 @@ def test_two_do_not_work_in_the_same_place_at_once(tmp_path):
 def test_help_needs_no_environment_and_shows_both_commands():
     answer = start("--help")
     assert answer.returncode == 0
-    for text in ("reproduce.py --test", "--profile", "--only", "figures", "--raw", "--retrain", "--no-venv"):
+    for text in (
+        "reproduce.py --test",
+        "--profile",
+        "--only",
+        "figures",
+        "--raw",
+        "--retrain",
+        "--no-venv",
+    ):
         assert text in answer.stdout
 
 
 def test_help_imports_the_standard_library_alone():
-    answer = subprocess.run([sys.executable, "-I", "-S", SCRIPT, "--help"], capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(
+        [sys.executable, "-I", "-S", SCRIPT, "--help"], capture_output=True, text=True, timeout=60
+    )
     assert answer.returncode == 0, answer.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--profile", "big"], ["nonsense"], ["--", "-x"], ["--test", "--only", "Resnet"],
-                                       ["figures", "--retrain"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--profile", "big"],
+        ["nonsense"],
+        ["--", "-x"],
+        ["--test", "--only", "Resnet"],
+        ["figures", "--retrain"],
+    ],
+)
 def test_arguments_that_make_no_sense_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.parse(arguments)
@@ -325,15 +411,26 @@ def test_arguments_that_make_no_sense_are_refused(arguments, capsys):
 
 
 def test_what_follows_two_dashes_goes_to_pytest():
-    assert reproduce.parse(["--test", "--", "-k", "metrics", "--only"]).pytest_arguments == ["-k", "metrics", "--only"]
+    assert reproduce.parse(["--test", "--", "-k", "metrics", "--only"]).pytest_arguments == [
+        "-k",
+        "metrics",
+        "--only",
+    ]
 
 
-@pytest.mark.parametrize("arguments, environment", [(["--raw", "nowhere.zip"], {}),
-                                                    ([], {"ALZHEIMER_RAW": "nowhere.zip"})])
-def test_raw_images_that_do_not_exist_are_one_sentence_before_anything_is_installed(tmp_path, arguments, environment):
+@pytest.mark.parametrize(
+    "arguments, environment",
+    [(["--raw", "nowhere.zip"], {}), ([], {"ALZHEIMER_RAW": "nowhere.zip"})],
+)
+def test_raw_images_that_do_not_exist_are_one_sentence_before_anything_is_installed(
+    tmp_path, arguments, environment
+):
     answer = start(*arguments, cwd=tmp_path, env={**os.environ, **environment})
     assert answer.returncode == 1 and answer.stdout == ""
-    assert str(tmp_path.resolve() / "nowhere.zip") in answer.stderr and len(answer.stderr.strip().splitlines()) == 1
+    assert (
+        str(tmp_path.resolve() / "nowhere.zip") in answer.stderr
+        and len(answer.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_an_interpreter_without_the_packages_is_one_sentence(monkeypatch):
@@ -344,8 +441,14 @@ def test_an_interpreter_without_the_packages_is_one_sentence(monkeypatch):
 
 def test_an_old_python_is_one_sentence():
     code = f"import runpy, sys; sys.version_info = (3, 8, 1); runpy.run_path({SCRIPT!r}, run_name='__main__')"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert answer.returncode == 1 and "this is 3.8" in answer.stderr and len(answer.stderr.strip().splitlines()) == 1
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        answer.returncode == 1
+        and "this is 3.8" in answer.stderr
+        and len(answer.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_an_old_python_can_read_the_file_as_far_as_its_error():
@@ -357,22 +460,35 @@ def test_an_old_python_can_read_the_file_as_far_as_its_error():
 def test_pips_failure_is_told_by_its_first_error():
     text = "WARNING: Retrying\nERROR: Could not find a version of x\nERROR: No matching distribution found for x\n"
     assert reproduce.pip_error(text) == "Could not find a version of x"
-    assert reproduce.last_line("Traceback\n  File\nutils.utils_funcs.StudyError: No data.\n") == "No data."
+    assert (
+        reproduce.last_line("Traceback\n  File\nutils.utils_funcs.StudyError: No data.\n")
+        == "No data."
+    )
 
 
 def test_what_was_written_is_listed_by_folder(tmp_path):
-    for name in ("assets/Resnet/slice.json", "assets/Resnet/patient.json", "models/a.ipynb", ".lock", ".scratch/b"):
+    for name in (
+        "assets/Resnet/slice.json",
+        "assets/Resnet/patient.json",
+        "models/a.ipynb",
+        ".lock",
+        ".scratch/b",
+    ):
         reproduce.write_atomically(tmp_path / name, "x")
     files = reproduce.written_files(tmp_path, since=0)
-    assert reproduce.describe_files(files, tmp_path) == ["  assets/Resnet/: patient.json, slice.json",
-                                                         "  models/: a.ipynb"]
+    assert reproduce.describe_files(files, tmp_path) == [
+        "  assets/Resnet/: patient.json, slice.json",
+        "  models/: a.ipynb",
+    ]
 
 
 def test_only_a_demo_runs_the_model_notebooks_side_by_side():
     numbered = [(path, path) for path in reproduce.NOTEBOOKS]
     sizes = [len(group) for group in reproduce.side_by_side(numbered, "demo")]
     assert sorted(sizes)[-1] == 6 and sum(sizes) == len(numbered)
-    assert [item for group in reproduce.side_by_side(numbered, "demo") for item in group] == numbered
+    assert [
+        item for group in reproduce.side_by_side(numbered, "demo") for item in group
+    ] == numbered
     assert all(len(group) == 1 for group in reproduce.side_by_side(numbered, "cpu"))
 
 

@@ -51,7 +51,9 @@ def kill_after(seconds: float, target, *arguments) -> bool:
 
 
 def without_seconds(history):
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
+    return [
+        {name: value for name, value in entry.items() if name != "seconds"} for entry in history
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither forkserver nor SIGKILL")
@@ -65,17 +67,24 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
         broken = tmp_path / f"broken{moment}" / "fold0_seed0.safetensors"
         killed += kill_after(duration * moments.random(), killable.train, broken)
         finish(killable.train, broken)
-        assert without_seconds(read_metadata(broken)["history"]) == without_seconds(read_metadata(whole)["history"])
+        assert without_seconds(read_metadata(broken)["history"]) == without_seconds(
+            read_metadata(whole)["history"]
+        )
         for name in ("fold0_seed0.safetensors", "fold0_seed0_last.safetensors"):
             assert equal(weights(broken.with_name(name)), weights(whole.with_name(name)))
-        left = sorted(path.name for path in broken.parent.iterdir() if path.suffix in (".pt", ".safetensors"))
+        left = sorted(
+            path.name for path in broken.parent.iterdir() if path.suffix in (".pt", ".safetensors")
+        )
         assert left == ["fold0_seed0.safetensors", "fold0_seed0_last.safetensors"]
     assert killed >= MOMENTS // 2, "most of the kills must have met a running training"
 
 
 def trials_of(folder: Path) -> list[tuple]:
     study = optuna_search.open_study(folder, small("Resnet", trials=5, search_epochs=4))
-    return [(trial.number, trial.state, trial.value, trial.params, trial.intermediate_values) for trial in study.trials]
+    return [
+        (trial.number, trial.state, trial.value, trial.params, trial.intermediate_values)
+        for trial in study.trials
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither forkserver nor SIGKILL")
@@ -88,7 +97,9 @@ def test_a_search_killed_at_any_moment_goes_on_to_the_same_trials(tmp_path):
         killed += kill_after(duration * moments.random(), killable.search, folder)
         finish(killable.search, folder)
         assert trials_of(folder) == expected
-        assert (folder / "patient_fold0_best.json").read_bytes() == (tmp_path / "whole" / "patient_fold0_best.json").read_bytes()
+        assert (folder / "patient_fold0_best.json").read_bytes() == (
+            tmp_path / "whole" / "patient_fold0_best.json"
+        ).read_bytes()
     assert killed >= MOMENTS // 2
 
 
@@ -102,8 +113,12 @@ def units_of_the_grid() -> set[str]:
 
 def logged(root: Path, what: str) -> list[tuple[str, int]]:
     """(unit, process) of every beginning or end so far."""
-    lines = (root / "log").read_text(encoding="utf-8").splitlines() if (root / "log").exists() else []
-    return [(" ".join(words[1:4]), int(words[4])) for words in map(str.split, lines) if words[0] == what]
+    lines = (
+        (root / "log").read_text(encoding="utf-8").splitlines() if (root / "log").exists() else []
+    )
+    return [
+        (" ".join(words[1:4]), int(words[4])) for words in map(str.split, lines) if words[0] == what
+    ]
 
 
 def recorded_units(root: Path) -> dict[str, dict]:
@@ -114,8 +129,13 @@ def recorded_units(root: Path) -> dict[str, dict]:
             path = killable.sharded_study(root).record(model, protocol)
             if path.is_file():
                 record, rows = report.read_record(path), report.read_predictions(path)
-                assert record == report.summarise(experiment.rows_of(rows, record["units"]), record["units"])
-                found |= {f"{model} {protocol} fold{meta['fold']}_seed{meta['seed']}": meta for meta in record["units"]}
+                assert record == report.summarise(
+                    experiment.rows_of(rows, record["units"]), record["units"]
+                )
+                found |= {
+                    f"{model} {protocol} fold{meta['fold']}_seed{meta['seed']}": meta
+                    for meta in record["units"]
+                }
     return found
 
 
@@ -159,7 +179,12 @@ def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
     for attempt in range(4):
         doomed = start_shard(tmp_path, "1/2", 0.5)
         if attempt == 0:
-            until(lambda: [process for _, process in logged(tmp_path, "began")].count(doomed.pid) == 3, doomed)
+            until(
+                lambda: (
+                    [process for _, process in logged(tmp_path, "began")].count(doomed.pid) == 3
+                ),
+                doomed,
+            )
         else:
             doomed.join(0.8 * moments.random())
         if doomed.is_alive():
@@ -167,12 +192,19 @@ def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
             killed += 1
         doomed.join(60)
         finished = {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()}
-        assert attempt > 0 or list(finished.values()).count(doomed.pid) == 2, "two units were finished, the third was not"
-        assert kept.items() <= finished.items(), "a finished unit is still the work of whoever finished it"
+        assert attempt > 0 or list(finished.values()).count(doomed.pid) == 2, (
+            "two units were finished, the third was not"
+        )
+        assert kept.items() <= finished.items(), (
+            "a finished unit is still the work of whoever finished it"
+        )
         kept = finished
     assert killed == 4 and ended_well(start_shard(tmp_path, "1/2"), other)
     finished, began = recorded_units(tmp_path), logged(tmp_path, "began")
-    assert set(finished) == units_of_the_grid() and kept.items() <= {unit: meta["process"] for unit, meta in finished.items()}.items()
+    assert (
+        set(finished) == units_of_the_grid()
+        and kept.items() <= {unit: meta["process"] for unit, meta in finished.items()}.items()
+    )
     assert len(began) <= 12 + killed, "a kill costs the unit that it met, and nothing else"
 
 
@@ -182,18 +214,41 @@ def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     for command, output in (([], alone), (launcher, together)):
-        done = subprocess.run([sys.executable, *command, "-m" if not command else "--module", "tests.killable", str(output)], cwd=ROOT,
-                              env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [
+                sys.executable,
+                *command,
+                "-m" if not command else "--module",
+                "tests.killable",
+                str(output),
+            ],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads(path.read_text()) for path in (alone, together))
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["seen"] == list(range(len(VALIDATION))), "two processes together see every image exactly once"
+    assert two["seen"] == list(range(len(VALIDATION))), (
+        "two processes together see every image exactly once"
+    )
     for first, second in zip(one["history"], two["history"], strict=True):
         assert second["validation_images"] == len(VALIDATION)
         for name in ("train_loss", "validation_loss", "score"):
-            assert second[name] == pytest.approx(first[name], rel=1e-3), name  # sums in another order, nothing else
+            assert second[name] == pytest.approx(first[name], rel=1e-3), (
+                name
+            )  # sums in another order, nothing else
         assert second["validation_accuracy"] == first["validation_accuracy"]
 
 
@@ -228,12 +283,36 @@ def postgres(tmp_path_factory):
         become = ["runuser", "-u", "postgres", "--"]
 
     def server(*command: str) -> None:
-        subprocess.run([*become, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=folder)
+        subprocess.run(
+            [*become, *command],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
 
     try:
-        server(str(programs / "initdb"), "-D", str(folder / "data"), "-A", "trust", "-U", "study", "--no-sync")
-        server(str(programs / "pg_ctl"), "-D", str(folder / "data"), "-w", "-l", str(folder / "log"), "-o",
-               f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off", "start")
+        server(
+            str(programs / "initdb"),
+            "-D",
+            str(folder / "data"),
+            "-A",
+            "trust",
+            "-U",
+            "study",
+            "--no-sync",
+        )
+        server(
+            str(programs / "pg_ctl"),
+            "-D",
+            str(folder / "data"),
+            "-w",
+            "-l",
+            str(folder / "log"),
+            "-o",
+            f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off",
+            "start",
+        )
         yield f"postgresql+psycopg://study@127.0.0.1:{port}/postgres"
         server(str(programs / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "stop")
     finally:
@@ -250,7 +329,9 @@ def die_once_a_trial_is_taken(folder: Path, storage: str) -> None:
     work(folder, storage)
 
 
-def test_a_worker_killed_before_its_trial_gave_a_sign_of_life_holds_nobody_up(postgres, tmp_path, monkeypatch):
+def test_a_worker_killed_before_its_trial_gave_a_sign_of_life_holds_nobody_up(
+    postgres, tmp_path, monkeypatch
+):
     monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
     monkeypatch.setattr(optuna_search, "GRACE", 8)
     study = optuna_search.open_study(tmp_path, small("Resnet", trials=2, search_epochs=4), postgres)
@@ -269,7 +350,10 @@ def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path
     monkeypatch.setattr(optuna_search, "GRACE", 8)
     study = optuna_search.open_study(tmp_path, small("Resnet", trials=6, search_epochs=4), postgres)
     optuna_search.enqueue(study, 6)
-    doomed, survivor = (FORKS.Process(target=work, args=(tmp_path / name, postgres)) for name in ("doomed", "survivor"))
+    doomed, survivor = (
+        FORKS.Process(target=work, args=(tmp_path / name, postgres))
+        for name in ("doomed", "survivor")
+    )
     doomed.start()
     while not study.get_trials(states=(TrialState.RUNNING,)):
         assert doomed.is_alive()
@@ -284,7 +368,11 @@ def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path
     states = [trial.state for trial in study.get_trials()]
     assert len(states) == 6, "nothing lost, nothing doubled"
     assert states.count(TrialState.FAIL) == 1 and all(state.is_finished() for state in states)
-    assert len({str(trial.params) for trial in study.get_trials()
-                if trial.state == TrialState.COMPLETE}) == states.count(TrialState.COMPLETE)
-    best = {json.loads((tmp_path / name / "patient_fold0_best.json").read_text())["value"] for name in ("survivor", "second")}
+    assert len(
+        {str(trial.params) for trial in study.get_trials() if trial.state == TrialState.COMPLETE}
+    ) == states.count(TrialState.COMPLETE)
+    best = {
+        json.loads((tmp_path / name / "patient_fold0_best.json").read_text())["value"]
+        for name in ("survivor", "second")
+    }
     assert best == {study.best_value}, "both workers leave the same best settings"

@@ -19,13 +19,32 @@ from tests import fixtures_attacks as zoo
 from utils import robustness
 from utils.attacks import ATTACKS
 from utils.config import make_config, parse_eps
-from utils.robustness import (Stage, SuiteResult, accuracy_curves, as_pixels, attack_images, direction_success,
-                              evaluate_suite, fallen, minimal_perturbations, model_from_factory, other_norms_plan,
-                              pgd_convergence, predict_logits, sample_measures, stratified_sample, suite_plan, transfer_matrix, verdict,
-                              worst_case)
+from utils.robustness import (
+    Stage,
+    SuiteResult,
+    accuracy_curves,
+    as_pixels,
+    attack_images,
+    direction_success,
+    evaluate_suite,
+    fallen,
+    minimal_perturbations,
+    model_from_factory,
+    other_norms_plan,
+    pgd_convergence,
+    predict_logits,
+    sample_measures,
+    stratified_sample,
+    suite_plan,
+    transfer_matrix,
+    verdict,
+    worst_case,
+)
 from utils.utils_funcs import StudyError
 
-CONFIG = make_config("demo", "Resnet", pgd_steps=8, eps=("2/255", "4/255", "0.005"), sample=24, attack_batch=32)
+CONFIG = make_config(
+    "demo", "Resnet", pgd_steps=8, eps=("2/255", "4/255", "0.005"), sample=24, attack_batch=32
+)
 IMAGES, LABELS, PEOPLE = zoo.blobs(64, seed=11)
 
 
@@ -49,7 +68,11 @@ def honest_result() -> SuiteResult:
 
 def check(name: str, model: nn.Module | None = None, stages: list[Stage] | None = None) -> bool:
     """Whether a row of the sanity table passed, for the honest model where none is given."""
-    result = honest_result() if model is None and stages is None else evaluate(model or zoo.honest_model(), stages)
+    result = (
+        honest_result()
+        if model is None and stages is None
+        else evaluate(model or zoo.honest_model(), stages)
+    )
     return next(row["passed"] for row in result.sanity if row["check"] == name)
 
 
@@ -71,9 +94,18 @@ def inside_the_ball_also_in_8_bits(to_8_bits: Callable[[Tensor], Tensor]) -> boo
     adversarial = ATTACKS["pgd"](zoo.honest_model(), images, labels, eps)
     rounded = to_8_bits(adversarial * 255) / 255
     if (rounded - adversarial).abs().max() > 0.5 / 255 + 1e-6:
-        return False  # not the nearest 8-bit image: the attack would be weakened by up to a grey level
-    return all(bool(((x - images).abs() <= eps + 1e-6).all() and (x >= 0).all() and (x <= 1).all()
-                    and x.isfinite().all()) for x in (adversarial, rounded))
+        return (
+            False  # not the nearest 8-bit image: the attack would be weakened by up to a grey level
+        )
+    return all(
+        bool(
+            ((x - images).abs() <= eps + 1e-6).all()
+            and (x >= 0).all()
+            and (x <= 1).all()
+            and x.isfinite().all()
+        )
+        for x in (adversarial, rounded)
+    )
 
 
 def leaves_the_model_alone(attack: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> bool:
@@ -81,7 +113,10 @@ def leaves_the_model_alone(attack: Callable[[nn.Module, Tensor, Tensor], Tensor]
     model[1].train()  # a BatchNorm that a careless train() or eval() of everything would disturb
     before = [module.training for module in model.modules()], robustness.model_digest(model)
     attack(model, *pixels())
-    return before == ([module.training for module in model.modules()], robustness.model_digest(model))
+    return before == (
+        [module.training for module in model.modules()],
+        robustness.model_digest(model),
+    )
 
 
 def careless_attack(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -95,8 +130,8 @@ def is_log_of_mean_probability(combine: Callable[[list[nn.Module]], nn.Module]) 
     mean = torch.stack([member(images).softmax(1) for member in members]).mean(0)
     if not torch.allclose(ensemble(images).softmax(1), mean, atol=1e-5):
         return False
-    whole, = torch.autograd.grad(ensemble(images)[:, 0].sum(), images)
-    expected, = torch.autograd.grad(mean.log()[:, 0].sum(), images)
+    (whole,) = torch.autograd.grad(ensemble(images)[:, 0].sum(), images)
+    (expected,) = torch.autograd.grad(mean.log()[:, 0].sum(), images)
     return torch.allclose(whole, expected, atol=1e-4)
 
 
@@ -110,7 +145,9 @@ def rising_curve_is_flagged(curve: tuple[float, ...]) -> bool:
     labels = np.zeros(100, np.int64)
     logits = {}
     for eps_text, share in zip(("1/255", "2/255"), curve, strict=True):
-        logits[eps_text, "pgd8"] = np.eye(4, dtype=np.float32)[(np.arange(100) >= 100 * share).astype(int)]
+        logits[eps_text, "pgd8"] = np.eye(4, dtype=np.float32)[
+            (np.arange(100) >= 100 * share).astype(int)
+        ]
     run = types.SimpleNamespace(labels=labels, first_round=logits)
     return robustness._falls_with_eps(run, [Stage("pgd", "pgd8")], ("1/255", "2/255"))["passed"]
 
@@ -119,8 +156,10 @@ def counts_by_image(aggregate: Callable[[dict, np.ndarray], float]) -> bool:
     """Two attacks that fell different halves leave nothing standing, though each alone leaves half."""
     labels = np.zeros(4, np.int64)
     right, wrong = np.eye(4, dtype=np.float32)[0], np.eye(4, dtype=np.float32)[1]
-    logits = {("4/255", "a"): np.stack([right, right, wrong, wrong]),
-              ("4/255", "b"): np.stack([wrong, wrong, right, right])}
+    logits = {
+        ("4/255", "a"): np.stack([right, right, wrong, wrong]),
+        ("4/255", "b"): np.stack([wrong, wrong, right, right]),
+    }
     return aggregate(logits, labels) == 0
 
 
@@ -133,7 +172,9 @@ def counts_any_iterate(attack: Callable[..., Tensor]) -> bool:
 def last_iterate_only(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
     import torchattacks
 
-    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(images, labels)
+    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(
+        images, labels
+    )
 
 
 def hits_its_targets(attack: Callable[..., Tensor]) -> bool:
@@ -175,20 +216,34 @@ def sees_one_image_at_a_time(attack: Callable[..., Tensor]) -> bool:
     """No choice of the attack depends on how the other test images fare."""
     images, labels = pixels(12)
     model = zoo.honest_model()
-    alone = torch.cat([attack(model, x, y, 6 / 255) for x, y in zip(images.split(3), labels.split(3), strict=True)])
+    alone = torch.cat(
+        [
+            attack(model, x, y, 6 / 255)
+            for x, y in zip(images.split(3), labels.split(3), strict=True)
+        ]
+    )
     return torch.allclose(attack(model, images, labels, 6 / 255), alone, atol=1e-6)
 
 
 def tuned_on_the_test_set(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    tried = [ATTACKS["ifgsm"](model, images, labels, eps, steps=3, step_size=step) for step in (eps / 8, eps / 2, eps)]
-    return min(tried, key=lambda found: float(predict_logits(model, found).gather(1, labels[:, None]).mean()))
+    tried = [
+        ATTACKS["ifgsm"](model, images, labels, eps, steps=3, step_size=step)
+        for step in (eps / 8, eps / 2, eps)
+    ]
+    return min(
+        tried,
+        key=lambda found: float(predict_logits(model, found).gather(1, labels[:, None]).mean()),
+    )
 
 
 def attacked_as_one_and_through_members(options: dict) -> bool:
     members = {"a": zoo.honest_model(0), "b": zoo.honest_model(1)}
     config = dataclasses.replace(CONFIG, suite="standard", eps=("4/255",))
-    plan = [stage for stage in suite_plan(config, tuple(members) if options["members"] else ())
-            if stage.attack in ("pgd", "transfer") and stage.view == "four"]
+    plan = [
+        stage
+        for stage in suite_plan(config, tuple(members) if options["members"] else ())
+        if stage.attack in ("pgd", "transfer") and stage.view == "four"
+    ]
     result = evaluate(zoo.MeanOfMembers(*members.values()), plan, sources=members)
     standing = {name: (~fallen(rows, LABELS)).mean() for (_, name), rows in result.logits.items()}
     worst = worst_case(result.logits, LABELS, "4/255").mean()
@@ -251,7 +306,10 @@ class ThinShell(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         levels = levels_of(images)
-        left, right = levels[:, :, :SHELL_SIDE // 2].mean((1, 2)), levels[:, :, SHELL_SIDE // 2:].mean((1, 2))
+        left, right = (
+            levels[:, :, : SHELL_SIDE // 2].mean((1, 2)),
+            levels[:, :, SHELL_SIDE // 2 :].mean((1, 2)),
+        )
         width = 3 / 2 ** ((left - right) / 40).round().detach()
         wrong = (right > 3) & (right < 3 + width)
         lead = torch.where(wrong, -1.0, 10.0) - 0.1 * right
@@ -275,16 +333,23 @@ class NearestClassOutOfReach(nn.Module):
 SHELL_SIDE = 16
 #: Model → uint8 images (N, 1, 16, 16), all of class 0.
 HARD_TO_FIND = {
-    ThinShell: np.concatenate([np.concatenate([np.full((8, 1, 16, 8), 128 + 40 * k), np.full((8, 1, 16, 8), 128)], 3)
-                               for k in range(3)]).astype(np.uint8),
-    NearestClassOutOfReach: np.full((8, 1, 16, 16), 128, np.uint8)}
+    ThinShell: np.concatenate(
+        [
+            np.concatenate([np.full((8, 1, 16, 8), 128 + 40 * k), np.full((8, 1, 16, 8), 128)], 3)
+            for k in range(3)
+        ]
+    ).astype(np.uint8),
+    NearestClassOutOfReach: np.full((8, 1, 16, 16), 128, np.uint8),
+}
 
 
 @functools.cache
 def hard_to_find(model: type[nn.Module], max_steps: int) -> SuiteResult:
     """The quick suite at 8/255, PGD of five steps, against a model whose errors need more of them, or more starts."""
     images = HARD_TO_FIND[model]
-    config = dataclasses.replace(CONFIG, eps=("8/255",), headline_eps="8/255", pgd_steps=5, max_steps=max_steps, sample=8)
+    config = dataclasses.replace(
+        CONFIG, eps=("8/255",), headline_eps="8/255", pgd_steps=5, max_steps=max_steps, sample=8
+    )
     return evaluate_suite(model(), images, np.zeros(len(images)), np.arange(len(images)), config)
 
 
@@ -292,61 +357,139 @@ def converges(what: str, model: type[nn.Module], max_steps: int) -> bool:
     """Whether the suite converged within `max_steps`, and says so."""
     result = hard_to_find(model, max_steps)
     row = next(row for row in result.sanity if row["check"] == f"converged_in_{what}")
-    return row["passed"] and not worst_case(result.logits, np.zeros(len(result.clean_logits), int), "8/255").any()
+    return (
+        row["passed"]
+        and not worst_case(result.logits, np.zeros(len(result.clean_logits), int), "8/255").any()
+    )
 
 
-TINY_STEP = [Stage("fgsm", "fgsm"), Stage("pgd", "pgd8", budget=dict(steps=3, step_size=1e-4, random_start=False))]
-WITH_SQUARE = [Stage("pgd", "pgd8", budget=dict(steps=8, loss="margin")),
-               Stage("square", "square", budget=dict(queries=300))]
+TINY_STEP = [
+    Stage("fgsm", "fgsm"),
+    Stage("pgd", "pgd8", budget=dict(steps=3, step_size=1e-4, random_start=False)),
+]
+WITH_SQUARE = [
+    Stage("pgd", "pgd8", budget=dict(steps=8, loss="margin")),
+    Stage("square", "square", budget=dict(queries=300)),
+]
 
 #: Condition → predicate, what must satisfy it, and a broken version that must not.
 CONDITIONS: dict[str, tuple[Callable, object, object]] = {
     "01 eps 0 gives the clean predictions": (
-        eps_zero_is_clean, ATTACKS["pgd"], lambda model, images, labels, eps: (images + 1 / 255).clamp(0, 1)),
-    "02 inside the ball, also after rounding to 8 bits": (inside_the_ball_also_in_8_bits, torch.round, torch.floor),
+        eps_zero_is_clean,
+        ATTACKS["pgd"],
+        lambda model, images, labels, eps: (images + 1 / 255).clamp(0, 1),
+    ),
+    "02 inside the ball, also after rounding to 8 bits": (
+        inside_the_ball_also_in_8_bits,
+        torch.round,
+        torch.floor,
+    ),
     "03 logits do not depend on the batch": (
-        lambda model: check("batch_independent", model), None, zoo.DependsOnItsBatch()),
+        lambda model: check("batch_independent", model),
+        None,
+        zoo.DependsOnItsBatch(),
+    ),
     "04 an attack leaves the model as it was": (
-        leaves_the_model_alone, lambda model, x, y: ATTACKS["pgd"](model, x, y, 0.1), careless_attack),
-    "05 raw pixels in, logits out": (lambda model: check("logits_from_pixels", model), None, zoo.Probabilities()),
+        leaves_the_model_alone,
+        lambda model, x, y: ATTACKS["pgd"](model, x, y, 0.1),
+        careless_attack,
+    ),
+    "05 raw pixels in, logits out": (
+        lambda model: check("logits_from_pixels", model),
+        None,
+        zoo.Probabilities(),
+    ),
     "06 an ensemble is the log of the mean probability": (
-        is_log_of_mean_probability, lambda members: zoo.MeanOfMembers(*members),
-        lambda members: MeanOfLogits(*members)),
-    "07 zero gradients are reported": (lambda model: check("gradients_present", model), None, zoo.ZeroGradient()),
-    "08 PGD is not above FGSM": (lambda stages: check("pgd_le_fgsm", stages=stages), None, TINY_STEP),
+        is_log_of_mean_probability,
+        lambda members: zoo.MeanOfMembers(*members),
+        lambda members: MeanOfLogits(*members),
+    ),
+    "07 zero gradients are reported": (
+        lambda model: check("gradients_present", model),
+        None,
+        zoo.ZeroGradient(),
+    ),
+    "08 PGD is not above FGSM": (
+        lambda stages: check("pgd_le_fgsm", stages=stages),
+        None,
+        TINY_STEP,
+    ),
     "09a accuracy does not rise with eps": (rising_curve_is_flagged, (0.8, 0.4), (0.4, 0.8)),
-    "09b eps 1 leaves nothing": (lambda model: check("eps_one_breaks_all", model), None, zoo.QuantisedInput()),
+    "09b eps 1 leaves nothing": (
+        lambda model: check("eps_one_breaks_all", model),
+        None,
+        zoo.QuantisedInput(),
+    ),
     "10a the suite goes on until twice the steps misclassify no further image, or says that it ended before": (
-        functools.partial(converges, "steps", ThinShell), 400, 5),
+        functools.partial(converges, "steps", ThinShell),
+        400,
+        5,
+    ),
     "10b and until a start towards each other class misclassifies none": (
-        functools.partial(converges, "restarts", NearestClassOutOfReach), 400, 5),
+        functools.partial(converges, "restarts", NearestClassOutOfReach),
+        400,
+        5,
+    ),
     "11 white box not above black box": (
-        lambda model: check("white_box_le_black_box", model, WITH_SQUARE), zoo.honest_model(), zoo.QuantisedInput()),
+        lambda model: check("white_box_le_black_box", model, WITH_SQUARE),
+        zoo.honest_model(),
+        zoo.QuantisedInput(),
+    ),
     "12 the mean of minima, not the minimum of means": (
-        counts_by_image, lambda logits, labels: worst_case(logits, labels, "4/255").mean(),
-        lambda logits, labels: min((~fallen(rows, labels)).mean() for rows in logits.values())),
+        counts_by_image,
+        lambda logits, labels: worst_case(logits, labels, "4/255").mean(),
+        lambda logits, labels: min((~fallen(rows, labels)).mean() for rows in logits.values()),
+    ),
     "13 any successful iterate counts": (
-        counts_any_iterate, functools.partial(ATTACKS["pgd"], steps=10, step_size=2 / 255, random_start=False),
-        last_iterate_only),
+        counts_any_iterate,
+        functools.partial(ATTACKS["pgd"], steps=10, step_size=2 / 255, random_start=False),
+        last_iterate_only,
+    ),
     "14 targeted means hitting the target": (
-        hits_its_targets, ATTACKS["pgd_targeted"],
-        lambda model, images, labels, eps, targets: ATTACKS["pgd"](model, images, labels, eps)),
+        hits_its_targets,
+        ATTACKS["pgd_targeted"],
+        lambda model, images, labels, eps, targets: ATTACKS["pgd"](model, images, labels, eps),
+    ),
     "15 AutoAttack runs with three targets": (
-        runs_on_four_classes, lambda model, x, y: ATTACKS["apgd_t"](model, x, y, 1e-4, steps=2), official_default),
+        runs_on_four_classes,
+        lambda model, x, y: ATTACKS["apgd_t"](model, x, y, 1e-4, steps=2),
+        official_default,
+    ),
     "16a within a quarter of the linear optimum": (
-        lambda budget: zoo.within_oracle("pgd", budget), dict(loss="margin"),
-        dict(steps=3, step_size=1e-5, random_start=False)),
-    "16b quantised input is flagged": (lambda model: check("gradients_present", model), None, zoo.QuantisedInput()),
-    "16c scaled logits are flagged": (lambda model: check("gradients_present", model), None, zoo.ScaledLogits()),
+        lambda budget: zoo.within_oracle("pgd", budget),
+        dict(loss="margin"),
+        dict(steps=3, step_size=1e-5, random_start=False),
+    ),
+    "16b quantised input is flagged": (
+        lambda model: check("gradients_present", model),
+        None,
+        zoo.QuantisedInput(),
+    ),
+    "16c scaled logits are flagged": (
+        lambda model: check("gradients_present", model),
+        None,
+        zoo.ScaledLogits(),
+    ),
     "17 kept images give the record again": (
-        rescores_exactly, lambda kept: kept, lambda kept: (kept * 255).astype(np.uint8).astype(np.float32) / 255),
+        rescores_exactly,
+        lambda kept: kept,
+        lambda kept: (kept * 255).astype(np.uint8).astype(np.float32) / 255,
+    ),
     "18 every image counts, a clean error as not robust": (
-        counts_every_image, lambda clean, attacked, labels: (~fallen(attacked, labels)).mean(),
-        lambda clean, attacked, labels: (~fallen(attacked, labels))[~fallen(clean, labels)].mean()),
+        counts_every_image,
+        lambda clean, attacked, labels: (~fallen(attacked, labels)).mean(),
+        lambda clean, attacked, labels: (~fallen(attacked, labels))[~fallen(clean, labels)].mean(),
+    ),
     "19 no choice looks at the test set": (
-        sees_one_image_at_a_time, functools.partial(ATTACKS["ifgsm"], steps=3), tuned_on_the_test_set),
+        sees_one_image_at_a_time,
+        functools.partial(ATTACKS["ifgsm"], steps=3),
+        tuned_on_the_test_set,
+    ),
     "20 an ensemble is attacked as one, and from its members": (
-        attacked_as_one_and_through_members, dict(members=True), dict(members=False)),
+        attacked_as_one_and_through_members,
+        dict(members=True),
+        dict(members=False),
+    ),
     "21 a useless attack is a failed run": (fails_loudly, our_runner, forgiving_runner),
 }
 
@@ -366,10 +509,16 @@ def test_condition_fails_on_a_broken_version(condition):
 def test_rounds_double_their_steps_on_robust_images_until_one_finds_nothing():
     meta = hard_to_find(ThinShell, 400).meta["8/255", "pgd5"]
     rounds = meta["rounds"]
-    assert [part["steps"] for part in rounds] == [5 * 2**k for k in range(len(rounds))] and len(rounds) >= 3
+    assert [part["steps"] for part in rounds] == [5 * 2**k for k in range(len(rounds))] and len(
+        rounds
+    ) >= 3
     for earlier, later in zip(rounds, rounds[1:], strict=False):
         assert later["n_attacked"] == earlier["n_attacked"] - earlier["misclassified"]
-    assert rounds[0]["misclassified"] < meta["n_attacked"] == sum(part["misclassified"] for part in rounds)
+    assert (
+        rounds[0]["misclassified"]
+        < meta["n_attacked"]
+        == sum(part["misclassified"] for part in rounds)
+    )
     assert meta["steps"] == 5, "the budget of the stage itself"
 
 
@@ -384,7 +533,10 @@ def test_a_stage_whose_steps_are_too_short_ends_with_the_errors_of_a_sound_one()
     """PGD that hardly moves misclassifies nothing however often it doubles its steps: the rounds take PGD's own step size."""
     mended = evaluate(zoo.honest_model(), TINY_STEP)
     for eps_text in CONFIG.eps:
-        robust = [worst_case(result.logits, LABELS, eps_text).sum() for result in (mended, honest_result())]
+        robust = [
+            worst_case(result.logits, LABELS, eps_text).sum()
+            for result in (mended, honest_result())
+        ]
         assert abs(robust[0] - robust[1]) <= 1
     assert not check("pgd_le_fgsm", stages=TINY_STEP), "its first round is told all the same"
 
@@ -395,13 +547,21 @@ def test_a_suite_without_a_repeated_attack_does_not_pass_as_converged():
 
 def test_every_eps_and_both_views_are_attacked_until_they_converge():
     config = dataclasses.replace(CONFIG, suite="standard")
-    repeated = {(stage.attack, stage.view, stage.eps) for stage in suite_plan(config)
-                if robustness.decides_robust_accuracy(stage)}
+    repeated = {
+        (stage.attack, stage.view, stage.eps)
+        for stage in suite_plan(config)
+        if robustness.decides_robust_accuracy(stage)
+    }
     views = ("four", "three")
     assert repeated == {("pgd", view, "every") for view in views} | {
-        ("apgd_t", view, eps) for view in views for eps in ("2/255", "headline", "0.005")}
-    figure = next(row for row in honest_result().sanity if row["check"] == "converged_in_steps")["figure"]
-    assert figure.keys() == set(CONFIG.eps) and all({"pgd8", "pgd8_merged"} == set(stages) for stages in figure.values())
+        ("apgd_t", view, eps) for view in views for eps in ("2/255", "headline", "0.005")
+    }
+    figure = next(row for row in honest_result().sanity if row["check"] == "converged_in_steps")[
+        "figure"
+    ]
+    assert figure.keys() == set(CONFIG.eps) and all(
+        {"pgd8", "pgd8_merged"} == set(stages) for stages in figure.values()
+    )
 
 
 @pytest.mark.parametrize("more, passed", [(1, True), (2, False)])
@@ -412,9 +572,17 @@ def test_an_order_of_attacks_may_be_off_by_one_image_whatever_its_printed_figure
     def standing(count: int) -> np.ndarray:
         return np.eye(4, dtype=np.float32)[np.where(np.arange(80) < count, 0, 1)]
 
-    logits = {("4/255", "noise"): standing(43), ("4/255", "fgsm"): standing(39), ("4/255", "pgd8"): standing(39 + more)}
-    run = types.SimpleNamespace(first_round=logits, labels=labels, clean=standing(43),
-                                meta={key: {"view": "four", "scope": "all"} for key in logits})
+    logits = {
+        ("4/255", "noise"): standing(43),
+        ("4/255", "fgsm"): standing(39),
+        ("4/255", "pgd8"): standing(39 + more),
+    }
+    run = types.SimpleNamespace(
+        first_round=logits,
+        labels=labels,
+        clean=standing(43),
+        meta={key: {"view": "four", "scope": "all"} for key in logits},
+    )
     rows = {row["check"]: row for row in robustness._ordered(run, ["4/255"])}
     assert rows["pgd_le_fgsm"]["passed"] is passed and rows["fgsm_le_noise"]["passed"]
     assert rows["pgd_le_fgsm"]["figure"]["4/255"][1] == 0.487
@@ -423,10 +591,15 @@ def test_an_order_of_attacks_may_be_off_by_one_image_whatever_its_printed_figure
 def test_an_honest_model_passes_every_check():
     result = honest_result()
     assert [row["check"] for row in result.sanity if not row["passed"]] == []
-    json.dumps(result.sanity, allow_nan=False), json.dumps(list(result.meta.values()), allow_nan=False)
+    (
+        json.dumps(result.sanity, allow_nan=False),
+        json.dumps(list(result.meta.values()), allow_nan=False),
+    )
     assert len(result.sanity) >= 20 and "nothing speaks against" in verdict(result.sanity)
-    assert all(set(row) == {"check", "passed", "figure", "note"} and isinstance(row["passed"], bool)
-               for row in result.sanity)
+    assert all(
+        set(row) == {"check", "passed", "figure", "note"} and isinstance(row["passed"], bool)
+        for row in result.sanity
+    )
 
 
 # -- the zoo -----------------------------------------------------------------------------------------------------------
@@ -437,18 +610,32 @@ def test_sham_defence_is_flagged_or_broken(name):
     model = zoo.ZOO[name]()
     result = evaluate(model)
     flagged = [row["check"] for row in result.sanity if not row["passed"]]
-    balanced = np.mean([worst_case(result.logits, LABELS, "4/255")[LABELS == label].mean() for label in range(4)])
-    honest = np.mean([worst_case(honest_result().logits, LABELS, "4/255")[LABELS == label].mean()
-                      for label in range(4)])
+    balanced = np.mean(
+        [worst_case(result.logits, LABELS, "4/255")[LABELS == label].mean() for label in range(4)]
+    )
+    honest = np.mean(
+        [
+            worst_case(honest_result().logits, LABELS, "4/255")[LABELS == label].mean()
+            for label in range(4)
+        ]
+    )
     assert flagged or balanced <= honest, f"{name} passes as robust: {balanced:.0%} balanced"
     if flagged:
         assert "do not take these numbers" in verdict(result.sanity)
 
 
-@pytest.mark.parametrize(("defence", "flag"), [
-    (zoo.RandomResizing, "same_every_time"), (zoo.ChangesItsMind, "same_every_time"), (zoo.KnowsItsAttacker, "same_under_attack"),
-    (zoo.ChangesItsMode, "same_under_attack"), (zoo.ConstantAnswer, "not_constant"),
-    (zoo.NonFiniteLogits, "finite_logits"), (zoo.QuantisedInput, "gradients_present")])
+@pytest.mark.parametrize(
+    ("defence", "flag"),
+    [
+        (zoo.RandomResizing, "same_every_time"),
+        (zoo.ChangesItsMind, "same_every_time"),
+        (zoo.KnowsItsAttacker, "same_under_attack"),
+        (zoo.ChangesItsMode, "same_under_attack"),
+        (zoo.ConstantAnswer, "not_constant"),
+        (zoo.NonFiniteLogits, "finite_logits"),
+        (zoo.QuantisedInput, "gradients_present"),
+    ],
+)
 def test_the_flag_names_the_defect(defence, flag):
     assert not check(flag, defence())
 
@@ -463,24 +650,59 @@ def test_not_a_number_is_never_a_right_answer():
 
 
 def test_every_stage_of_the_suites_keeps_the_contract():
-    config = dataclasses.replace(CONFIG, suite="full", eps=("2/255", "4/255"), sample=8, attack_batch=64)
+    config = dataclasses.replace(
+        CONFIG, suite="full", eps=("2/255", "4/255"), sample=8, attack_batch=64
+    )
     short = {"apgd_t": dict(steps=10), "square": dict(queries=50)}
     mask = torch.zeros(len(LABELS), 1, zoo.SIDE, zoo.SIDE)
     mask[:, :, 4:12, 4:12] = 1
-    plan = [dataclasses.replace(stage, budget=short.get(stage.attack, stage.budget))
-            for stage in suite_plan(config, ("other",), ("gradcam",)) if stage.attack != "autoattack"]
-    result = evaluate_suite(zoo.honest_model(), IMAGES, LABELS, PEOPLE, config, stages=plan,
-                            sources={"other": zoo.honest_model(1)}, masks={"gradcam": mask})
+    plan = [
+        dataclasses.replace(stage, budget=short.get(stage.attack, stage.budget))
+        for stage in suite_plan(config, ("other",), ("gradcam",))
+        if stage.attack != "autoattack"
+    ]
+    result = evaluate_suite(
+        zoo.honest_model(),
+        IMAGES,
+        LABELS,
+        PEOPLE,
+        config,
+        stages=plan,
+        sources={"other": zoo.honest_model(1)},
+        masks={"gradcam": mask},
+    )
     names = {name for _, name in result.logits}
-    assert {"noise", "fgsm", "pgd8", "pgd8_8bit", "pgd8_merged", "pgd5_binary", "transfer_other", "pgd_targeted",
-            "apgd_t", "apgd_t_merged", "square", "square_merged", "pgd_clinical", "kryptonite",
-            "kryptonite_gradcam"} <= names
+    assert {
+        "noise",
+        "fgsm",
+        "pgd8",
+        "pgd8_8bit",
+        "pgd8_merged",
+        "pgd5_binary",
+        "transfer_other",
+        "pgd_targeted",
+        "apgd_t",
+        "apgd_t_merged",
+        "square",
+        "square_merged",
+        "pgd_clinical",
+        "kryptonite",
+        "kryptonite_gradcam",
+    } <= names
     for key, rows in result.logits.items():
         meta = result.meta[key]
         assert rows.shape == (len(LABELS), 4) and rows.dtype == np.float32
         outside = np.isnan(rows).any(1)
         assert outside.sum() == (len(LABELS) - config.sample if meta["scope"] == "sample" else 0)
-        assert {"n_attacked", "seconds", "queries", "norm", "kind", "standing_before", "standing_after"} <= set(meta)
+        assert {
+            "n_attacked",
+            "seconds",
+            "queries",
+            "norm",
+            "kind",
+            "standing_before",
+            "standing_after",
+        } <= set(meta)
         assert meta["n_attacked"] == len(LABELS) or meta["scope"] != "all"
         assert meta["largest_perturbation"] <= parse_eps(key[0]) + 1e-6
     assert result.meta["4/255", "apgd_t"]["package"].startswith("pyautoattack ")
@@ -492,25 +714,49 @@ class BlindInBfloat16(zoo.Wrapped):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.model(images).float()
-        return 10 * F.one_hot(logits.argmax(1), 4).float() if torch.is_autocast_enabled("cpu") else logits
+        return (
+            10 * F.one_hot(logits.argmax(1), 4).float()
+            if torch.is_autocast_enabled("cpu")
+            else logits
+        )
 
 
 @pytest.mark.parametrize("model", [zoo.honest_model, BlindInBfloat16])
 def test_a_suite_in_bfloat16_ends_with_a_search_in_float32_and_tells_what_that_found(model):
     config = dataclasses.replace(CONFIG, suite="standard", eps=("2/255", "4/255"))
-    plan = [stage for stage in suite_plan(config) if stage.attack in ("pgd", "fgsm") and stage.view != "binary"]
+    plan = [
+        stage
+        for stage in suite_plan(config)
+        if stage.attack in ("pgd", "fgsm") and stage.view != "binary"
+    ]
     result = evaluate_suite(model(), IMAGES, LABELS, PEOPLE, config, stages=plan, precision="bf16")
     check = next(row for row in result.sanity if row["check"] == "float32_finds_no_more")
     assert list(check["figure"]) == ["apgd_t_float32", "apgd_t_float32_merged"]
-    assert check["passed"] == (model is zoo.honest_model) and ("float32" in verdict(result.sanity)) == (not check["passed"])
-    assert {name: meta["precision"] for (eps, name), meta in result.meta.items() if eps == "4/255"} == {
-        "fgsm": "bf16", "pgd8": "bf16", "pgd8_8bit": "bf16", "pgd8_merged": "bf16",
-        "apgd_t_float32": "fp32", "apgd_t_float32_merged": "fp32"}
+    assert check["passed"] == (model is zoo.honest_model) and (
+        "float32" in verdict(result.sanity)
+    ) == (not check["passed"])
+    assert {
+        name: meta["precision"] for (eps, name), meta in result.meta.items() if eps == "4/255"
+    } == {
+        "fgsm": "bf16",
+        "pgd8": "bf16",
+        "pgd8_8bit": "bf16",
+        "pgd8_merged": "bf16",
+        "apgd_t_float32": "fp32",
+        "apgd_t_float32_merged": "fp32",
+    }
     fell, asked = check["figure"]["apgd_t_float32"]
     assert result.meta["4/255", "apgd_t_float32"]["n_attacked"] == asked > 0
-    standing = {name: (~fallen(rows, LABELS))[~np.isnan(rows).any(1)].sum() for (eps, name), rows in result.logits.items()
-                if eps == "4/255"}
-    assert fell <= asked and worst_case(result.logits, LABELS, "4/255").sum() <= (~fallen(result.clean_logits, LABELS)).sum() - fell
+    standing = {
+        name: (~fallen(rows, LABELS))[~np.isnan(rows).any(1)].sum()
+        for (eps, name), rows in result.logits.items()
+        if eps == "4/255"
+    }
+    assert (
+        fell <= asked
+        and worst_case(result.logits, LABELS, "4/255").sum()
+        <= (~fallen(result.clean_logits, LABELS)).sum() - fell
+    )
     assert standing["apgd_t_float32"] == asked - fell
 
 
@@ -524,39 +770,67 @@ def test_a_state_of_another_precision_is_not_continued(tmp_path):
 
 
 def test_skipped_images_carry_the_logits_that_felled_them():
-    plan = [Stage("pgd", "pgd8", budget=dict(steps=8)), Stage("square", "square", scope="standing",
-                                                              budget=dict(queries=20))]
-    result = evaluate_suite(zoo.honest_model(), IMAGES, LABELS, PEOPLE, dataclasses.replace(CONFIG, eps=("4/255",)),
-                            stages=plan)
+    plan = [
+        Stage("pgd", "pgd8", budget=dict(steps=8)),
+        Stage("square", "square", scope="standing", budget=dict(queries=20)),
+    ]
+    result = evaluate_suite(
+        zoo.honest_model(),
+        IMAGES,
+        LABELS,
+        PEOPLE,
+        dataclasses.replace(CONFIG, eps=("4/255",)),
+        stages=plan,
+    )
     felled = fallen(result.logits["4/255", "pgd8"], LABELS)
     assert felled.any() and not felled.all()
-    assert np.array_equal(result.logits["4/255", "square"][felled], result.logits["4/255", "pgd8"][felled])
+    assert np.array_equal(
+        result.logits["4/255", "square"][felled], result.logits["4/255", "pgd8"][felled]
+    )
 
 
 def test_the_sample_leaves_the_rest_outside():
-    result = evaluate(zoo.honest_model(), [Stage("fgsm", "fgsm"), Stage("pgd_l2", "pgd_l2", scope="sample", eps="0.5")])
+    result = evaluate(
+        zoo.honest_model(),
+        [Stage("fgsm", "fgsm"), Stage("pgd_l2", "pgd_l2", scope="sample", eps="0.5")],
+    )
     rows = result.logits["0.5", "pgd_l2"]
     inside = stratified_sample(LABELS, PEOPLE, CONFIG.sample)
     assert np.isfinite(rows[inside]).all() and np.isnan(np.delete(rows, inside, axis=0)).all()
     assert result.meta["0.5", "pgd_l2"]["norm"] == "l2"
-    assert result.meta["0.5", "pgd_l2"]["standing_before"] == (~fallen(result.clean_logits, LABELS)).mean().round(4), \
-        "what an L-infinity attack felled must not count against another norm"
+    assert result.meta["0.5", "pgd_l2"]["standing_before"] == (
+        ~fallen(result.clean_logits, LABELS)
+    ).mean().round(4), "what an L-infinity attack felled must not count against another norm"
 
 
 def test_other_norms_run_apart_from_the_worst_case():
-    plan = [dataclasses.replace(stage, budget={**stage.budget,
-                                               **({"generations": 2} if "pixel" in stage.attack
-                                                  else {"steps": 3})}) for stage in other_norms_plan(CONFIG)]
+    plan = [
+        dataclasses.replace(
+            stage,
+            budget={
+                **stage.budget,
+                **({"generations": 2} if "pixel" in stage.attack else {"steps": 3}),
+            },
+        )
+        for stage in other_norms_plan(CONFIG)
+    ]
     result = evaluate(zoo.honest_model(), plan)
     assert {meta["norm"] for meta in result.meta.values()} == {"l2", "l0"}
 
 
 def test_the_stratified_sample_spreads_over_classes_people_and_stacks():
-    labels, people = np.repeat([0, 1, 2, 3], [100 * 8, 70 * 8, 28 * 8, 2 * 8]), np.repeat(np.arange(200), 8)
+    labels, people = (
+        np.repeat([0, 1, 2, 3], [100 * 8, 70 * 8, 28 * 8, 2 * 8]),
+        np.repeat(np.arange(200), 8),
+    )
     sample = stratified_sample(labels, people, 40)
     counts = np.bincount(labels[sample], minlength=4)
-    assert len(sample) == len(set(sample)) == 40 and (counts >= 1).all() and abs(counts[0] - 20) <= 2
-    assert len(set(people[sample][labels[sample] == 0])) == counts[0], "a person twice before every person once"
+    assert (
+        len(sample) == len(set(sample)) == 40 and (counts >= 1).all() and abs(counts[0] - 20) <= 2
+    )
+    assert len(set(people[sample][labels[sample] == 0])) == counts[0], (
+        "a person twice before every person once"
+    )
     assert np.array_equal(stratified_sample(labels, people, 5000), np.arange(1600))
 
 
@@ -609,11 +883,15 @@ def test_state_of_another_model_or_other_images_is_not_continued(tmp_path):
     evaluate(model, plan, state_dir=tmp_path)
     model.flip = True  # the same weights under changed code
     changed = evaluate(model, plan, state_dir=tmp_path)
-    assert np.array_equal(changed.logits["4/255", "fgsm"], evaluate(model, plan).logits["4/255", "fgsm"])
+    assert np.array_equal(
+        changed.logits["4/255", "fgsm"], evaluate(model, plan).logits["4/255", "fgsm"]
+    )
 
 
-@pytest.mark.parametrize(("attack", "message"), [
-    (crashing, "out of memory"), (idle, "changed none"), (endless, "out of time")])
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [(crashing, "out of memory"), (idle, "changed none"), (endless, "out of time")],
+)
 def test_a_failed_attack_says_which_and_where(attack, message):
     with pytest.raises(StudyError, match=message) as error:
         our_runner(attack)
@@ -643,8 +921,9 @@ def test_curves_never_rise_and_the_worst_case_lies_below_all():
 
 
 def test_transfer_is_weaker_than_attacking_the_model_itself():
-    matrix = transfer_matrix({"a": zoo.honest_model(0), "b": zoo.honest_model(1)}, IMAGES, LABELS, 5 / 255,
-                             steps=8).mean(2)
+    matrix = transfer_matrix(
+        {"a": zoo.honest_model(0), "b": zoo.honest_model(1)}, IMAGES, LABELS, 5 / 255, steps=8
+    ).mean(2)
     assert matrix[0, 0] <= matrix[1, 0] and matrix[1, 1] <= matrix[0, 1] and matrix.shape == (2, 2)
 
 
@@ -661,35 +940,56 @@ def test_minimal_perturbations_agree_with_pgd():
 
 def test_directions_exist_only_where_there_is_a_class_to_go_to():
     moved = direction_success(zoo.honest_model(), IMAGES, LABELS, 8 / 255, steps=8)
-    assert np.isnan(moved["healthier"][LABELS == 0]).all() and np.isnan(moved["sicker"][LABELS == 3]).all()
-    assert np.nanmean(moved["sicker"]) > 0.2 and set(np.unique(moved["healthier"][LABELS > 0])) <= {0.0, 1.0}
+    assert (
+        np.isnan(moved["healthier"][LABELS == 0]).all()
+        and np.isnan(moved["sicker"][LABELS == 3]).all()
+    )
+    assert np.nanmean(moved["sicker"]) > 0.2 and set(np.unique(moved["healthier"][LABELS > 0])) <= {
+        0.0,
+        1.0,
+    }
 
 
 def test_more_steps_and_restarts_leave_no_more_standing():
-    standing = pgd_convergence(zoo.honest_model(), IMAGES, LABELS, 5 / 255, steps=(1, 10), restarts=(1, 2),
-                               restart_steps=5)
+    standing = pgd_convergence(
+        zoo.honest_model(), IMAGES, LABELS, 5 / 255, steps=(1, 10), restarts=(1, 2), restart_steps=5
+    )
     assert standing["steps", 10].sum() <= standing["steps", 1].sum()
     assert standing["restarts", 2].sum() <= standing["restarts", 1].sum()
 
 
 def test_the_measures_of_a_sample_are_json_of_its_own_rows():
-    config = make_config("cpu", "Resnet", eps=("5/255",), headline_eps="5/255", pgd_steps=4, sample=12)
+    config = make_config(
+        "cpu", "Resnet", eps=("5/255",), headline_eps="5/255", pgd_steps=4, sample=12
+    )
     measures = sample_measures(zoo.honest_model(), IMAGES, LABELS, PEOPLE, config)
     rows = np.array(measures["rows"])
-    assert json.loads(json.dumps(measures, allow_nan=False)) == measures and measures["eps"] == "5/255"
+    assert (
+        json.loads(json.dumps(measures, allow_nan=False)) == measures and measures["eps"] == "5/255"
+    )
     assert np.array_equal(rows, stratified_sample(LABELS, PEOPLE, 12))
     assert [value is None for value in measures["healthier"]] == (LABELS[rows] == 0).tolist()
-    clean_error = fallen(predict_logits(zoo.honest_model(), as_pixels(IMAGES[rows])).numpy(), LABELS[rows])
+    clean_error = fallen(
+        predict_logits(zoo.honest_model(), as_pixels(IMAGES[rows])).numpy(), LABELS[rows]
+    )
     assert [size == 0 for size in measures["minimal_linf"]] == clean_error.tolist()
-    assert {(part["kind"], part["count"]) for part in measures["convergence"]} >= {("steps", 50), ("restarts", 5)}
+    assert {(part["kind"], part["count"]) for part in measures["convergence"]} >= {
+        ("steps", 50),
+        ("restarts", 5),
+    }
     assert all(len(part["standing"]) == 12 for part in measures["convergence"])
 
 
 def test_a_users_model_comes_from_a_factory(tmp_path, monkeypatch):
-    (tmp_path / "their_model.py").write_text("from torch import nn\n\nbuild = nn.Flatten\nwrong = int\n")
+    (tmp_path / "their_model.py").write_text(
+        "from torch import nn\n\nbuild = nn.Flatten\nwrong = int\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert isinstance(model_from_factory("their_model:build"), nn.Module)
-    for spec, message in (("no_such_module:f", "gave no model"), ("their_model:absent", "gave no model"),
-                          ("their_model:wrong", "int")):
+    for spec, message in (
+        ("no_such_module:f", "gave no model"),
+        ("their_model:absent", "gave no model"),
+        ("their_model:wrong", "int"),
+    ):
         with pytest.raises(StudyError, match=message):
             model_from_factory(spec)

@@ -21,13 +21,17 @@ class Pixels(nn.Module):
 
     def __init__(self, side: int = 6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(side * side, FEATURES, generator=torch.Generator().manual_seed(1)))
+        self.weight = nn.Parameter(
+            torch.randn(side * side, FEATURES, generator=torch.Generator().manual_seed(1))
+        )
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return ((images.flatten(1) - 0.5) @ self.weight).tanh()
 
 
-def studies(people: int = 24, slices: int = 8, side: int = 6, seed: int = 0, shuffled: bool = True) -> sequence.Studies:
+def studies(
+    people: int = 24, slices: int = 8, side: int = 6, seed: int = 0, shuffled: bool = True
+) -> sequence.Studies:
     """People whose class shows in the brightness of their slices, the later the more; of different length."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -39,12 +43,20 @@ def studies(people: int = 24, slices: int = 8, side: int = 6, seed: int = 0, shu
             rows.append((image.clamp(0, 1), label, person, place))
     if shuffled:
         rows = [rows[k] for k in torch.randperm(len(rows), generator=generator)]
-    return sequence.gather_studies(torch.stack([row[0] for row in rows]), *(torch.tensor([row[k] for row in rows]) for k in (1, 2, 3)))
+    return sequence.gather_studies(
+        torch.stack([row[0] for row in rows]),
+        *(torch.tensor([row[k] for row in rows]) for k in (1, 2, 3)),
+    )
 
 
 def study_model(name: str, seed: int = 0) -> sequence.StudyModel:
     torch.manual_seed(seed)
-    return sequence.StudyModel(Pixels(), sequence.build_aggregator(name, FEATURES), torch.zeros(FEATURES), torch.ones(FEATURES)).eval()
+    return sequence.StudyModel(
+        Pixels(),
+        sequence.build_aggregator(name, FEATURES),
+        torch.zeros(FEATURES),
+        torch.ones(FEATURES),
+    ).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- studies
@@ -52,16 +64,25 @@ def study_model(name: str, seed: int = 0) -> sequence.StudyModel:
 
 def test_slices_come_back_in_body_order_and_shorter_stacks_are_masked():
     values = torch.tensor([[5.0], [3.0], [9.0], [7.0]])
-    found = sequence.gather_studies(values, torch.tensor([1, 1, 0, 1]), torch.tensor([4, 4, 2, 4]), torch.tensor([10, 2, 0, 31]))
+    found = sequence.gather_studies(
+        values, torch.tensor([1, 1, 0, 1]), torch.tensor([4, 4, 2, 4]), torch.tensor([10, 2, 0, 31])
+    )
     assert found.people.tolist() == [2, 4] and found.labels.tolist() == [0, 1]
     assert found.mask.tolist() == [[True, False, False], [True, True, True]]
-    assert found.values[1].flatten().tolist() == [3.0, 5.0, 7.0] and found.values[0].flatten().tolist() == [9.0, 0.0, 0.0]
+    assert found.values[1].flatten().tolist() == [3.0, 5.0, 7.0] and found.values[
+        0
+    ].flatten().tolist() == [9.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("slices", [[0, 1, -1], [0, 1, 1]])
 def test_a_person_without_slice_order_is_refused(slices):
     with pytest.raises(StudyError, match="Person 7 has no slice order"):
-        sequence.gather_studies(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), torch.full((3,), 7), torch.tensor(slices))
+        sequence.gather_studies(
+            torch.zeros(3, 2),
+            torch.zeros(3, dtype=torch.int64),
+            torch.full((3,), 7),
+            torch.tensor(slices),
+        )
 
 
 def test_slices_of_nobody_and_of_two_classes_are_refused():
@@ -82,11 +103,13 @@ def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(name):
         together = model(people.values, people.mask)
         for row in (0, 5, 11):
             own = int(people.mask[row].sum())
-            alone = model(people.values[row:row + 1, :own], people.mask[row:row + 1, :own])
+            alone = model(people.values[row : row + 1, :own], people.mask[row : row + 1, :own])
             assert torch.allclose(alone[0], together[row], atol=1e-5), (name, row)
     order = torch.randperm(len(people), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        assert torch.allclose(model(people.values[order], people.mask[order]), together[order], atol=1e-5)
+        assert torch.allclose(
+            model(people.values[order], people.mask[order]), together[order], atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
@@ -94,7 +117,10 @@ def test_fewer_slices_are_accepted_wherever_they_are_missing(name):
     model, people = study_model(name), studies(people=4)
     thinned = people.mask.clone()
     thinned[:, 2] = False
-    packed = people.values[:, [0, 1, *range(3, people.values.shape[1])]], people.mask[:, [0, 1, *range(3, people.mask.shape[1])]]
+    packed = (
+        people.values[:, [0, 1, *range(3, people.values.shape[1])]],
+        people.mask[:, [0, 1, *range(3, people.mask.shape[1])]],
+    )
     with torch.no_grad():
         one = model(people.values[:1, :1], people.mask[:1, :1])
         assert one.shape == (1, 4) and bool(one.isfinite().all())
@@ -109,7 +135,9 @@ def test_what_lies_under_the_mask_changes_nothing():
     for name in sequence.AGGREGATORS:
         model = study_model(name)
         with torch.no_grad():
-            assert torch.allclose(model(filled, people.mask), model(people.values, people.mask), atol=1e-6), name
+            assert torch.allclose(
+                model(filled, people.mask), model(people.values, people.mask), atol=1e-6
+            ), name
 
 
 def test_order_matters_to_the_recurrent_network_and_not_to_the_mean():
@@ -117,9 +145,19 @@ def test_order_matters_to_the_recurrent_network_and_not_to_the_mean():
     people = people.pick([0, 3])  # of full length
     turned = people.values.flip(1)
     with torch.no_grad():
-        for name, same in (("mean", True), ("attention", True), ("gru", False), ("transformer", False)):
+        for name, same in (
+            ("mean", True),
+            ("attention", True),
+            ("gru", False),
+            ("transformer", False),
+        ):
             model = study_model(name)
-            assert torch.allclose(model(turned, people.mask), model(people.values, people.mask), atol=1e-4) == same, name
+            assert (
+                torch.allclose(
+                    model(turned, people.mask), model(people.values, people.mask), atol=1e-4
+                )
+                == same
+            ), name
 
 
 def test_the_mean_is_the_mean_of_the_slices_probabilities():
@@ -128,7 +166,11 @@ def test_the_mean_is_the_mean_of_the_slices_probabilities():
         found = model(people.values, people.mask).softmax(1)
         for row in range(4):
             own = people.values[row][people.mask[row]]
-            assert torch.allclose(found[row], model.aggregator.head(model.backbone.features(own)).softmax(1).mean(0), atol=1e-6)
+            assert torch.allclose(
+                found[row],
+                model.aggregator.head(model.backbone.features(own)).softmax(1).mean(0),
+                atol=1e-6,
+            )
 
 
 def test_unknown_names_are_refused():
@@ -136,7 +178,9 @@ def test_unknown_names_are_refused():
         sequence.build_aggregator("lstm", 3)
     with pytest.raises(StudyError, match="Unknown choice"):
         people = studies(people=2)
-        sequence.slice_budgets(study_model("mean"), people.values, people.mask, people.labels, 0.1, (1,), choice="best")
+        sequence.slice_budgets(
+            study_model("mean"), people.values, people.mask, people.labels, 0.1, (1,), choice="best"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -145,7 +189,9 @@ def test_unknown_names_are_refused():
 def featured(part: sequence.Studies) -> sequence.Studies:
     model = study_model("mean")
     with torch.no_grad():
-        return sequence.Studies(5 * model.features(part.values, part.mask), part.mask, part.labels, part.people)
+        return sequence.Studies(
+            5 * model.features(part.values, part.mask), part.mask, part.labels, part.people
+        )
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
@@ -161,7 +207,10 @@ def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
     assert told["score"] == told["history"][-1]["score"]
     assert macro_cross_entropy(logits, validation.labels) == pytest.approx(told["score"], abs=1e-3)
     again, _ = sequence.fit_aggregator(name, train, validation, epochs=30, seed=4)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
@@ -175,15 +224,25 @@ def test_a_fit_depends_neither_on_threads_nor_on_the_last_bits_of_the_features(n
         for count, people in ((1, everyone), (2, everyone), (2, moved)):
             torch.set_num_threads(count)
             state = torch.get_rng_state()
-            fits.append(sequence.fit_aggregator(name, people.pick(range(44)), people.pick(range(44, 60)), epochs=12)[0])
+            fits.append(
+                sequence.fit_aggregator(
+                    name, people.pick(range(44)), people.pick(range(44, 60)), epochs=12
+                )[0]
+            )
             assert torch.get_num_threads() == count and torch.equal(state, torch.get_rng_state())
     finally:
         torch.set_num_threads(threads)
     one, two, third = fits
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
     with torch.no_grad():
         logits, other = (model(everyone.values, everyone.mask) for model in (one, third))
-    assert torch.equal(logits.argmax(1), other.argmax(1)) and float((logits - other).abs().max()) < 1e-2
+    assert (
+        torch.equal(logits.argmax(1), other.argmax(1))
+        and float((logits - other).abs().max()) < 1e-2
+    )
 
 
 def test_a_fit_that_diverges_leaves_threads_and_random_state():
@@ -193,7 +252,9 @@ def test_a_fit_that_diverges_leaves_threads_and_random_state():
     try:
         torch.set_num_threads(2)
         with pytest.raises(StudyError, match="is not finite"):
-            sequence.fit_aggregator("mean", broken.pick(range(8)), broken.pick(range(8, 12)), epochs=1)
+            sequence.fit_aggregator(
+                "mean", broken.pick(range(8)), broken.pick(range(8, 12)), epochs=1
+            )
         assert torch.get_num_threads() == 2 and torch.equal(state, torch.get_rng_state())
     finally:
         torch.set_num_threads(threads)
@@ -201,8 +262,15 @@ def test_a_fit_that_diverges_leaves_threads_and_random_state():
 
 def test_a_fit_keeps_its_last_epoch_and_chooses_none():
     everyone = featured(studies(people=24))
-    model, told = sequence.fit_aggregator("mean", everyone.pick(range(16)), everyone.pick(range(16, 24)), epochs=4)
-    assert set(told) == {"history", "score"} and [entry["epoch"] for entry in told["history"]] == [1, 2, 3, 4]
+    model, told = sequence.fit_aggregator(
+        "mean", everyone.pick(range(16)), everyone.pick(range(16, 24)), epochs=4
+    )
+    assert set(told) == {"history", "score"} and [entry["epoch"] for entry in told["history"]] == [
+        1,
+        2,
+        3,
+        4,
+    ]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -217,21 +285,31 @@ def test_thinning_leaves_everybody_a_slice():
     mask[:, 0] = True
     mask[100:] = True
     thinned = sequence._thinned(mask, torch.Generator().manual_seed(0))
-    assert bool((thinned <= mask).all()) and bool(thinned.any(1).all()) and thinned[100:].sum() < mask[100:].sum()
+    assert (
+        bool((thinned <= mask).all())
+        and bool(thinned.any(1).all())
+        and thinned[100:].sum() < mask[100:].sum()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- attacks
 
 
 def attack_four(model, pixels, mask, labels, eps, *, steps=20, allowed=None):
-    return sequence.attack_scan(model, pixels, mask, labels, eps, sequence.ScanAttack("four", steps), allowed=allowed)
+    return sequence.attack_scan(
+        model, pixels, mask, labels, eps, sequence.ScanAttack("four", steps), allowed=allowed
+    )
 
 
 @functools.cache
 def trained(name: str) -> sequence.StudyModel:
     everyone = featured(studies(people=80, seed=1))
-    reader, _ = sequence.fit_aggregator(name, everyone.pick(range(60)), everyone.pick(range(60, 80)), epochs=30)
-    return sequence.StudyModel(Pixels(), reader, torch.zeros(FEATURES), torch.full((FEATURES,), 1 / 5)).eval()
+    reader, _ = sequence.fit_aggregator(
+        name, everyone.pick(range(60)), everyone.pick(range(60, 80)), epochs=30
+    )
+    return sequence.StudyModel(
+        Pixels(), reader, torch.zeros(FEATURES), torch.full((FEATURES,), 1 / 5)
+    ).eval()
 
 
 def attacked(name: str = "gru"):
@@ -246,21 +324,33 @@ def attacked(name: str = "gru"):
 def test_a_scan_attack_stays_inside_the_ball_and_on_existing_slices(name):
     model, pixels, mask, labels = attacked(name)
     made, logits = attack_four(model, pixels, mask, labels, 0.02, steps=5)
-    assert float((made - pixels).abs().max()) <= 0.02 + 1e-6 and 0 <= float(made.min()) and float(made.max()) <= 1
+    assert (
+        float((made - pixels).abs().max()) <= 0.02 + 1e-6
+        and 0 <= float(made.min())
+        and float(made.max()) <= 1
+    )
     assert torch.equal(made[~mask], pixels[~mask])
     with torch.no_grad():
-        assert torch.allclose(model(made, mask), logits, atol=1e-5), "the logits are those of the images"
+        assert torch.allclose(model(made, mask), logits, atol=1e-5), (
+            "the logits are those of the images"
+        )
     few = torch.zeros_like(mask)
     few[:, 1] = True
     made, _ = attack_four(model, pixels, mask, labels, 0.02, steps=5, allowed=few)
-    assert torch.equal(made[:, 0], pixels[:, 0]) and torch.equal(made[:, 2:], pixels[:, 2:]) and not torch.equal(made[:, 1], pixels[:, 1])
+    assert (
+        torch.equal(made[:, 0], pixels[:, 0])
+        and torch.equal(made[:, 2:], pixels[:, 2:])
+        and not torch.equal(made[:, 1], pixels[:, 1])
+    )
 
 
 def test_no_budget_changes_nothing_and_modes_and_gradients_stay():
     model, pixels, mask, labels = attacked()
     model.train()
     made, logits = attack_four(model, pixels, mask, labels, 0.02, allowed=torch.zeros_like(mask))
-    assert model.training and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert model.training and all(
+        parameter.requires_grad and parameter.grad is None for parameter in model.parameters()
+    )
     model.eval()
     with torch.no_grad():
         assert torch.equal(made, pixels) and torch.allclose(logits, model(pixels, mask), atol=1e-6)
@@ -275,12 +365,16 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
     labels = labels.clone()
     labels[:3] = (labels[:3] + 1) % 4  # clean errors
     budgets = (0, 1, 2, 4, 8)
-    least = sequence.slice_budgets(model, pixels, mask, labels, 0.008, budgets, steps=10, choice=choice, view="four")
+    least = sequence.slice_budgets(
+        model, pixels, mask, labels, 0.008, budgets, steps=10, choice=choice, view="four"
+    )
     curve = sequence.standing_curve(least, budgets)
     with torch.no_grad():
         clean = (model(pixels, mask).argmax(1) == labels).numpy()
     assert np.array_equal(curve[0], clean) and clean.sum() == len(labels) - 3
-    full = (attack_four(model, pixels, mask, labels, 0.008, steps=10)[1].argmax(1) == labels).numpy()
+    full = (
+        attack_four(model, pixels, mask, labels, 0.008, steps=10)[1].argmax(1) == labels
+    ).numpy()
     assert np.array_equal(curve[-1], full)
     assert 0 < full.sum() < clean.sum(), "the check says nothing where all or none fall"
     assert all((later <= earlier).all() for earlier, later in zip(curve, curve[1:], strict=False))
@@ -289,10 +383,17 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
 
 def test_the_gradient_chooses_better_slices_than_chance():
     model, pixels, mask, labels = attacked("gru")
-    greedy, random_ = (sequence.slice_budgets(model, pixels, mask, labels, 0.008, (1, 2, 4, 8), steps=10, choice=choice, view="four")
-                       for choice in ("gradient", "random"))
+    greedy, random_ = (
+        sequence.slice_budgets(
+            model, pixels, mask, labels, 0.008, (1, 2, 4, 8), steps=10, choice=choice, view="four"
+        )
+        for choice in ("gradient", "random")
+    )
     fell = greedy >= 0
-    assert torch.equal(fell, random_ >= 0) and greedy[fell].float().mean() < random_[fell].float().mean()
+    assert (
+        torch.equal(fell, random_ >= 0)
+        and greedy[fell].float().mean() < random_[fell].float().mean()
+    )
 
 
 def test_slices_are_chosen_by_the_view_that_is_attacked():
@@ -306,13 +407,22 @@ def test_slices_are_chosen_by_the_view_that_is_attacked():
     class Reader(nn.Module):
         def forward(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             first, second = features[:, 0, 0], features[:, 1, 0]
-            return torch.stack([second * 0 - 20, 30 * second - 2, second * 0, 10 * first - 0.1], dim=1)
+            return torch.stack(
+                [second * 0 - 20, 30 * second - 2, second * 0, 10 * first - 0.1], dim=1
+            )
 
     model = sequence.StudyModel(Brightness(), Reader(), torch.zeros(1), torch.ones(1)).eval()
-    given = model, torch.full((1, 2, 1, 2, 2), 0.5), torch.ones(1, 2, dtype=torch.bool), torch.tensor([2])
+    given = (
+        model,
+        torch.full((1, 2, 1, 2, 2), 0.5),
+        torch.ones(1, 2, dtype=torch.bool),
+        torch.tensor([2]),
+    )
     four, three = (sequence.slice_gains(*given, view=view)[0] for view in ("four", "three"))
     assert four[0] > four[1] == 0 and three[1] > three[0]
-    assert sequence.slice_budgets(*given, 0.1, (1,), steps=40).tolist() == [1], "one slice is enough, the right one"
+    assert sequence.slice_budgets(*given, 0.1, (1,), steps=40).tolist() == [1], (
+        "one slice is enough, the right one"
+    )
 
 
 def test_random_slices_do_not_depend_on_who_else_is_flipped():
@@ -321,7 +431,10 @@ def test_random_slices_do_not_depend_on_who_else_is_flipped():
     together = sequence.slice_budgets(model, pixels, mask, labels, 0.02, (1, 2, 4), **options)
     turned = labels.clone()
     turned[1::2] = (turned[1::2] + 1) % 4  # clean errors, who drop out before any slice is drawn
-    assert torch.equal(sequence.slice_budgets(model, pixels, mask, turned, 0.02, (1, 2, 4), **options)[::2], together[::2])
+    assert torch.equal(
+        sequence.slice_budgets(model, pixels, mask, turned, 0.02, (1, 2, 4), **options)[::2],
+        together[::2],
+    )
 
 
 def test_a_scan_attack_does_not_depend_on_who_else_is_attacked():
@@ -342,7 +455,9 @@ class Halves(nn.Module):
         self.weight = nn.Parameter(torch.tensor([[0.0, 0.0], [0.0, 30.0], [0.0, 0.0], [10.0, 0.0]]))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        halves = torch.stack([images[:, 0, :1].mean((1, 2)), images[:, 0, 1:].mean((1, 2))], dim=1) - 0.5
+        halves = (
+            torch.stack([images[:, 0, :1].mean((1, 2)), images[:, 0, 1:].mean((1, 2))], dim=1) - 0.5
+        )
         return halves @ self.weight.T + torch.tensor([-20.0, -2.0, 0.0, -0.1])
 
 
@@ -360,20 +475,39 @@ def counted(model: sequence.StudyModel, monkeypatch: pytest.MonkeyPatch) -> list
 
 def test_a_fall_from_mild_to_moderate_is_not_taken_for_robustness_in_three_classes(monkeypatch):
     model = sequence.StudyModel(Halves(), MeanLogits(), torch.zeros(4), torch.ones(4)).eval()
-    pixels, mask, labels = torch.full((1, 3, 1, 2, 2), 0.5), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2])
+    pixels, mask, labels = (
+        torch.full((1, 3, 1, 2, 2), 0.5),
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.tensor([2]),
+    )
     looks, answers, count = counted(model, monkeypatch), {}, {}
     for view in ("four", "three"):
         looks.clear()
-        answers[view] = sequence.attack_scan(model, pixels, mask, labels, 0.1, sequence.ScanAttack(view, 40))[1]
+        answers[view] = sequence.attack_scan(
+            model, pixels, mask, labels, 0.1, sequence.ScanAttack(view, 40)
+        )[1]
         count[view] = len(looks)
     truth = sequence.scan_labels(labels, "three")
     assert sequence.scan_decisions(answers["four"], "four").tolist() == [3], "Mild became Moderate"
-    assert torch.equal(sequence.scan_decisions(answers["four"], "three"), truth), "which are one answer of three"
-    assert sequence.scan_decisions(answers["three"], "three").tolist() == [1] and count["three"] > 3 * count["four"]
+    assert torch.equal(sequence.scan_decisions(answers["four"], "three"), truth), (
+        "which are one answer of three"
+    )
+    assert (
+        sequence.scan_decisions(answers["three"], "three").tolist() == [1]
+        and count["three"] > 3 * count["four"]
+    )
     # The budget curve counts the answer of three classes, unless told otherwise.
-    least = {view: sequence.slice_budgets(model, pixels, mask, labels, 0.1, (1, 2), steps=40, **view_)
-             for view, view_ in (("four", {"view": "four"}), ("three", {"view": "three"}), ("default", {}))}
-    assert least["default"].tolist() == least["three"].tolist() == [3] and least["four"].tolist() == [1]
+    least = {
+        view: sequence.slice_budgets(model, pixels, mask, labels, 0.1, (1, 2), steps=40, **view_)
+        for view, view_ in (
+            ("four", {"view": "four"}),
+            ("three", {"view": "three"}),
+            ("default", {}),
+        )
+    }
+    assert least["default"].tolist() == least["three"].tolist() == [3] and least[
+        "four"
+    ].tolist() == [1]
 
 
 VIEWS = ("four", "three", "binary")
@@ -390,13 +524,23 @@ def test_given_what_other_views_found_an_attack_leaves_nobody_robust_whom_they_m
     for other in VIEWS:
         if other != view:
             attack = sequence.ScanAttack(other, 10, push=other == "binary")
-            scans[other], logits[other] = sequence.attack_scan(model, pixels, mask, labels, eps, attack)
+            scans[other], logits[other] = sequence.attack_scan(
+                model, pixels, mask, labels, eps, attack
+            )
     weak = sequence.ScanAttack(view, 1, push=view == "binary")
-    alone = robust(sequence.attack_scan(model, pixels, mask, labels, eps / 4, weak)[1], labels, view)
-    made, answers = sequence.attack_scan(model, pixels, mask, labels, eps, weak, candidates=list(scans.values()))
+    alone = robust(
+        sequence.attack_scan(model, pixels, mask, labels, eps / 4, weak)[1], labels, view
+    )
+    made, answers = sequence.attack_scan(
+        model, pixels, mask, labels, eps, weak, candidates=list(scans.values())
+    )
     left = robust(answers, labels, view)
     assert all(bool((left <= robust(found, labels, view)).all()) for found in logits.values())
-    assert bool((alone & ~torch.stack([robust(found, labels, view) for found in logits.values()]).all(0)).any()), "they found somebody"
+    assert bool(
+        (
+            alone & ~torch.stack([robust(found, labels, view) for found in logits.values()]).all(0)
+        ).any()
+    ), "they found somebody"
     assert 0 < left.sum(), "the check says nothing where all fall"
     assert float((made - pixels).abs().max()) <= eps + 1e-6
     with torch.no_grad():
@@ -407,20 +551,30 @@ def test_a_pushed_attack_goes_on_below_its_first_success():
     model, pixels, mask, labels = attacked("attention")
     margins, wrong = {}, {}
     for push in (False, True):
-        answers = sequence.attack_scan(model, pixels, mask, labels, 0.02, sequence.ScanAttack("binary", 10, push=push))[1]
+        answers = sequence.attack_scan(
+            model, pixels, mask, labels, 0.02, sequence.ScanAttack("binary", 10, push=push)
+        )[1]
         margins[push] = margin(group_logits(answers, BINARY), group_labels(labels, BINARY))
         wrong[push] = ~robust(answers, labels, "binary")
     fell = wrong[False]
     assert bool(fell.any()) and bool((wrong[False] <= wrong[True]).all())
-    assert bool((margins[True] <= margins[False] + 1e-6).all()) and bool((margins[True][fell] < margins[False][fell] - 0.1).any())
+    assert bool((margins[True] <= margins[False] + 1e-6).all()) and bool(
+        (margins[True][fell] < margins[False][fell] - 0.1).any()
+    )
     # Whom the model misdiagnoses without any attack is pushed as well, and otherwise left as is.
     # Wrong in the binary view: an answer Non among four classes may still be outweighed by the others together.
     with torch.no_grad():
         turned = 1 - group_logits(model(pixels[:4], mask[:4]), BINARY).argmax(1)
     given = model, pixels[:4], mask[:4], turned, 0.02
-    left, pushed = (sequence.attack_scan(*given, sequence.ScanAttack("binary", 5, push=push)) for push in (False, True))
+    left, pushed = (
+        sequence.attack_scan(*given, sequence.ScanAttack("binary", 5, push=push))
+        for push in (False, True)
+    )
     assert torch.equal(left[0], pixels[:4])
-    low, lower = (margin(group_logits(answers, BINARY), group_labels(turned, BINARY)) for _, answers in (left, pushed))
+    low, lower = (
+        margin(group_logits(answers, BINARY), group_labels(turned, BINARY))
+        for _, answers in (left, pushed)
+    )
     assert bool((lower < low).all())
 
 
@@ -432,7 +586,9 @@ def test_random_starts_follow_each_patients_own_seed(momentum):
     attack = sequence.ScanAttack("four", 2, attempts=3, momentum=momentum, push=True)
 
     def run(rows: list[int], own: list[int] | None) -> torch.Tensor:
-        return sequence.attack_scan(model, pixels[rows], mask[rows], labels[rows], 0.004, attack, seeds=own)[0]
+        return sequence.attack_scan(
+            model, pixels[rows], mask[rows], labels[rows], 0.004, attack, seeds=own
+        )[0]
 
     starts, random_scan = [], sequence._random_scan
 
@@ -455,9 +611,13 @@ def test_random_starts_follow_each_patients_own_seed(momentum):
         of_nobody, of_zero = starts[:2], starts[2:]
     assert len(of_all) == 2 * len(few) and len(of_one) == 2
     assert torch.equal(alone[0], together[2]) and torch.equal(turned, together.flip(0))
-    assert all(torch.equal(a, b) for a, b in zip(of_one, of_all[4:6], strict=True)) and not torch.equal(*of_one)
+    assert all(
+        torch.equal(a, b) for a, b in zip(of_one, of_all[4:6], strict=True)
+    ) and not torch.equal(*of_one)
     assert not any(torch.equal(a, b) for a, b in zip(of_one, of_another, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(of_nobody, of_zero, strict=True))
     own, eps = pixels[few[2:3]], 0.004
     for start in of_one:
-        assert float((start - own).abs().max()) <= eps + 1e-6 and torch.equal(start[~mask[few[2:3]]], own[~mask[few[2:3]]])
+        assert float((start - own).abs().max()) <= eps + 1e-6 and torch.equal(
+            start[~mask[few[2:3]]], own[~mask[few[2:3]]]
+        )

@@ -41,20 +41,27 @@ def strangers() -> list[np.ndarray]:
     return [drawn.images[i] for i in np.flatnonzero(drawn.slice_index == 5)]
 
 
-def seen_elsewhere(image: np.ndarray, orientation: tuple[int, bool], quality: int = 85) -> np.ndarray:
+def seen_elsewhere(
+    image: np.ndarray, orientation: tuple[int, bool], quality: int = 85
+) -> np.ndarray:
     """The slice as another set would hold it: turned, with another margin and aspect, compressed."""
     turns, mirrored = orientation
     image = np.rot90(image[:, ::-1] if mirrored else image, -turns)
     image = np.pad(image, ((9, 4), (2, 13)))
     buffer = io.BytesIO()
-    Image.fromarray(image).resize((130, 168), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(image).resize((130, 168), Image.Resampling.BICUBIC).save(
+        buffer, "JPEG", quality=quality
+    )
     return np.asarray(Image.open(buffer))
 
 
-def one_slice_each(raw: c.RawImages, cohort: c.Cohort, patients: Sequence[int],
-                   level: int = 4) -> list[np.ndarray]:
+def one_slice_each(
+    raw: c.RawImages, cohort: c.Cohort, patients: Sequence[int], level: int = 4
+) -> list[np.ndarray]:
     at_level = (cohort.kind == "real") & (cohort.slice_index == level)
-    return [raw.images[np.flatnonzero(at_level & (cohort.patient_id == who))[0]] for who in patients]
+    return [
+        raw.images[np.flatnonzero(at_level & (cohort.patient_id == who))[0]] for who in patients
+    ]
 
 
 def other_set(images: Sequence[np.ndarray]) -> sp.OtherSet:
@@ -73,7 +80,9 @@ def shared_half(cohort: c.Cohort) -> np.ndarray:
 
 
 @pytest.mark.parametrize("orientation", sp.ORIENTATIONS)
-def test_everybody_shared_is_found_and_no_stranger_in_every_orientation(raw, cohort, strangers, orientation):
+def test_everybody_shared_is_found_and_no_stranger_in_every_orientation(
+    raw, cohort, strangers, orientation
+):
     patients = shared_half(cohort)
     images = one_slice_each(raw, cohort, patients) + strangers
     order = np.random.default_rng(1).permutation(len(images))
@@ -81,7 +90,8 @@ def test_everybody_shared_is_found_and_no_stranger_in_every_orientation(raw, coh
     found = sp.find_shared(raw, cohort, other)
     # Who is who is checked here, in memory: each patient is found, and as the right image.
     assert dict(zip(found.patient_id.tolist(), order[found.other].tolist(), strict=True)) == {
-        int(who): place for place, who in enumerate(patients)}
+        int(who): place for place, who in enumerate(patients)
+    }
     assert found.orientation == orientation
     assert found.gap[0] < found.gap[1] and found.repeats == 0
     assert (found.n_patients, found.n_other) == (sum(PEOPLE), len(images))
@@ -89,7 +99,9 @@ def test_everybody_shared_is_found_and_no_stranger_in_every_orientation(raw, coh
 
 def test_one_patient_among_strangers_is_found(raw, cohort, strangers):
     images = [*strangers, *one_slice_each(raw, cohort, [3])]
-    found = sp.find_shared(raw, cohort, other_set([seen_elsewhere(image, HALF_TURN) for image in images]))
+    found = sp.find_shared(
+        raw, cohort, other_set([seen_elsewhere(image, HALF_TURN) for image in images])
+    )
     assert found.patient_id.tolist() == [3] and found.other.tolist() == [len(strangers)]
 
 
@@ -100,7 +112,9 @@ def test_sets_that_share_nobody_show_no_gap(raw, cohort, strangers):
 
 
 def test_several_images_of_a_patient_count_once(raw, cohort, strangers):
-    images = one_slice_each(raw, cohort, [0, 1, 2], level=3) + one_slice_each(raw, cohort, [0, 1, 2], level=6)
+    images = one_slice_each(raw, cohort, [0, 1, 2], level=3) + one_slice_each(
+        raw, cohort, [0, 1, 2], level=6
+    )
     images = [seen_elsewhere(image, HALF_TURN) for image in images + strangers]
     apart = sp.find_shared(raw, cohort, other_set(images))
     assert apart.patient_id.tolist() == [0, 1, 2] and apart.repeats == 3
@@ -117,8 +131,9 @@ def whole_head(image: np.ndarray) -> np.ndarray:
 
 def test_scale_and_shift_of_a_slice_are_found(raw, cohort):
     head = whole_head(one_slice_each(raw, cohort, [5])[0])
-    moved = Image.fromarray(head).transform(head.shape, Image.Transform.AFFINE, (1.06, 0, -1, 0, 0.94, 5),
-                                            Image.Resampling.BICUBIC)
+    moved = Image.fromarray(head).transform(
+        head.shape, Image.Transform.AFFINE, (1.06, 0, -1, 0, 0.94, 5), Image.Resampling.BICUBIC
+    )
     before = np.prod(c.features([head, np.asarray(moved)], sp.SIDE), 0).sum()
     after = sp.refined_correlation(np.float32(moved), np.float32(head))
     assert before < 0.85 and after > 0.97
@@ -128,8 +143,12 @@ def test_unmoved_heads_correlate_as_the_features_of_the_cohort_do(raw, cohort, m
     monkeypatch.setattr(sp, "ROUNDS", (0,))
     first, second = (whole_head(image) for image in one_slice_each(raw, cohort, [5, 6]))
     expected = np.prod(c.features([first, second], sp.SIDE), 0).sum()
-    assert sp.refined_correlation(np.float32(first), np.float32(second)) == pytest.approx(expected, abs=0.03)
-    assert sp.refined_correlation(np.float32(first), np.float32(first)) == pytest.approx(1, abs=1e-5)
+    assert sp.refined_correlation(np.float32(first), np.float32(second)) == pytest.approx(
+        expected, abs=0.03
+    )
+    assert sp.refined_correlation(np.float32(first), np.float32(first)) == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------- the gap
@@ -146,7 +165,9 @@ def test_the_gap_lies_between_the_weakest_right_and_the_strongest_wrong_pair():
     assert mine.tolist() == theirs.tolist() == [0, 1, 2] and repeats == 0
 
 
-@pytest.mark.parametrize("best", [np.linspace(0.6, 0.97, 30), np.full(10, 0.62), np.linspace(0.3, 0.65, 12)])
+@pytest.mark.parametrize(
+    "best", [np.linspace(0.6, 0.97, 30), np.full(10, 0.62), np.linspace(0.3, 0.65, 12)]
+)
 def test_likeness_that_thins_out_evenly_is_no_gap(best):
     correlations = np.full((4, len(best)), 0.58)
     correlations[np.arange(len(best)) % 4, np.arange(len(best))] = best
@@ -178,7 +199,12 @@ def test_ids_come_from_file_names_and_are_not_shown(tmp_path, strangers):
     alone = sp.read_other(folder)
     assert len(alone.ids) == 4 and alone.ids[0] == "SUBJ0000_MR1_a"
     grouped = sp.read_other(folder, r"(SUBJ\d+)_MR")
-    assert grouped.ids == ("SUBJ0000", "SUBJ0001", "SUBJ0002") and grouped.patient.tolist() == [0, 0, 1, 2]
+    assert grouped.ids == ("SUBJ0000", "SUBJ0001", "SUBJ0002") and grouped.patient.tolist() == [
+        0,
+        0,
+        1,
+        2,
+    ]
     assert sp.read_other(folder, r"SUBJ\d+").ids == grouped.ids
     assert "SUBJ" not in repr(alone) + repr(grouped)
 
@@ -213,10 +239,15 @@ def write_table(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
 
 
 def test_ages_are_read_and_bad_tables_are_refused(tmp_path):
-    assert sp.read_ages(write_table(tmp_path / "a.csv", [("P1", "61.5"), ("P2", "")])) == {"P1": 61.5}
+    assert sp.read_ages(write_table(tmp_path / "a.csv", [("P1", "61.5"), ("P2", "")])) == {
+        "P1": 61.5
+    }
     with pytest.raises(StudyError, match="no column 'Years'"):
         sp.read_ages(tmp_path / "a.csv", age_column="Years")
-    for rows, message in (([("P1", "old")], "no number"), ([("P1", "60"), ("P1", "61")], "two ages")):
+    for rows, message in (
+        ([("P1", "old")], "no number"),
+        ([("P1", "60"), ("P1", "61")], "two ages"),
+    ):
         with pytest.raises(StudyError, match=message) as error:
             sp.read_ages(write_table(tmp_path / "b.csv", rows))
         assert "P1" not in str(error.value)
@@ -225,11 +256,18 @@ def test_ages_are_read_and_bad_tables_are_refused(tmp_path):
 # ------------------------------------------------------------------------------------- ages
 
 
-@pytest.mark.parametrize(("counts", "groups"), [
-    ((72, 70, 28, 0), [[0], [1], [2, 3]]), ((100, 70, 28, 2), [[0], [1], [2, 3]]),
-    ((4, 5, 5, 5), [[0, 1], [2], [3]]),
-    ((2, 1, 1, 1), [[0, 1, 2, 3]]), ((2, 1, 1, 0), []), ((9, 0, 0, 3), [[0, 1, 2, 3]]), ((5,), [[0]]),
-])
+@pytest.mark.parametrize(
+    ("counts", "groups"),
+    [
+        ((72, 70, 28, 0), [[0], [1], [2, 3]]),
+        ((100, 70, 28, 2), [[0], [1], [2, 3]]),
+        ((4, 5, 5, 5), [[0, 1], [2], [3]]),
+        ((2, 1, 1, 1), [[0, 1, 2, 3]]),
+        ((2, 1, 1, 0), []),
+        ((9, 0, 0, 3), [[0, 1, 2, 3]]),
+        ((5,), [[0]]),
+    ],
+)
 def test_classes_are_merged_until_no_group_is_small(counts, groups):
     assert sp.class_groups(counts) == groups
 
@@ -239,19 +277,30 @@ def test_ages_by_class_are_those_of_numpy_and_small_groups_are_merged():
     groups = sp.class_groups(np.bincount(labels))
     found = sp.by_class(labels, c.CLASSES, groups, age)
     assert list(found) == ["Non", "Very mild", "Mild and Moderate"]
-    assert found["Mild and Moderate"] == {"n": 6, "age_mean": round(age[11:].mean(), 1),
-                                          "age_sd": round(age[11:].std(ddof=1), 1)}
+    assert found["Mild and Moderate"] == {
+        "n": 6,
+        "age_mean": round(age[11:].mean(), 1),
+        "age_sd": round(age[11:].std(ddof=1), 1),
+    }
     assert sp.counts_by_class(np.array([0] * 7 + [3]), c.CLASSES, groups) == {
-        "Non": 7, "Very mild": 0, "Mild and Moderate": "fewer than 5"}
+        "Non": 7,
+        "Very mild": 0,
+        "Mild and Moderate": "fewer than 5",
+    }
 
 
 def test_the_part_holds_the_found_patients_within_the_range():
     shared = sp.SharedPatients(
-        np.array([4, 7, 9, 11]), np.array([2, 0, 1, 3]), (0.7, 0.9), HALF_TURN, 0, 12, 5)
+        np.array([4, 7, 9, 11]), np.array([2, 0, 1, 3]), (0.7, 0.9), HALF_TURN, 0, 12, 5
+    )
     other = sp.OtherSet([], np.arange(5), ("a", "b", "c", "d", "e"))
     ages = {"a": 59.0, "b": 60.0, "c": 80.0}
     part = sp.part_of_age(shared, other, ages, age_from=60)
-    assert part.patient_id.tolist() == [4, 9] and part.age.tolist() == [80, 60] and part.without_age == 1
+    assert (
+        part.patient_id.tolist() == [4, 9]
+        and part.age.tolist() == [80, 60]
+        and part.without_age == 1
+    )
     assert part.range_name == "60 years and more"
     assert sp.part_of_age(shared, other, ages, age_to=59).patient_id.tolist() == [7]
     assert "80" not in repr(part) and "patient_id" not in repr(part) + repr(shared)
@@ -269,8 +318,13 @@ def simulated(n: Sequence[int] = (40, 30, 20, 2), slices: int = 4, seed: int = 0
     base = 0.8 * np.eye(4)[label] + rng.normal(0, 0.7, (len(label), 4))
     logits = np.repeat(base, slices, 0) + rng.normal(0, 0.3, (len(label) * slices, 4))
     people = np.repeat(np.arange(len(label)), slices)
-    return {"clean": logits.astype(np.float32), "labels": np.repeat(label, slices), "patient_id": people,
-            "fold": np.zeros_like(people), "seed": np.zeros_like(people)}
+    return {
+        "clean": logits.astype(np.float32),
+        "labels": np.repeat(label, slices),
+        "patient_id": people,
+        "fold": np.zeros_like(people),
+        "seed": np.zeros_like(people),
+    }
 
 
 def test_scores_of_the_part_are_those_of_its_patients_alone():
@@ -281,7 +335,10 @@ def test_scores_of_the_part_are_those_of_its_patients_alone():
     assert (found["n_people"], found["n_people_everybody"]) == (75, 92)
     everybody = found["slice_auroc"]["everybody"]
     for rows, place in ((inside, found["slice_auroc"]), (np.ones_like(inside), everybody)):
-        margin, sick = metrics.disease_margin(predictions["clean"][rows]), predictions["labels"][rows] > 0
+        margin, sick = (
+            metrics.disease_margin(predictions["clean"][rows]),
+            predictions["labels"][rows] > 0,
+        )
         assert place["value"] == pytest.approx(roc_auc_score(sick, margin), abs=6e-4)
     for name in ("person_auroc", "slice_auroc", "balanced_accuracy_3"):
         score = found[name]
@@ -307,17 +364,28 @@ def test_everybody_in_the_part_makes_no_difference():
 
 def test_no_score_tells_of_a_handful_of_patients():
     predictions = simulated()
-    assert "outside the part" in sp.part_scores(predictions, None, np.arange(3, 92), n_boot=10)["reason"]
+    assert (
+        "outside the part"
+        in sp.part_scores(predictions, None, np.arange(3, 92), n_boot=10)["reason"]
+    )
     assert "in the part" in sp.part_scores(predictions, None, np.arange(3), n_boot=10)["reason"]
     few_non = sp.part_scores(predictions, None, np.arange(36, 92), n_boot=10)
     assert few_non["person_auroc"]["value"] is few_non["slice_auroc"]["difference"] is None
     few_mild = sp.part_scores(predictions, None, np.arange(74), n_boot=10)
-    assert few_mild["balanced_accuracy_3"]["value"] is None and few_mild["person_auroc"]["value"] is not None
+    assert (
+        few_mild["balanced_accuracy_3"]["value"] is None
+        and few_mild["person_auroc"]["value"] is not None
+    )
 
 
 def test_records_of_another_cohort_are_refused_and_small_parts_too(tmp_path):
     path = tmp_path / "assets" / "Resnet" / "patient.json"
-    record = {"schema_version": 1, "model": "Resnet", "protocol": "patient", "cohort_sha256": "a" * 64}
+    record = {
+        "schema_version": 1,
+        "model": "Resnet",
+        "protocol": "patient",
+        "cohort_sha256": "a" * 64,
+    }
     records.write_record(path, record, simulated())
     entries = list(records.read_entries(tmp_path).values())
     part = np.arange(20, 92)
@@ -333,7 +401,9 @@ def test_every_variant_has_a_row(tmp_path):
     predictions["soft/clean"] = predictions["clean"] / 2
     record = {"schema_version": 1, "model": "Ensemble", "protocol": "slice", "cohort_sha256": "a"}
     records.write_record(tmp_path / "assets" / "Ensemble" / "slice.json", record, predictions)
-    found = sp.score_rows(records.read_entries(tmp_path).values(), np.arange(20, 92), "a", n_boot=10)
+    found = sp.score_rows(
+        records.read_entries(tmp_path).values(), np.arange(20, 92), "a", n_boot=10
+    )
     assert list(found) == ["Ensemble/slice", "Ensemble/slice/soft"]
     assert found["Ensemble/slice"]["slice_auroc"]["value"] is not None
 
@@ -347,17 +417,30 @@ def case(raw, cohort, strangers, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("command")
     folder = write_phantom(root / "raw", **PHANTOM)
     patients = shared_half(cohort)
-    images = [seen_elsewhere(image, HALF_TURN) for image in one_slice_each(raw, cohort, patients) + strangers]
+    images = [
+        seen_elsewhere(image, HALF_TURN)
+        for image in one_slice_each(raw, cohort, patients) + strangers
+    ]
     other = write_other(root / "other", images)
     ages = [55 if i == 0 else 60 + i for i in range(len(images))]
-    table = write_table(root / "ages.csv", [(f"SUBJ{i:04d}", str(age)) for i, age in enumerate(ages)])
+    table = write_table(
+        root / "ages.csv", [(f"SUBJ{i:04d}", str(age)) for i, age in enumerate(ages)]
+    )
     real = np.flatnonzero(cohort.kind == "real")
     rng = np.random.default_rng(0)
-    predictions = {"clean": rng.normal(size=(len(real), 4)).astype(np.float32), "labels": cohort.label[real],
-                   "patient_id": cohort.patient_id[real], "fold": np.zeros(len(real), np.int64),
-                   "seed": np.zeros(len(real), np.int64)}
-    record = {"schema_version": 1, "model": "Resnet", "protocol": "patient",
-              "cohort_sha256": sp.cohort_identity(cohort)}
+    predictions = {
+        "clean": rng.normal(size=(len(real), 4)).astype(np.float32),
+        "labels": cohort.label[real],
+        "patient_id": cohort.patient_id[real],
+        "fold": np.zeros(len(real), np.int64),
+        "seed": np.zeros(len(real), np.int64),
+    }
+    record = {
+        "schema_version": 1,
+        "model": "Resnet",
+        "protocol": "patient",
+        "cohort_sha256": sp.cohort_identity(cohort),
+    }
     records.write_record(root / "assets" / "Resnet" / "patient.json", record, predictions)
     return {"root": root, "raw": folder, "other": other, "ages": table, "n": len(patients) - 1}
 
@@ -369,14 +452,41 @@ def run_tool(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_the_command_tells_counts_ages_and_scores_and_nobody_s_name(case, cohort, tmp_path):
     out, scores = tmp_path / "page.html", tmp_path / "age.json"
-    done = run_tool(case["raw"], "--against", case["other"], "--other-name", "Set B", "--ages", case["ages"],
-                    "--id-pattern", r"SUBJ\d+", "--age-from", 60, "--scores", scores, "--out", out,
-                    "--records-root", case["root"])
+    done = run_tool(
+        case["raw"],
+        "--against",
+        case["other"],
+        "--other-name",
+        "Set B",
+        "--ages",
+        case["ages"],
+        "--id-pattern",
+        r"SUBJ\d+",
+        "--age-from",
+        60,
+        "--scores",
+        scores,
+        "--out",
+        out,
+        "--records-root",
+        case["root"],
+    )
     assert done.returncode == 0, done.stderr
     written = json.loads(scores.read_text(encoding="utf-8"))
     assert set(written) == {
-        "schema_version", "other", "age_range", "n_patients", "n_other", "n_found", "n_part", "by_class",
-        "not_found_by_class", "gap", "rows", "cohort_sha256"}
+        "schema_version",
+        "other",
+        "age_range",
+        "n_patients",
+        "n_other",
+        "n_found",
+        "n_part",
+        "by_class",
+        "not_found_by_class",
+        "gap",
+        "rows",
+        "cohort_sha256",
+    }
     assert written["n_found"] == case["n"] + 1 and written["n_part"] == case["n"]
     assert sum(entry["n"] for entry in written["by_class"].values()) == case["n"]
     assert all(entry["n"] >= sp.LEAST_GROUP for entry in written["by_class"].values())
@@ -388,7 +498,10 @@ def test_the_command_tells_counts_ages_and_scores_and_nobody_s_name(case, cohort
     everything = scores.read_text(encoding="utf-8") + page + done.stdout + done.stderr
     assert "SUBJ" not in everything
     hashes = set(re.findall(r"[0-9a-f]{16,}", everything))
-    assert hashes == {written["cohort_sha256"]} and not hashes & {*cohort.file_sha256, *cohort.pixel_sha256}
+    assert hashes == {written["cohort_sha256"]} and not hashes & {
+        *cohort.file_sha256,
+        *cohort.pixel_sha256,
+    }
 
 
 def lists(value: object) -> list[list]:

@@ -25,10 +25,16 @@ def striped(count: int, seed: int) -> ImageSet:
     labels = torch.arange(count) % 4
     images = torch.rand(count, 1, 32, 32, generator=generator) * 40
     for row, label in enumerate(labels.tolist()):
-        images[row, 0, 8:24, 2 + 8 * label: 6 + 8 * label] += 180
+        images[row, 0, 8:24, 2 + 8 * label : 6 + 8 * label] += 180
     people = torch.arange(count) // 4 + 1000 * seed
-    return ImageSet(images.to(torch.uint8), labels, people, torch.arange(count) % 4, [f"{seed:02d}{row:062d}" for row in range(count)],
-                    "bars")
+    return ImageSet(
+        images.to(torch.uint8),
+        labels,
+        people,
+        torch.arange(count) % 4,
+        [f"{seed:02d}{row:062d}" for row in range(count)],
+        "bars",
+    )
 
 
 TRAIN, VALIDATION = striped(32, 1), striped(16, 2)
@@ -36,7 +42,14 @@ DEVICE = torch.device("cpu")
 
 
 def small(model: str = "Efficientnet", **changes) -> RunConfig:
-    return make_config("demo", model, **{**dict(input_size=None, epochs=2, batch_size=16, pretrained=False, train_steps=1), **changes})
+    return make_config(
+        "demo",
+        model,
+        **{
+            **dict(input_size=None, epochs=2, batch_size=16, pretrained=False, train_steps=1),
+            **changes,
+        },
+    )
 
 
 class TinyNet(nn.Module):
@@ -45,15 +58,24 @@ class TinyNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.name, self.init, self.input_size = "Resnet", "random", None
-        self.conv, self.norm, self.fc = nn.Conv2d(1, 8, 5, 2), nn.BatchNorm2d(8), nn.Linear(8 * 16, 4)
+        self.conv, self.norm, self.fc = (
+            nn.Conv2d(1, 8, 5, 2),
+            nn.BatchNorm2d(8),
+            nn.Linear(8 * 16, 4),
+        )
 
     def forward(self, images):
-        return self.fc(torch.nn.functional.adaptive_avg_pool2d(torch.relu(self.norm(self.conv(images))), 4).flatten(1))
+        return self.fc(
+            torch.nn.functional.adaptive_avg_pool2d(
+                torch.relu(self.norm(self.conv(images))), 4
+            ).flatten(1)
+        )
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Training with `TinyNet` in place of the backbones; `load_model` likewise."""
+
     def build(name, *, pretrained=True, input_size=None):
         return TinyNet().eval()
 
@@ -76,24 +98,45 @@ def weights(path):
 
 
 def equal(first, second) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 @pytest.mark.parametrize("model", ["Efficientnet", "Efficientnet_atk"])
 def test_a_backbone_trains_and_leaves_best_and_last(model, tmp_path):
-    fit = training.fit(TRAIN, VALIDATION, small(model), tmp_path / "fold0_seed0.safetensors", DEVICE)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fold0_seed0.safetensors", "fold0_seed0_last.safetensors"]
+    fit = training.fit(
+        TRAIN, VALIDATION, small(model), tmp_path / "fold0_seed0.safetensors", DEVICE
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fold0_seed0.safetensors",
+        "fold0_seed0_last.safetensors",
+    ]
     assert [entry["epoch"] for entry in fit.history] == [1, 2] and fit.init == "random"
     assert ("adversarial_validation_loss" in fit.history[0]) == model.endswith("_atk")
     restored = load_model(fit.checkpoint)
     scores = training.validate(restored, VALIDATION, small(model), DEVICE)
-    assert scores["validation_loss"] == pytest.approx(fit.history[fit.best_epoch - 1]["validation_loss"], rel=1e-4)
+    assert scores["validation_loss"] == pytest.approx(
+        fit.history[fit.best_epoch - 1]["validation_loss"], rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("method,extra", [("pgd", {}), ("pgd", {"clean_weight": 0.5}), ("trades", {}), ("fast", {})])
+@pytest.mark.parametrize(
+    "method,extra", [("pgd", {}), ("pgd", {"clean_weight": 0.5}), ("trades", {}), ("fast", {})]
+)
 def test_every_adversarial_method_learns_to_stand(tiny, method, extra):
-    config = small("Resnet_atk", method=method, epochs=14, lr=0.02, train_eps=0.1, augmentation=0.0, train_steps=2, weight_decay=0.0,
-                   ema_decay=0.0, **extra)
+    config = small(
+        "Resnet_atk",
+        method=method,
+        epochs=14,
+        lr=0.02,
+        train_eps=0.1,
+        augmentation=0.0,
+        train_steps=2,
+        weight_decay=0.0,
+        ema_decay=0.0,
+        **extra,
+    )
     fit = training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
     assert fit.history[fit.best_epoch - 1]["adversarial_validation_balanced_accuracy"] > 0.8
 
@@ -120,10 +163,15 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
         training.fit(TRAIN, VALIDATION, config, broken, DEVICE, on_epoch=kill)
     assert not broken.exists(), "an unfinished training is not a checkpoint"
     resumed = training.fit(TRAIN, VALIDATION, config, broken, DEVICE)
-    strip = lambda history: [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]  # noqa: E731
+    strip = lambda history: [
+        {k: v for k, v in entry.items() if k != "seconds"} for entry in history
+    ]  # noqa: E731
     assert strip(resumed.history) == strip(whole.history)
     assert equal(weights(tiny), weights(broken))
-    assert equal(weights(tiny.with_name("fold0_seed0_last.safetensors")), weights(broken.with_name("broken_last.safetensors")))
+    assert equal(
+        weights(tiny.with_name("fold0_seed0_last.safetensors")),
+        weights(broken.with_name("broken_last.safetensors")),
+    )
 
 
 def test_a_warm_start_begins_at_the_weights_of_the_clean_twin(tiny):
@@ -133,7 +181,10 @@ def test_a_warm_start_begins_at_the_weights_of_the_clean_twin(tiny):
     with pytest.raises(StudyError, match="clean twin"):
         training.fit(TRAIN, VALIDATION, config, robust, DEVICE)
     training.fit(TRAIN, VALIDATION, config, robust, DEVICE, start=tiny)
-    assert all(torch.equal(weights(tiny)[name], weights(robust)[name]) for name, _ in TinyNet().named_parameters())
+    assert all(
+        torch.equal(weights(tiny)[name], weights(robust)[name])
+        for name, _ in TinyNet().named_parameters()
+    )
 
 
 def test_a_finished_training_is_not_run_again(tiny):
@@ -147,7 +198,9 @@ def test_a_checkpoint_of_other_settings_is_an_error_until_retrained(tiny):
     training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
     with pytest.raises(StudyError, match="lr 0.0003 instead of 0.01"):
         training.fit(TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE)
-    assert training.fit(TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE, retrain=True).history
+    assert training.fit(
+        TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE, retrain=True
+    ).history
 
 
 def test_an_exploding_loss_is_a_clear_error_and_loses_nothing(tiny, monkeypatch):
@@ -167,8 +220,11 @@ def test_an_exploding_loss_is_a_clear_error_and_loses_nothing(tiny, monkeypatch)
 
 
 def test_a_model_that_answers_one_class_is_refused_as_best():
-    history = [{"epoch": 1, "score": 1.30, "validation_classes": 1}, {"epoch": 2, "score": 1.38, "validation_classes": 3},
-               {"epoch": 3, "score": 1.45, "validation_classes": 4}]
+    history = [
+        {"epoch": 1, "score": 1.30, "validation_classes": 1},
+        {"epoch": 2, "score": 1.38, "validation_classes": 3},
+        {"epoch": 3, "score": 1.45, "validation_classes": 4},
+    ]
     assert training.best_epoch(history) == (2, False)
     assert training.best_epoch(history[:1]) == (1, True)
 
@@ -178,8 +234,12 @@ def test_the_score_is_not_won_by_a_constant_answer():
     constant = torch.zeros(100, 4)
     constant[:, 0] = 6.0
     unsure = torch.zeros(100, 4)
-    assert nn.functional.cross_entropy(constant, labels) < nn.functional.cross_entropy(unsure, labels)
-    assert training.macro_cross_entropy(constant, labels) > training.macro_cross_entropy(unsure, labels)
+    assert nn.functional.cross_entropy(constant, labels) < nn.functional.cross_entropy(
+        unsure, labels
+    )
+    assert training.macro_cross_entropy(constant, labels) > training.macro_cross_entropy(
+        unsure, labels
+    )
 
 
 def test_class_weights_balance_the_training_set():
@@ -204,7 +264,11 @@ def test_layer_decay_slows_lower_blocks_of_dinov2():
     model = build_model("Dinov2", pretrained=False)
     groups = training.parameter_groups(model, RunConfig(model="Dinov2", layer_decay=0.8))
     scale_of = {id(p): group["scale"] for group in groups for p in group["params"]}
-    scales = [scale_of[id(p)] for name, p in model.named_parameters() if name.endswith("attention.query.weight") or "q_proj.weight" in name]
+    scales = [
+        scale_of[id(p)]
+        for name, p in model.named_parameters()
+        if name.endswith("attention.query.weight") or "q_proj.weight" in name
+    ]
     assert len(scales) == 12 and scales == sorted(scales) and scales[0] < 0.2
     assert scale_of[id(model.body.head.weight)] == 1.0
 
@@ -224,13 +288,17 @@ def test_nothing_is_trained_in_the_attack_and_batchnorm_does_not_move():
     config = small("Resnet_atk", train_steps=3)
     training.perturb_for_training = watched
     try:
-        training.loss_of_batch(model, images, labels, config, 0.1, None, lambda: torch.autocast("cpu", enabled=False))
+        training.loss_of_batch(
+            model, images, labels, config, 0.1, None, lambda: torch.autocast("cpu", enabled=False)
+        )
     finally:
         training.perturb_for_training = original
     assert steps == [False] and model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model.state_dict()["conv.weight"], before["conv.weight"])
-    assert int(model.norm.num_batches_tracked) == 1, "one forward pass in train mode: the one that is learnt from"
+    assert int(model.norm.num_batches_tracked) == 1, (
+        "one forward pass in train mode: the one that is learnt from"
+    )
 
 
 class Probed(nn.Module):
@@ -248,11 +316,17 @@ class Probed(nn.Module):
         return -logits if self.wrong and precision == "bf16" else logits
 
 
-@pytest.mark.parametrize(("slow", "wrong", "expected"), [("fp32", False, "bf16"), ("bf16", False, "fp32"), ("fp32", True, "fp32")])
+@pytest.mark.parametrize(
+    ("slow", "wrong", "expected"),
+    [("fp32", False, "bf16"), ("bf16", False, "fp32"), ("fp32", True, "fp32")],
+)
 def test_the_probe_takes_the_faster_precision_only_if_its_gradient_agrees(slow, wrong, expected):
     torch.manual_seed(0)
     images = torch.rand(32, 1, 8, 8)
-    assert training.probe_precision(Probed(slow, wrong), images, torch.arange(32) % 4, DEVICE) == expected
+    assert (
+        training.probe_precision(Probed(slow, wrong), images, torch.arange(32) % 4, DEVICE)
+        == expected
+    )
 
 
 def test_the_probe_leaves_training_as_if_it_had_not_run(tiny):
@@ -266,7 +340,9 @@ def test_the_probe_leaves_training_as_if_it_had_not_run(tiny):
 
 def test_settings_survive_json():
     config = small("Resnet_atk")
-    assert json.loads(json.dumps(training.training_settings(config))) == training.training_settings(dataclasses.replace(config))
+    assert json.loads(json.dumps(training.training_settings(config))) == training.training_settings(
+        dataclasses.replace(config)
+    )
 
 
 def test_a_state_of_another_backbone_does_not_load(tiny):
@@ -315,7 +391,13 @@ def test_an_exploding_gradient_costs_its_step_and_many_in_a_row_end_the_training
     assert all(torch.isfinite(tensor.float()).all() for tensor in weights(tiny).values())
     broken.update(range(1, 99))
     with pytest.raises(StudyError, match="gradient was not finite in 5 steps"):
-        training.fit(TRAIN, VALIDATION, small("Resnet", epochs=9), tiny.with_name("other.safetensors"), DEVICE)
+        training.fit(
+            TRAIN,
+            VALIDATION,
+            small("Resnet", epochs=9),
+            tiny.with_name("other.safetensors"),
+            DEVICE,
+        )
 
 
 def test_single_step_training_that_collapses_goes_on_with_pgd(tiny, monkeypatch):
@@ -332,16 +414,31 @@ def test_single_step_training_that_collapses_goes_on_with_pgd(tiny, monkeypatch)
     monkeypatch.setattr(training, "attacked_logits", shown)
     used = []
     inner = training.perturb_for_training
-    monkeypatch.setattr(training, "perturb_for_training",
-                        lambda *arguments, **options: (used.append(options["steps"]), inner(*arguments, **options))[1])
-    fit = training.fit(TRAIN, VALIDATION, small("Resnet_atk", method="fast", epochs=4, eps_ramp=0.0, train_steps=2), tiny, DEVICE)
+    monkeypatch.setattr(
+        training,
+        "perturb_for_training",
+        lambda *arguments, **options: (used.append(options["steps"]), inner(*arguments, **options))[
+            1
+        ],
+    )
+    fit = training.fit(
+        TRAIN,
+        VALIDATION,
+        small("Resnet_atk", method="fast", epochs=4, eps_ramp=0.0, train_steps=2),
+        tiny,
+        DEVICE,
+    )
     assert [entry.get("collapsed") for entry in fit.history] == [False, True, None, None]
     assert fit.best_epoch != 2
-    assert {step for step in used if step != training.VALIDATION_STEPS} == {1, 2}, "one step before the collapse, PGD after it"
+    assert {step for step in used if step != training.VALIDATION_STEPS} == {1, 2}, (
+        "one step before the collapse, PGD after it"
+    )
 
 
 def test_a_healthy_single_step_training_is_not_called_collapsed(tiny):
-    fit = training.fit(TRAIN, VALIDATION, small("Resnet_atk", method="fast", epochs=3, lr=0.02), tiny, DEVICE)
+    fit = training.fit(
+        TRAIN, VALIDATION, small("Resnet_atk", method="fast", epochs=3, lr=0.02), tiny, DEVICE
+    )
     assert all(entry["collapsed"] is False for entry in fit.history)
 
 
@@ -350,15 +447,21 @@ def test_ordinal_labels_charge_more_for_a_graver_error():
     assert targets.sum().item() == pytest.approx(1) and targets.argmax().item() == 2
     assert targets[0, 3] == targets[0, 1] > targets[0, 0]
     config, labels = small("Resnet", loss="ordinal"), torch.tensor([2])
-    near, far = (training.classification_loss(torch.tensor([row]), labels, config, None, labels).item()
-                 for row in ([0.0, 0.0, 0.0, 3.0], [3.0, 0.0, 0.0, 0.0]))
+    near, far = (
+        training.classification_loss(torch.tensor([row]), labels, config, None, labels).item()
+        for row in ([0.0, 0.0, 0.0, 3.0], [3.0, 0.0, 0.0, 0.0])
+    )
     assert near < far
 
 
 def test_patience_ends_a_training_that_gets_no_better(tiny, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
     original = training.validate
-    monkeypatch.setattr(training, "validate", lambda *arguments: {**original(*arguments), "validation_classes": 4, "score": next(scores)})
+    monkeypatch.setattr(
+        training,
+        "validate",
+        lambda *arguments: {**original(*arguments), "validation_classes": 4, "score": next(scores)},
+    )
     fit = training.fit(TRAIN, VALIDATION, small("Resnet", epochs=6, patience=2), tiny, DEVICE)
     assert len(fit.history) == 4 and fit.best_epoch == 2
 
@@ -366,27 +469,41 @@ def test_patience_ends_a_training_that_gets_no_better(tiny, monkeypatch):
 def test_tensorboard_events_hold_every_epoch(tiny, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    fit = training.fit(TRAIN, VALIDATION, small("Resnet", epochs=3), tiny, DEVICE, logs=tmp_path / "logs")
+    fit = training.fit(
+        TRAIN, VALIDATION, small("Resnet", epochs=3), tiny, DEVICE, logs=tmp_path / "logs"
+    )
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
-    assert events.Scalars("validation/loss")[-1].value == pytest.approx(fit.history[-1]["validation_loss"])
+    assert events.Scalars("validation/loss")[-1].value == pytest.approx(
+        fit.history[-1]["validation_loss"]
+    )
 
 
 def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
     from utils.utils_funcs import atomic_path
 
     (tmp_path / "a.json").write_text("old")
-    with pytest.raises(StudyError, match="the disk is full"), atomic_path(tmp_path / "a.json") as temporary:
+    with (
+        pytest.raises(StudyError, match="the disk is full"),
+        atomic_path(tmp_path / "a.json") as temporary,
+    ):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
-    assert (tmp_path / "a.json").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old" and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["a.json"]
 
 
 def own_mounts() -> list[str]:
     """The command that gives a program a mount namespace of its own, in which it may mount a disk; empty where there is none."""
     for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        if shutil.which(command[0]) and subprocess.run([*command, "sh", "-c", "mount -t tmpfs none /mnt"],
-                                                       capture_output=True).returncode == 0:
+        if (
+            shutil.which(command[0])
+            and subprocess.run(
+                [*command, "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True
+            ).returncode
+            == 0
+        ):
             return command
     return []
 
@@ -398,14 +515,22 @@ def test_a_disk_that_is_really_full_is_a_clear_error_and_every_old_file_stays(tm
         pytest.skip("no mount namespace (Linux, as root or with user namespaces)")
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run([*namespace, sys.executable, "-m", "tests.full_disk", str(disk)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "ALZHEIMER_QUIET": "1", "OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        [*namespace, sys.executable, "-m", "tests.full_disk", str(disk)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ALZHEIMER_QUIET": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout)
     assert len(results) == 13
     for name, result in results.items():
         kind, message = result["error"] or ("nothing", "")
-        assert kind == "StudyError" and "could not be written: the disk is full" in message, f"{name}: {kind}: {message}"
+        assert kind == "StudyError" and "could not be written: the disk is full" in message, (
+            f"{name}: {kind}: {message}"
+        )
         assert result["whole"], f"{name}: the old file is not what it was"
         assert result["left"] == [], f"{name}: {result['left']} is left behind"
     assert not list(disk.iterdir()), "the disk went with its process"

@@ -5,7 +5,15 @@ import platform
 
 import pytest
 
-from utils.utils_funcs import ROOT, StudyError, atomic_path, choose_device, read_json, result_root, write_json
+from utils.utils_funcs import (
+    ROOT,
+    StudyError,
+    atomic_path,
+    choose_device,
+    read_json,
+    result_root,
+    write_json,
+)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -30,7 +38,10 @@ def test_a_half_written_json_is_a_clear_error(tmp_path):
         read_json(tmp_path / "record.json")
 
 
-@pytest.mark.parametrize("profile,data", [("demo", "real"), ("demo", "phantom"), ("cpu", "phantom"), ("paper", "phantom")])
+@pytest.mark.parametrize(
+    "profile,data",
+    [("demo", "real"), ("demo", "phantom"), ("cpu", "phantom"), ("paper", "phantom")],
+)
 def test_lesser_runs_write_under_runs(profile, data, monkeypatch):
     monkeypatch.delenv("ALZHEIMER_RUNS", raising=False)
     assert result_root(profile, data) == ROOT / "runs" / f"{profile}-{data}"
@@ -47,7 +58,9 @@ def test_freed_memory_is_kept_where_the_c_library_can_and_never_an_error(monkeyp
     from utils.utils_funcs import keep_freed_memory
 
     assert keep_freed_memory.__wrapped__() is (platform.libc_ver()[0] == "glibc")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
+    monkeypatch.setattr(
+        ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library"))
+    )
     assert keep_freed_memory.__wrapped__() is False
 
 

@@ -41,8 +41,18 @@ class Attack(Protocol):
     kind: Literal["control", "white-box", "black-box", "transfer"]
     package: str | None
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                 targets: Tensor | None = None, precision: Precision = "fp32", **budget: object) -> Tensor: ...
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        *,
+        seed: int = 0,
+        targets: Tensor | None = None,
+        precision: Precision = "fp32",
+        **budget: object,
+    ) -> Tensor: ...
 
 
 #: Name → attack.
@@ -92,7 +102,9 @@ def group_logits(logits: Tensor, groups: Groups) -> Tensor:
 
 def group_labels(labels: Tensor, groups: Groups) -> Tensor:
     """The number of the group that holds each label, `int64` (N,)."""
-    table = torch.empty(1 + max(max(group) for group in groups), dtype=torch.int64, device=labels.device)
+    table = torch.empty(
+        1 + max(max(group) for group in groups), dtype=torch.int64, device=labels.device
+    )
     for number, group in enumerate(groups):
         table[list(group)] = number
     return table[labels]
@@ -155,20 +167,36 @@ def no_parameter_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
-              package: str | None = None) -> Callable[[Callable[..., Tensor]], Attack]:
+def _register(
+    name: str, norm: Norm = "linf", kind: str = "white-box", package: str | None = None
+) -> Callable[[Callable[..., Tensor]], Attack]:
     """Adds a function to `ATTACKS` with the guard around it and its outcome checked for shape, range and NaN."""
 
     def wrap(function: Callable[..., Tensor]) -> Attack:
         @functools.wraps(function)
-        def guarded(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                    targets: Tensor | None = None, precision: Precision = "fp32", **budget: object) -> Tensor:
+        def guarded(
+            model: nn.Module,
+            images: Tensor,
+            labels: Tensor,
+            eps: float,
+            *,
+            seed: int = 0,
+            targets: Tensor | None = None,
+            precision: Precision = "fp32",
+            **budget: object,
+        ) -> Tensor:
             _check_input(images, labels, eps, targets)
             if eps == 0 or len(images) == 0:
                 return images.clone()
-            attack = function if precision == "fp32" else functools.partial(_search_in_bfloat16, function)
+            attack = (
+                function
+                if precision == "fp32"
+                else functools.partial(_search_in_bfloat16, function)
+            )
             with _untouched(model):
-                adversarial = attack(model, images.detach(), labels, float(eps), seed=seed, targets=targets, **budget)
+                adversarial = attack(
+                    model, images.detach(), labels, float(eps), seed=seed, targets=targets, **budget
+                )
             return _checked(name, norm, images, adversarial.detach(), eps)
 
         guarded.norm, guarded.kind, guarded.package = norm, kind, package
@@ -178,29 +206,46 @@ def _register(name: str, norm: Norm = "linf", kind: str = "white-box",
     return wrap
 
 
-def _search_in_bfloat16(attack: Callable[..., Tensor], model: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
-                        targets: Tensor | None, mask: Tensor | None = None, **budget: object) -> Tensor:
+def _search_in_bfloat16(
+    attack: Callable[..., Tensor],
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    targets: Tensor | None,
+    mask: Tensor | None = None,
+    **budget: object,
+) -> Tensor:
     """What `attack` finds against the model computed in bfloat16. An image that still stands in float32 is attacked again, in
     float32, where bfloat16 is too coarse to be trusted about it: it stands by less than what rounding moved its margin, or it
     came back as it was, because no step changed its margin by as much as bfloat16 can tell (0.008 between 1 and 2)."""
     mask = None if mask is None else mask.to(images)
     masked = {} if mask is None else {"mask": mask}
-    adversarial = attack(_InBfloat16(model), images, labels, eps, targets=targets, **masked, **budget)
+    adversarial = attack(
+        _InBfloat16(model), images, labels, eps, targets=targets, **masked, **budget
+    )
     rounded = _succeeded(_InBfloat16(model), adversarial, labels, targets)[0]
     remaining, fell = _succeeded(model, adversarial, labels, targets)
     unmoved = (adversarial == images).flatten(1).all(1)
     rows = (~fell & (unmoved | ((rounded - remaining).abs() >= remaining))).nonzero().squeeze(1)
     if len(rows):
         masked = {} if mask is None else {"mask": _of_rows(mask, rows)}
-        adversarial[rows] = attack(model, images[rows], labels[rows], eps, targets=_rows(targets, rows), **masked, **budget)
+        adversarial[rows] = attack(
+            model, images[rows], labels[rows], eps, targets=_rows(targets, rows), **masked, **budget
+        )
     return adversarial
 
 
 def _check_input(images: Tensor, labels: Tensor, eps: float, targets: Tensor | None) -> None:
     if images.ndim != 4 or len(images) != len(labels):
-        raise ValueError(f"expected images (N, C, H, W) and N labels, not {tuple(images.shape)} and {len(labels)}")
+        raise ValueError(
+            f"expected images (N, C, H, W) and N labels, not {tuple(images.shape)} and {len(labels)}"
+        )
     if len(images) and not (0 <= images.min() and images.max() <= 1):
-        raise ValueError("images must lie in [0, 1]: an attack acts on raw pixels, before any normalisation")
+        raise ValueError(
+            "images must lie in [0, 1]: an attack acts on raw pixels, before any normalisation"
+        )
     if eps < 0:
         raise ValueError(f"eps must not be negative, not {eps}")
     if targets is not None and bool((targets == labels).any()):
@@ -210,15 +255,19 @@ def _check_input(images: Tensor, labels: Tensor, eps: float, targets: Tensor | N
 def _checked(name: str, norm: Norm, images: Tensor, adversarial: Tensor, eps: float) -> Tensor:
     """The adversarial images, or `AttackError` where they break the threat model."""
     if adversarial.shape != images.shape or adversarial.dtype != images.dtype:
-        raise AttackError(f"{name} returned {tuple(adversarial.shape)} {adversarial.dtype} where images are "
-                          f"{tuple(images.shape)} {images.dtype}")
+        raise AttackError(
+            f"{name} returned {tuple(adversarial.shape)} {adversarial.dtype} where images are "
+            f"{tuple(images.shape)} {images.dtype}"
+        )
     if not bool(adversarial.isfinite().all()):
         raise AttackError(f"{name} returned NaN or infinite pixels")
     if adversarial.min() < 0 or adversarial.max() > 1:
         raise AttackError(f"{name} returned pixels outside [0, 1]")
     size = perturbation_size(images, adversarial, norm)
     if norm != "l0" and size.max() > eps * (1 + 1e-5) + 1e-6:
-        raise AttackError(f"{name} used a perturbation of {size.max():.6f} where eps is {eps:.6f} ({norm})")
+        raise AttackError(
+            f"{name} used a perturbation of {size.max():.6f} where eps is {eps:.6f} ({norm})"
+        )
     return adversarial
 
 
@@ -253,13 +302,19 @@ def unsaturated_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _objective(logits: Tensor, labels: Tensor, targets: Tensor | None, loss: Loss) -> Tensor:
     """What an attack climbs, per image: away from the label, or towards the target."""
     if targets is None:
-        return -margin(logits, labels) if loss == "margin" else unsaturated_cross_entropy(logits, labels)
+        return (
+            -margin(logits, labels)
+            if loss == "margin"
+            else unsaturated_cross_entropy(logits, labels)
+        )
     if loss == "margin":  # the pair alone: the same direction whichever third class is ahead
         return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
     return -unsaturated_cross_entropy(logits, targets)
 
 
-def _distance_to_success(logits: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _distance_to_success(
+    logits: Tensor, labels: Tensor, targets: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Margin that an attack still has to overcome (N,), and whether it succeeded (N,): another answer than the label,
     or the target itself. Decided by `argmax`, as every score is; a logit that is not finite is no right answer."""
     answers = logits.argmax(1)
@@ -270,14 +325,20 @@ def _distance_to_success(logits: Tensor, labels: Tensor, targets: Tensor | None)
     return distance.nan_to_num(nan=torch.inf), done
 
 
-def _pixel_gradient(model: nn.Module, images: Tensor, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _pixel_gradient(
+    model: nn.Module, images: Tensor, objective: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Gradient of the summed objective with respect to the pixels, and the logits. What is not finite counts as 0."""
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
         logits = model(images)
         value = objective(logits.float()).sum()
         # A model whose output does not depend on its input has no gradient at all: zero, and found out as such.
-        gradient = torch.autograd.grad(value, images, allow_unused=True)[0] if value.requires_grad else None
+        gradient = (
+            torch.autograd.grad(value, images, allow_unused=True)[0]
+            if value.requires_grad
+            else None
+        )
     gradient = torch.zeros_like(images) if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
     return gradient.detach(), logits.detach().float()
 
@@ -321,10 +382,23 @@ def _random_start(images: Tensor, eps: float, norm: Norm, seed: int) -> Tensor:
     return (images + noise.to(images)).clamp(0.0, 1.0)
 
 
-def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start: Tensor, *, steps: int,
-            step_size: float, targets: Tensor | None = None, norm: Norm = "linf", loss: Loss = "ce",
-            momentum: float | None = None, mask: Tensor | None = None, push: bool = False,
-            aim: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _ascend(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    start: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    targets: Tensor | None = None,
+    norm: Norm = "linf",
+    loss: Loss = "ce",
+    momentum: float | None = None,
+    mask: Tensor | None = None,
+    push: bool = False,
+    aim: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Projected gradient ascent from `start`, keeping each image's best iterate.
 
     An image leaves the batch at its first success, so that later steps cost only the images that still stand; with
@@ -347,7 +421,9 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
     for step in range(steps + 1):
         y, t, g = labels[rows], _rows(targets, rows), _rows(goal, rows)
         if step < steps:
-            gradient, logits = _pixel_gradient(model, current, lambda logits: _objective(logits, y, g, loss))
+            gradient, logits = _pixel_gradient(
+                model, current, lambda logits: _objective(logits, y, g, loss)
+            )
         else:
             with torch.no_grad():
                 logits = model(current).float()
@@ -368,9 +444,13 @@ def _ascend(model: nn.Module, images: Tensor, labels: Tensor, eps: float, start:
             if not len(rows):
                 break
         if velocity is not None:
-            velocity = momentum * velocity + gradient / _axes(gradient.flatten(1).abs().mean(1).clamp_min(1e-20))
+            velocity = momentum * velocity + gradient / _axes(
+                gradient.flatten(1).abs().mean(1).clamp_min(1e-20)
+            )
             gradient = velocity
-        move = step_size * _direction(gradient if mask is None else gradient * _of_rows(mask, rows), norm)
+        move = step_size * _direction(
+            gradient if mask is None else gradient * _of_rows(mask, rows), norm
+        )
         current = _project(current + move, images[rows], eps, norm)
     return best, distance, done
 
@@ -390,16 +470,32 @@ def _of_rows(mask: Tensor, rows: Tensor) -> Tensor:
     return mask[rows] if mask.ndim == 4 and len(mask) > 1 else mask
 
 
-def _succeeded(model: nn.Module, images: Tensor, labels: Tensor,
-               targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _succeeded(
+    model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Distance to success and success of unperturbed images (N,)."""
     with torch.no_grad():
         return _distance_to_success(model(images).float(), labels, targets)
 
 
-def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int, targets: Tensor | None,
-               steps: int, attempts: int, step_size: float | None, norm: Norm, loss: Loss, random_start: bool,
-               momentum: float | None = None, mask: Tensor | None = None, push: bool = False) -> Tensor:
+def _restarted(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int,
+    targets: Tensor | None,
+    steps: int,
+    attempts: int,
+    step_size: float | None,
+    norm: Norm,
+    loss: Loss,
+    random_start: bool,
+    momentum: float | None = None,
+    mask: Tensor | None = None,
+    push: bool = False,
+) -> Tensor:
     """`attempts` ascents, each on the images that still stand after those before. With a margin loss and no targets the
     k-th climbs towards the k-th nearest class."""
     aims = None
@@ -414,7 +510,11 @@ def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
         # A clean error is a success at no cost. Other images never come back unchanged: their best *iterate* does.
         distance = torch.full_like(distance, torch.inf)
     for attempt in range(attempts):
-        rows = torch.arange(len(images), device=images.device) if push else (~done).nonzero().squeeze(1)
+        rows = (
+            torch.arange(len(images), device=images.device)
+            if push
+            else (~done).nonzero().squeeze(1)
+        )
         if not len(rows):
             break
         part, own_mask = images[rows], None if mask is None else _of_rows(mask, rows)
@@ -422,16 +522,30 @@ def _restarted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
         if own_mask is not None:
             start = torch.where(own_mask > 0, start, part)
         found, remaining, hit = _ascend(
-            model, part, labels[rows], eps, start, steps=steps, step_size=step_size or 2.5 * eps / steps,
-            targets=_rows(targets, rows), norm=norm, loss=loss, momentum=momentum, mask=own_mask, push=push,
-            aim=None if aims is None else aims[rows, attempt % aims.shape[1]])
+            model,
+            part,
+            labels[rows],
+            eps,
+            start,
+            steps=steps,
+            step_size=step_size or 2.5 * eps / steps,
+            targets=_rows(targets, rows),
+            norm=norm,
+            loss=loss,
+            momentum=momentum,
+            mask=own_mask,
+            push=push,
+            aim=None if aims is None else aims[rows, attempt % aims.shape[1]],
+        )
         better = (hit & ~done[rows]) | (remaining < distance[rows])
         adversarial[rows[better]], distance[rows[better]] = found[better], remaining[better]
         done[rows[hit]] = True
     return adversarial
 
 
-def nearest_classes(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm = "linf") -> tuple[Tensor, Tensor]:
+def nearest_classes(
+    model: nn.Module, images: Tensor, labels: Tensor, norm: Norm = "linf"
+) -> tuple[Tensor, Tensor]:
     """Every class but the label, the nearest first, `int64` (N, C − 1), and the logits (N, C).
 
     Nearest in pixels, not in logits: the gap divided by its gradient's dual norm, the distance to that class's boundary
@@ -445,17 +559,30 @@ def nearest_classes(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm
     return classes.gather(1, (gaps / steepness).nan_to_num(torch.inf).argsort(1)), logits
 
 
-def class_gaps(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def class_gaps(
+    model: nn.Module, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The other classes, the likeliest first (N, C − 1); by how much the label's logit leads each of them (N, C − 1);
     the pixel gradients of that (N, C − 1, 1, H, W); and the logits (N, C)."""
     with torch.enable_grad():
         images = images.detach().requires_grad_(True)
         logits = model(images).float()
-        classes = logits.detach().scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
+        classes = (
+            logits.detach()
+            .scatter(1, labels[:, None], -torch.inf)
+            .argsort(1, descending=True)[:, :-1]
+        )
         gaps = logits.gather(1, labels[:, None]) - logits.gather(1, classes)
-        slopes = [torch.autograd.grad(gap.sum(), images, retain_graph=True, allow_unused=True)[0]
-                  if gap.requires_grad else None for gap in gaps.unbind(1)]
-    slopes = [torch.zeros_like(images) if slope is None else slope.nan_to_num(0.0, 0.0, 0.0) for slope in slopes]
+        slopes = [
+            torch.autograd.grad(gap.sum(), images, retain_graph=True, allow_unused=True)[0]
+            if gap.requires_grad
+            else None
+            for gap in gaps.unbind(1)
+        ]
+    slopes = [
+        torch.zeros_like(images) if slope is None else slope.nan_to_num(0.0, 0.0, 0.0)
+        for slope in slopes
+    ]
     return classes, gaps.detach(), torch.stack(slopes, 1).detach(), logits.detach()
 
 
@@ -468,9 +595,18 @@ def clinical_targets(labels: Tensor, classes: int = 4) -> Tensor:
 # -- for the training loop ---------------------------------------------------------------------------------------------
 
 
-def perturb_for_training(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, steps: int,
-                         loss: Literal["ce", "kl"] = "ce", step_size: float | None = None, random_start: bool = True,
-                         generator: torch.Generator | None = None) -> Tensor:
+def perturb_for_training(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    steps: int,
+    loss: Literal["ce", "kl"] = "ce",
+    step_size: float | None = None,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Lean PGD for the inner maximisation of adversarial training: last iterate, no checks, no parameter gradients.
 
     The caller owns the model's mode and autocast; in train mode BatchNorm statistics see every iterate. Give the plain
@@ -490,7 +626,11 @@ def perturb_for_training(model: nn.Module, images: Tensor, labels: Tensor, eps: 
         if loss == "kl":
             with torch.no_grad():
                 clean = model(images).float().softmax(1)
-        noise = torch.empty_like(images).uniform_(-eps, eps, generator=generator) if random_start else 0.0
+        noise = (
+            torch.empty_like(images).uniform_(-eps, eps, generator=generator)
+            if random_start
+            else 0.0
+        )
         current = (images.detach() + noise).clamp(0.0, 1.0)
         for _ in range(steps):
             current.requires_grad_(True)
@@ -509,33 +649,66 @@ def perturb_for_training(model: nn.Module, images: Tensor, labels: Tensor, eps: 
 
 
 @_register("noise", kind="control")
-def noise(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-          targets: Tensor | None = None) -> Tensor:
+def noise(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+) -> Tensor:
     """Uniform noise in the eps ball: the control that any attack must beat."""
     return _random_start(images, eps, "linf", seed)
 
 
 @_register("fgsm")
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-         targets: Tensor | None = None) -> Tensor:
+def fgsm(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+) -> Tensor:
     """One step of length eps along the sign of the cross-entropy's gradient (Goodfellow et al. 2015, arXiv:1412.6572);
     towards `targets` where they are given. An image with no gradient at all gets random signs: still an attack, and the
     evaluation reports the missing gradient."""
-    gradient, _ = _pixel_gradient(model, images, lambda logits: _objective(logits, labels, targets, "ce"))
+    gradient, _ = _pixel_gradient(
+        model, images, lambda logits: _objective(logits, labels, targets, "ce")
+    )
     blind = (gradient == 0).flatten(1).all(1)
-    direction = torch.where(_axes(blind), _random_start(images, eps, "linf", seed) - images, gradient).sign()
+    direction = torch.where(
+        _axes(blind), _random_start(images, eps, "linf", seed) - images, gradient
+    ).sign()
     return _project(images + eps * direction, images, eps, "linf")
 
 
 @_register("fgsm_targeted")
-def fgsm_targeted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                  targets: Tensor | None = None) -> Tensor:
+def fgsm_targeted(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+) -> Tensor:
     """FGSM towards `targets`; without them towards each other class, keeping the step that went furthest."""
-    return _towards_each(functools.partial(fgsm.__wrapped__, seed=seed), model, images, labels, eps, targets)
+    return _towards_each(
+        functools.partial(fgsm.__wrapped__, seed=seed), model, images, labels, eps, targets
+    )
 
 
-def _towards_each(attack: Callable[..., Tensor], model: nn.Module, images: Tensor, labels: Tensor, eps: float,
-                  targets: Tensor | None) -> Tensor:
+def _towards_each(
+    attack: Callable[..., Tensor],
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    targets: Tensor | None,
+) -> Tensor:
     """Runs a targeted attack towards `targets`, or towards every other class in turn, on images that still stand."""
     if targets is not None:
         return attack(model, images, labels, eps, targets=targets)
@@ -554,38 +727,105 @@ def _towards_each(attack: Callable[..., Tensor], model: nn.Module, images: Tenso
 
 
 @_register("ifgsm")
-def ifgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-          steps: int = 10, step_size: float | None = None, loss: Loss = "ce") -> Tensor:
+def ifgsm(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 10,
+    step_size: float | None = None,
+    loss: Loss = "ce",
+) -> Tensor:
     """Iterative FGSM, also called BIM (Kurakin et al. 2017, arXiv:1607.02533): from the image itself, no random start.
     Towards `targets` where they are given."""
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=1,
-                      step_size=step_size, norm="linf", loss=loss, random_start=False)
+    return _restarted(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        steps=steps,
+        attempts=1,
+        step_size=step_size,
+        norm="linf",
+        loss=loss,
+        random_start=False,
+    )
 
 
 ATTACKS["bim"] = ifgsm
 
 
 @_register("ifgsm_targeted")
-def ifgsm_targeted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                   targets: Tensor | None = None, steps: int = 10, step_size: float | None = None) -> Tensor:
+def ifgsm_targeted(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 10,
+    step_size: float | None = None,
+) -> Tensor:
     """Iterative FGSM towards `targets`; without them towards each other class in turn."""
     attack = functools.partial(ifgsm.__wrapped__, seed=seed, steps=steps, step_size=step_size)
     return _towards_each(attack, model, images, labels, eps, targets)
 
 
 @_register("mifgsm")
-def mifgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-           targets: Tensor | None = None, steps: int = 10, step_size: float | None = None, momentum: float = 1.0,
-           loss: Loss = "ce") -> Tensor:
+def mifgsm(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 10,
+    step_size: float | None = None,
+    momentum: float = 1.0,
+    loss: Loss = "ce",
+) -> Tensor:
     """Momentum iterative FGSM (Dong et al. 2018, arXiv:1710.06081): made to transfer between models."""
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=1,
-                      step_size=step_size, norm="linf", loss=loss, random_start=False, momentum=momentum)
+    return _restarted(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        steps=steps,
+        attempts=1,
+        step_size=step_size,
+        norm="linf",
+        loss=loss,
+        random_start=False,
+        momentum=momentum,
+    )
 
 
 @_register("pgd")
-def pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-        steps: int = 20, restarts: int = 1, step_size: float | None = None, loss: Loss = "ce",
-        random_start: bool = True, push: bool = False, mask: Tensor | None = None) -> Tensor:
+def pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    step_size: float | None = None,
+    loss: Loss = "ce",
+    random_start: bool = True,
+    push: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Projected gradient descent (Madry et al. 2018, arXiv:1706.06083), keeping the best iterate: any successful one
     counts, and an image is left alone once it fell. Towards `targets` where they are given.
 
@@ -595,44 +835,127 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: i
         push: go on after success to the lowest margin (what a rank statistic like AUROC asks of an attacker).
         mask: 1 where a pixel may change.
     """
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
-                      step_size=step_size, norm="linf", loss=loss, random_start=random_start, push=push, mask=mask)
+    return _restarted(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        steps=steps,
+        attempts=restarts,
+        step_size=step_size,
+        norm="linf",
+        loss=loss,
+        random_start=random_start,
+        push=push,
+        mask=mask,
+    )
 
 
 @_register("pgd_targeted")
-def pgd_targeted(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                 targets: Tensor | None = None, steps: int = 20, restarts: int = 1,
-                 step_size: float | None = None) -> Tensor:
+def pgd_targeted(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    step_size: float | None = None,
+) -> Tensor:
     """PGD towards `targets` (success means hitting them); without them towards each other class in turn, the likeliest
     first, where any wrong answer is a success (multi-targeted, Gowal et al. 2019, arXiv:1910.09338)."""
     attempts = restarts if targets is not None else restarts * (_classes_of(model, images) - 1)
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=attempts,
-                      step_size=step_size, norm="linf", loss="margin", random_start=True)
+    return _restarted(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        steps=steps,
+        attempts=attempts,
+        step_size=step_size,
+        norm="linf",
+        loss="margin",
+        random_start=True,
+    )
 
 
 @_register("pgd_clinical")
-def pgd_clinical(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                 targets: Tensor | None = None, steps: int = 20, restarts: int = 1) -> Tensor:
+def pgd_clinical(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+) -> Tensor:
     """PGD towards the clinically worst answer: Mild and Moderate made Non, Non and Very mild made Moderate."""
-    return pgd_targeted.__wrapped__(model, images, labels, eps, seed=seed, steps=steps, restarts=restarts,
-                                    targets=clinical_targets(labels, _classes_of(model, images)))
+    return pgd_targeted.__wrapped__(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        steps=steps,
+        restarts=restarts,
+        targets=clinical_targets(labels, _classes_of(model, images)),
+    )
 
 
 @_register("pgd_l2", norm="l2")
-def pgd_l2(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-           targets: Tensor | None = None, steps: int = 20, restarts: int = 1, step_size: float | None = None,
-           loss: Loss = "margin") -> Tensor:
+def pgd_l2(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    step_size: float | None = None,
+    loss: Loss = "margin",
+) -> Tensor:
     """PGD in the Euclidean norm (Madry et al. 2018): steps along the gradient itself, not its sign."""
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
-                      step_size=step_size, norm="l2", loss=loss, random_start=True)
+    return _restarted(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        steps=steps,
+        attempts=restarts,
+        step_size=step_size,
+        norm="l2",
+        loss=loss,
+        random_start=True,
+    )
 
 
 # -- the registry: minimal perturbations -------------------------------------------------------------------------------
 
 
 @_register("deepfool", norm="l2")
-def deepfool(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-             targets: Tensor | None = None, steps: int = 50, overshoot: float = 0.02) -> Tensor:
+def deepfool(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 50,
+    overshoot: float = 0.02,
+) -> Tensor:
     """Minimal Euclidean perturbation by repeated linearisation (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599), drawn
     back to the boundary by bisection. Where the nearest adversarial image found lies beyond eps, its projection onto
     the ball comes back. Towards `targets` where they are given."""
@@ -640,8 +963,14 @@ def deepfool(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, se
     return _project(nearest, images, eps, "l2")
 
 
-def _deepfool(model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None, steps: int,
-              overshoot: float) -> Tensor:
+def _deepfool(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    steps: int,
+    overshoot: float,
+) -> Tensor:
     """Nearest adversarial images that DeepFool finds, at any distance."""
     current = images.clone()
     done = torch.zeros_like(labels).bool()
@@ -655,16 +984,29 @@ def _deepfool(model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor 
         rows, classes, gaps, slopes = rows[~hit], classes[~hit], gaps[~hit].abs(), slopes[~hit]
         length = slopes.flatten(2).norm(dim=2).clamp_min(1e-12)
         at = torch.arange(len(rows), device=rows.device)
-        chosen = (gaps / length).argmin(1) if targets is None else (classes == targets[rows, None]).int().argmax(1)
+        chosen = (
+            (gaps / length).argmin(1)
+            if targets is None
+            else (classes == targets[rows, None]).int().argmax(1)
+        )
         step = -slopes[at, chosen] * _axes((gaps[at, chosen] + 1e-6) / length[at, chosen] ** 2)
         current[rows] = (current[rows] + (1 + overshoot) * step).clamp(0.0, 1.0)
     return _bisect(model, images, current, labels, targets)
 
 
-def _bisect(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor, targets: Tensor | None,
-            halvings: int = 10) -> Tensor:
+def _bisect(
+    model: nn.Module,
+    images: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    halvings: int = 10,
+) -> Tensor:
     """The point nearest to `images` on the way to `adversarial` that is still adversarial (bisection)."""
-    low, high = torch.zeros(len(images), device=images.device), torch.ones(len(images), device=images.device)
+    low, high = (
+        torch.zeros(len(images), device=images.device),
+        torch.ones(len(images), device=images.device),
+    )
     for _ in range(halvings):
         middle = (low + high) / 2
         hit = _succeeded(model, images + _axes(middle) * (adversarial - images), labels, targets)[1]
@@ -673,16 +1015,34 @@ def _bisect(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tenso
 
 
 @_register("fab_t", package="pyautoattack")
-def fab_t(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, targets: Tensor | None = None,
-          steps: int = 100) -> Tensor:
+def fab_t(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 100,
+) -> Tensor:
     """FAB-T, minimal perturbation towards each other class (Croce and Hein 2020, arXiv:1907.02044), official code.
     Where the nearest adversarial image found lies beyond eps, its projection onto the ball comes back."""
-    nearest = nearest_adversarial(model, images, labels, norm="linf", steps=steps, seed=seed, eps=eps)
+    nearest = nearest_adversarial(
+        model, images, labels, norm="linf", steps=steps, seed=seed, eps=eps
+    )
     return _or_noise(_project(nearest, images, eps, "linf"), model, images, labels, eps, seed)
 
 
-def nearest_adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, norm: Norm = "linf", steps: int = 100,
-                        seed: int = 0, eps: float | None = None) -> Tensor:
+def nearest_adversarial(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm = "linf",
+    steps: int = 100,
+    seed: int = 0,
+    eps: float | None = None,
+) -> Tensor:
     """Nearest adversarial images that official FAB-T finds at any distance (N, 1, H, W); unchanged where it finds none,
     and for clean errors. With `eps` an image counts as done once it fell within eps, as in AutoAttack.
 
@@ -692,9 +1052,19 @@ def nearest_adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, nor
 
     norms = {"linf": "Linf", "l2": "L2"}
     with _untouched(model):
-        fab = FABAttack_PT(model, norm=norms[norm], n_iter=steps, eps=eps or 1.0, seed=seed, targeted=True,
-                           device=images.device)
-        adversarial, distance = images.clone(), torch.full_like(labels, torch.inf, dtype=torch.float32)
+        fab = FABAttack_PT(
+            model,
+            norm=norms[norm],
+            n_iter=steps,
+            eps=eps or 1.0,
+            seed=seed,
+            targeted=True,
+            device=images.device,
+        )
+        adversarial, distance = (
+            images.clone(),
+            torch.full_like(labels, torch.inf, dtype=torch.float32),
+        )
         distance[_succeeded(model, images, labels)[1]] = 0.0
         torch.manual_seed(seed)
         for rank in range(2, _classes_of(model, images) + 1):
@@ -702,7 +1072,9 @@ def nearest_adversarial(model: nn.Module, images: Tensor, labels: Tensor, *, nor
             if not len(rows):
                 break
             fab.target_class = rank
-            found = fab.attack_single_run(images[rows], labels[rows], use_rand_start=False, is_targeted=True)
+            found = fab.attack_single_run(
+                images[rows], labels[rows], use_rand_start=False, is_targeted=True
+            )
             size = perturbation_size(images[rows], found, norm)
             better = _succeeded(model, found, labels[rows])[1] & (size < distance[rows])
             adversarial[rows[better]], distance[rows[better]] = found[better], size[better]
@@ -730,40 +1102,90 @@ class _AtLeastFour(nn.Module):
 
 
 @_register("apgd_ce", package="pyautoattack")
-def apgd_ce(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-            targets: Tensor | None = None, steps: int = 100, restarts: int = 1) -> Tensor:
+def apgd_ce(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+) -> Tensor:
     """Auto-PGD on the cross-entropy (Croce and Hein 2020, arXiv:2003.01690), official code."""
     from pyautoattack.autopgd_base import APGDAttack
 
-    attack = APGDAttack(model, n_iter=steps, n_restarts=restarts, eps=eps, loss="ce", seed=seed, device=images.device)
+    attack = APGDAttack(
+        model,
+        n_iter=steps,
+        n_restarts=restarts,
+        eps=eps,
+        loss="ce",
+        seed=seed,
+        device=images.device,
+    )
     return _or_noise(attack.perturb(images, labels), model, images, labels, eps, seed)
 
 
 @_register("apgd_t", package="pyautoattack")
-def apgd_t(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-           targets: Tensor | None = None, steps: int = 100, restarts: int = 1) -> Tensor:
+def apgd_t(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 100,
+    restarts: int = 1,
+) -> Tensor:
     """Auto-PGD on the targeted difference-of-logits ratio, towards each other class (Croce and Hein 2020,
     arXiv:2003.01690), official code with as many targets as there are other classes."""
     from pyautoattack.autopgd_base import APGDAttack_targeted
 
-    attack = APGDAttack_targeted(_AtLeastFour(model), n_iter=steps, n_restarts=restarts, eps=eps, seed=seed,
-                                 n_target_classes=_classes_of(model, images) - 1, device=images.device)
+    attack = APGDAttack_targeted(
+        _AtLeastFour(model),
+        n_iter=steps,
+        n_restarts=restarts,
+        eps=eps,
+        seed=seed,
+        n_target_classes=_classes_of(model, images) - 1,
+        device=images.device,
+    )
     return _or_noise(attack.perturb(images, labels), model, images, labels, eps, seed)
 
 
 @_register("square", kind="black-box", package="pyautoattack")
-def square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-           targets: Tensor | None = None, queries: int = 5000) -> Tensor:
+def square(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    queries: int = 5000,
+) -> Tensor:
     """Square Attack, a random search that needs only the logits (Andriushchenko et al. 2020, arXiv:1912.00049),
     official code with AutoAttack's settings."""
     from pyautoattack.square import SquareAttack
 
-    attack = SquareAttack(model, p_init=0.8, n_queries=queries, eps=eps, seed=seed, resc_schedule=False,
-                          device=images.device)
+    attack = SquareAttack(
+        model,
+        p_init=0.8,
+        n_queries=queries,
+        eps=eps,
+        seed=seed,
+        resc_schedule=False,
+        device=images.device,
+    )
     return _or_noise(attack.perturb(images, labels), model, images, labels, eps, seed)
 
 
-def _or_noise(adversarial: Tensor, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+def _or_noise(
+    adversarial: Tensor, model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int
+) -> Tensor:
     """The official code hands the clean image back where it found nothing; a random point of the ball stands in for it,
     so that a clean image that comes back from any attack always means that the attack did not run."""
     lost = (adversarial == images).flatten(1).all(1) & ~_succeeded(model, images, labels)[1]
@@ -771,8 +1193,16 @@ def _or_noise(adversarial: Tensor, model: nn.Module, images: Tensor, labels: Ten
 
 
 @_register("autoattack", package="pyautoattack")
-def autoattack(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-               targets: Tensor | None = None, batch: int = 64) -> Tensor:
+def autoattack(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    batch: int = 64,
+) -> Tensor:
     """Official AutoAttack `standard` in L-infinity: APGD-CE, APGD-T, FAB-T and Square, 100 steps and 5,000 queries
     (Croce and Hein 2020, arXiv:2003.01690), set to the model's number of classes (its default of ten fails with
     four)."""
@@ -780,12 +1210,22 @@ def autoattack(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
 
     tracer = sys.gettrace()
     try:
-        attack = AutoAttack(_AtLeastFour(model), norm="Linf", eps=eps, version="standard", seed=seed,
-                            device=images.device)
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = _classes_of(model, images) - 1
+        attack = AutoAttack(
+            _AtLeastFour(model),
+            norm="Linf",
+            eps=eps,
+            version="standard",
+            seed=seed,
+            device=images.device,
+        )
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = (
+            _classes_of(model, images) - 1
+        )
         adversarial = attack.run_standard_evaluation(images, labels, batch_size=batch)[0]
     finally:
-        sys.settrace(tracer)  # its check for adaptive models switches off whatever tracer (coverage, debugger) was on
+        sys.settrace(
+            tracer
+        )  # its check for adaptive models switches off whatever tracer (coverage, debugger) was on
     return _or_noise(adversarial, model, images, labels, eps, seed)
 
 
@@ -793,8 +1233,18 @@ def autoattack(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
 
 
 @_register("few_pixel", norm="l0", kind="black-box")
-def few_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-              targets: Tensor | None = None, pixels: int = 5, generations: int = 30, population: int = 40) -> Tensor:
+def few_pixel(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    pixels: int = 5,
+    generations: int = 30,
+    population: int = 40,
+) -> Tensor:
     """Changes a few pixels by at most eps each (1: any value), found by differential evolution on the logits alone (Su,
     Vargas and Sakurai 2019, arXiv:1710.08864), for all images at once and from its own seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -811,7 +1261,9 @@ def few_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, s
         partners = draw(len(rows), population, population).argsort(2)[:, :, :3]
         first, second, third = (genes[rows[:, None], partners[:, :, k]] for k in range(3))
         children = (first + 0.5 * (second - third)) % 1.0
-        score = _pixel_fitness(model, images[rows], labels[rows], _rows(targets, rows), eps, children)
+        score = _pixel_fitness(
+            model, images[rows], labels[rows], _rows(targets, rows), eps, children
+        )
         better = score < fitness[rows]
         genes[rows] = torch.where(better[:, :, None, None], children, genes[rows])
         fitness[rows] = torch.where(better, score, fitness[rows])
@@ -820,11 +1272,29 @@ def few_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, s
 
 
 @_register("one_pixel", norm="l0", kind="black-box")
-def one_pixel(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-              targets: Tensor | None = None, generations: int = 30, population: int = 40) -> Tensor:
+def one_pixel(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    generations: int = 30,
+    population: int = 40,
+) -> Tensor:
     """One pixel changed by at most eps (1: any value), by differential evolution (Su et al. 2019, arXiv:1710.08864)."""
-    return few_pixel.__wrapped__(model, images, labels, eps, seed=seed, targets=targets, pixels=1,
-                                 generations=generations, population=population)
+    return few_pixel.__wrapped__(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        pixels=1,
+        generations=generations,
+        population=population,
+    )
 
 
 def _with_pixels(images: Tensor, genes: Tensor, eps: float) -> Tensor:
@@ -834,12 +1304,20 @@ def _with_pixels(images: Tensor, genes: Tensor, eps: float) -> Tensor:
     flat = changed.view(count, candidates, -1)
     place = (genes[..., 0] * height).long() * width + (genes[..., 1] * width).long()
     old = images.flatten(1)[:, None].expand(-1, candidates, -1).gather(2, place)
-    flat.scatter_(2, place, torch.minimum(torch.maximum(genes[..., 2], old - eps), old + eps).clamp(0.0, 1.0))
+    flat.scatter_(
+        2, place, torch.minimum(torch.maximum(genes[..., 2], old - eps), old + eps).clamp(0.0, 1.0)
+    )
     return changed
 
 
-def _pixel_fitness(model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None, eps: float,
-                   genes: Tensor) -> Tensor:
+def _pixel_fitness(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    eps: float,
+    genes: Tensor,
+) -> Tensor:
     """Distance to success of each candidate (N, P): negative once it fools the model."""
     candidates = genes.shape[1]
     changed = _with_pixels(images, genes, eps).flatten(0, 1)
@@ -851,8 +1329,17 @@ def _pixel_fitness(model: nn.Module, images: Tensor, labels: Tensor, targets: Te
 
 
 @_register("hopskipjump", kind="black-box", package="adversarial-robustness-toolbox")
-def hopskipjump(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-                targets: Tensor | None = None, steps: int = 10, evaluations: int = 1000) -> Tensor:
+def hopskipjump(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 10,
+    evaluations: int = 1000,
+) -> Tensor:
     """HopSkipJump, which sees the model's decision alone (Chen, Jordan and Wainwright 2020, arXiv:1904.02144), by the
     Adversarial Robustness Toolbox. What lies beyond eps comes back projected onto the ball."""
     from art.attacks.evasion import HopSkipJump
@@ -860,26 +1347,45 @@ def hopskipjump(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *,
 
     def answers(batch: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return model(torch.as_tensor(batch, dtype=images.dtype, device=images.device)).float().cpu().numpy()
+            return (
+                model(torch.as_tensor(batch, dtype=images.dtype, device=images.device))
+                .float()
+                .cpu()
+                .numpy()
+            )
 
-    np.random.seed(seed % 2**32)  # the toolbox draws from the global state, which the guard restores
+    np.random.seed(
+        seed % 2**32
+    )  # the toolbox draws from the global state, which the guard restores
     classes, aims = _classes_of(model, images), labels if targets is None else targets
     starts, rows = _adversarial_starts(model, images, labels, targets, seed)
     found = _random_start(images, eps, "linf", seed)
     if len(rows):
-        oracle = BlackBoxClassifierNeuralNetwork(answers, images.shape[1:], classes, channels_first=True,
-                                                 clip_values=(0.0, 1.0))
-        attack = HopSkipJump(oracle, targeted=targets is not None, norm=np.inf, max_iter=steps, max_eval=evaluations,
-                             init_eval=min(100, evaluations), init_size=1, verbose=False)
-        made = attack.generate(images[rows].cpu().numpy(),
-                               y=np.eye(classes,
-                                        dtype=np.float32)[aims[rows].cpu().numpy()], x_adv_init=starts.cpu().numpy())
+        oracle = BlackBoxClassifierNeuralNetwork(
+            answers, images.shape[1:], classes, channels_first=True, clip_values=(0.0, 1.0)
+        )
+        attack = HopSkipJump(
+            oracle,
+            targeted=targets is not None,
+            norm=np.inf,
+            max_iter=steps,
+            max_eval=evaluations,
+            init_eval=min(100, evaluations),
+            init_size=1,
+            verbose=False,
+        )
+        made = attack.generate(
+            images[rows].cpu().numpy(),
+            y=np.eye(classes, dtype=np.float32)[aims[rows].cpu().numpy()],
+            x_adv_init=starts.cpu().numpy(),
+        )
         found[rows] = _project(torch.as_tensor(made).to(images), images[rows], eps, "linf")
     return _or_noise(found, model, images, labels, eps, seed)
 
 
-def _adversarial_starts(model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None,
-                        seed: int) -> tuple[Tensor, Tensor]:
+def _adversarial_starts(
+    model: nn.Module, images: Tensor, labels: Tensor, targets: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor]:
     """For a decision-based attack: the nearest image of the batch, or of 64 of noise, that the model already answers as
     the attacker wishes, and the rows that have one. Ours, because the toolbox draws its starts without a seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -893,18 +1399,47 @@ def _adversarial_starts(model: nn.Module, images: Tensor, labels: Tensor, target
 
 
 @_register("transfer", kind="transfer")
-def transfer(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, source: nn.Module, seed: int = 0,
-             targets: Tensor | None = None, steps: int = 20) -> Tensor:
+def transfer(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    source: nn.Module,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    steps: int = 20,
+) -> Tensor:
     """Images made against `source`, another model, by momentum PGD that goes on after success (Dong et al. 2018,
     arXiv:1710.06081), and shown to `model` without a look at its gradient."""
     with _untouched(source):
-        return _ascend(source, images, labels, eps, images, steps=steps, step_size=2.5 * eps / steps, targets=targets,
-                       momentum=1.0, push=True)[0]
+        return _ascend(
+            source,
+            images,
+            labels,
+            eps,
+            images,
+            steps=steps,
+            step_size=2.5 * eps / steps,
+            targets=targets,
+            momentum=1.0,
+            push=True,
+        )[0]
 
 
 @_register("kryptonite")
-def kryptonite(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0,
-               targets: Tensor | None = None, mask: Tensor | None = None, steps: int = 20, restarts: int = 1) -> Tensor:
+def kryptonite(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    targets: Tensor | None = None,
+    mask: Tensor | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+) -> Tensor:
     """Perturbation confined to the region of interest (Kulkarni and Bhambani 2021, "Kryptonite: an adversarial attack
     using regional focus"): PGD inside `mask`.
 
@@ -912,8 +1447,21 @@ def kryptonite(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, 
         mask: 1 inside the region, (N, 1, H, W) or (1, 1, H, W), e.g. where Grad-CAM is high; None takes the brain.
     """
     mask = brain_mask(images) if mask is None else mask.to(images)
-    return _restarted(model, images, labels, eps, seed=seed, targets=targets, steps=steps, attempts=restarts,
-                      step_size=None, norm="linf", loss="margin", random_start=True, mask=mask)
+    return _restarted(
+        model,
+        images,
+        labels,
+        eps,
+        seed=seed,
+        targets=targets,
+        steps=steps,
+        attempts=restarts,
+        step_size=None,
+        norm="linf",
+        loss="margin",
+        random_start=True,
+        mask=mask,
+    )
 
 
 def brain_mask(images: Tensor) -> Tensor:
@@ -925,7 +1473,9 @@ def brain_mask(images: Tensor) -> Tensor:
     for index, image in enumerate(images[:, 0].cpu().numpy()):
         pieces, count = ndimage.label(image > _otsu(image) / 2)
         if count:
-            largest = 1 + np.argmax(ndimage.sum_labels(np.ones_like(image), pieces, range(1, count + 1)))
+            largest = 1 + np.argmax(
+                ndimage.sum_labels(np.ones_like(image), pieces, range(1, count + 1))
+            )
             masks[index, 0] = ndimage.binary_fill_holes(pieces == largest)
     return torch.as_tensor(masks).to(images)
 

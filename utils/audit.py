@@ -60,8 +60,12 @@ def link_evidence(vectors: np.ndarray, person: np.ndarray) -> dict[str, np.ndarr
     between, other = people_tree(vectors, person)
     weights = np.concatenate([*within, between])
     groups = len(vectors) - np.array([(weights >= threshold).sum() for threshold in THRESHOLDS])
-    return {"own": _histogram(own), "other": _histogram(other), "groups": groups.astype(np.int32),
-            "gap": np.array([other.max(), min(links.min() for links in within)])}
+    return {
+        "own": _histogram(own),
+        "other": _histogram(other),
+        "groups": groups.astype(np.int32),
+        "gap": np.array([other.max(), min(links.min() for links in within)]),
+    }
 
 
 def people_tree(vectors: np.ndarray, person: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +87,9 @@ def _histogram(correlations: np.ndarray) -> np.ndarray:
 
 def sizes_by_class(person: np.ndarray, label: np.ndarray) -> np.ndarray:
     """(P, 2) class and number of images of each person."""
-    return np.array([[np.bincount(label[members]).argmax(), len(members)] for members in members_of(person)])
+    return np.array(
+        [[np.bincount(label[members]).argmax(), len(members)] for members in members_of(person)]
+    )
 
 
 def recompressed(image: np.ndarray, quality: int) -> np.ndarray:
@@ -103,15 +109,26 @@ def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -
     rng = np.random.default_rng(seed)
 
     def noisy(sigma: float) -> Callable:
-        return lambda image: np.clip(image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255).astype(np.uint8)
+        return lambda image: np.clip(
+            image + np.rint(rng.normal(0, sigma, image.shape)), 0, 255
+        ).astype(np.uint8)
 
     variants: list[tuple[str, Callable, dict]] = [("as published", lambda image: image, {})]
-    variants += [(f"blur widths {a:g} and {b:g}", lambda image: image, {"narrow": a, "wide": b})
-                 for a, b in ((0.7, 4), (1, 3), (1.5, 6), (2, 8))]
-    variants += [(f"features of {side} px", lambda image: image, {"side": side}) for side in (64, 128)]
-    variants += [(f"images of {side} px", lambda image, side=side: shrunk(image, side), {}) for side in (64, 32)]
-    variants += [(f"JPEG quality {quality}", lambda image, quality=quality: recompressed(image, quality), {})
-                 for quality in (90, 75, 60)]
+    variants += [
+        (f"blur widths {a:g} and {b:g}", lambda image: image, {"narrow": a, "wide": b})
+        for a, b in ((0.7, 4), (1, 3), (1.5, 6), (2, 8))
+    ]
+    variants += [
+        (f"features of {side} px", lambda image: image, {"side": side}) for side in (64, 128)
+    ]
+    variants += [
+        (f"images of {side} px", lambda image, side=side: shrunk(image, side), {})
+        for side in (64, 32)
+    ]
+    variants += [
+        (f"JPEG quality {quality}", lambda image, quality=quality: recompressed(image, quality), {})
+        for quality in (90, 75, 60)
+    ]
     variants += [(f"noise of {sigma} grey levels", noisy(sigma), {}) for sigma in (2, 4, 8)]
     rows = []
     for name, change, options in progress(variants, "stability"):
@@ -142,19 +159,28 @@ def shared_people(cohort: Cohort) -> dict[str, int]:
     """How many people stand in the published train, in the published test folder, and in both."""
     known = cohort.patient_id >= 0
     train, test = (
-        set(cohort.patient_id[known & (cohort.source_split == split)].tolist()) for split in ("train", "test")
+        set(cohort.patient_id[known & (cohort.source_split == split)].tolist())
+        for split in ("train", "test")
     )
     images = known & (cohort.source_split == "test")
     leaked = images & np.isin(cohort.patient_id, list(train))
-    return {"train": len(train), "test": len(test), "both": len(train & test), "test_images": int(images.sum()),
-            "test_images_of_training_people": int(leaked.sum())}
+    return {
+        "train": len(train),
+        "test": len(test),
+        "both": len(train & test),
+        "test_images": int(images.sum()),
+        "test_images_of_training_people": int(leaked.sum()),
+    }
 
 
 def distance_to_training(cohort: Cohort) -> np.ndarray:
     """For each published test slice the number of slices to the nearest training slice of its own person (1: its direct
     neighbour was trained on); -1 where the person has none."""
     known = cohort.patient_id >= 0
-    train, test = known & (cohort.source_split == "train"), np.flatnonzero(known & (cohort.source_split == "test"))
+    train, test = (
+        known & (cohort.source_split == "train"),
+        np.flatnonzero(known & (cohort.source_split == "test")),
+    )
     distances = np.full(len(test), -1)
     for row, i in enumerate(test):
         own = cohort.slice_index[train & (cohort.patient_id == cohort.patient_id[i])]
@@ -181,13 +207,19 @@ def synthetic_evidence(raw: RawImages, cohort: Cohort) -> dict[str, np.ndarray]:
     train = cohort.source_split != "test"
     kinds = np.array(
         [
-            [((cohort.label == k) & (cohort.kind == kind) & train).sum() for kind in ("real", "synthetic", "duplicate")]
+            [
+                ((cohort.label == k) & (cohort.kind == kind) & train).sum()
+                for kind in ("real", "synthetic", "duplicate")
+            ]
             for k in range(len(CLASSES))
         ]
     )
     real, made = np.flatnonzero(cohort.kind == "real"), np.flatnonzero(cohort.kind == "synthetic")
     side = 64 if len(cohort) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
-    vectors = {name: features([raw.images[i] for i in rows], side) for name, rows in (("real", real), ("made", made))}
+    vectors = {
+        name: features([raw.images[i] for i in rows], side)
+        for name, rows in (("real", real), ("made", made))
+    }
     among_real = nearest(vectors["real"])[0][:, 0]
     from_test, likeness = np.zeros((len(CLASSES), 2), np.int32), np.zeros(len(made))
     if len(made):
@@ -199,11 +231,17 @@ def synthetic_evidence(raw: RawImages, cohort: Cohort) -> dict[str, np.ndarray]:
             from_test[k] = own.sum(), (own & tested).sum()
     tested = cohort.source_split[real] == "test"
     test_share = np.array(
-        [tested[cohort.label[real] == k].mean() if (cohort.label[real] == k).any() else 0 for k in range(len(CLASSES))]
+        [
+            tested[cohort.label[real] == k].mean() if (cohort.label[real] == k).any() else 0
+            for k in range(len(CLASSES))
+        ]
     )
     levels = recovery.background(raw.images)
     background = np.array(
-        [[levels[rows].min(), levels[rows].max()] if len(rows) else [np.nan] * 2 for rows in (real, made)]
+        [
+            [levels[rows].min(), levels[rows].max()] if len(rows) else [np.nan] * 2
+            for rows in (real, made)
+        ]
     )
     by_kind = np.column_stack([kinds[:, 0] + kinds[:, 2], kinds[:, 1]])
     shortcut = np.array([by_kind.max(0).sum(), by_kind.sum(1).max()]) / max(1, by_kind.sum())
@@ -221,7 +259,9 @@ def synthetic_evidence(raw: RawImages, cohort: Cohort) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------- everything, as small arrays
 
 
-def leak_arrays(raw: RawImages, cohort: Cohort, *, data: str, thorough: bool = True) -> dict[str, np.ndarray]:
+def leak_arrays(
+    raw: RawImages, cohort: Cohort, *, data: str, thorough: bool = True
+) -> dict[str, np.ndarray]:
     """All that the audit's figures are drawn from, without the images: histograms and counts, well under 1 MB.
 
     Args:
@@ -229,9 +269,18 @@ def leak_arrays(raw: RawImages, cohort: Cohort, *, data: str, thorough: bool = T
     """
     real = np.flatnonzero(cohort.kind == "real")
     images, person = [raw.images[i] for i in real], cohort.patient_id[real]
-    side = recovery.full_side(images) if thorough and len(raw) <= FULL_SIZE_LIMIT else recovery.SEARCH_SIDE
-    arrays = {f"links_{name}": value for name, value in link_evidence(features(images, side), person).items()}
-    arrays |= {f"synthetic_{name}": value for name, value in synthetic_evidence(raw, cohort).items()}
+    side = (
+        recovery.full_side(images)
+        if thorough and len(raw) <= FULL_SIZE_LIMIT
+        else recovery.SEARCH_SIDE
+    )
+    arrays = {
+        f"links_{name}": value
+        for name, value in link_evidence(features(images, side), person).items()
+    }
+    arrays |= {
+        f"synthetic_{name}": value for name, value in synthetic_evidence(raw, cohort).items()
+    }
     if thorough:
         rows = stability(images, person)
         arrays |= {f"stability_{name}": np.array([row[name] for row in rows]) for name in rows[0]}
@@ -274,20 +323,31 @@ def run_audit(
         path = folder / f"{protocol}.json"
         record = records.read_record(path) if path.is_file() and not again else {}
         if (record.get("cohort_sha256"), record.get("profile")) != (cohort_sha256, profile):
-            record, predictions = baseline_record(raw, cohort, folds, protocol, data=data, profile=profile,
-                                                  cohort_sha256=cohort_sha256, test_folds=range(5 if thorough else 1))
+            record, predictions = baseline_record(
+                raw,
+                cohort,
+                folds,
+                protocol,
+                data=data,
+                profile=profile,
+                cohort_sha256=cohort_sha256,
+                test_folds=range(5 if thorough else 1),
+            )
             records.write_record(path, record, predictions)
             (folder / ARRAYS).unlink(missing_ok=True)
         found[protocol] = record
     if again or not (folder / ARRAYS).is_file():
         write_arrays(leak_arrays(raw, cohort, data=data, thorough=thorough), folder / ARRAYS)
     with atomic_path(folder / "data_card.md") as temporary:
-        temporary.write_text(f"# Data card\n\ndata: {data}\n\n{data_card(cohort, folds)}\n", encoding="utf-8")
+        temporary.write_text(
+            f"# Data card\n\ndata: {data}\n\n{data_card(cohort, folds)}\n", encoding="utf-8"
+        )
     return found
 
 
 def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
     """The data in a page of Markdown: counts by protocol in people and slices, and what cannot be concluded."""
+
     def row(name: str, rows: np.ndarray) -> str:
         cells = []
         for k in range(len(CLASSES)):
@@ -297,7 +357,10 @@ def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
         people = len(set(cohort.patient_id[rows].tolist()) - {-1})
         return f"| {name} | " + " | ".join(cells) + f" | {people} / {len(rows):,} |"
 
-    lines = ["| people / images | " + " | ".join(CLASSES) + " | all |", "|---" * (len(CLASSES) + 2) + "|"]
+    lines = [
+        "| people / images | " + " | ".join(CLASSES) + " | all |",
+        "|---" * (len(CLASSES) + 2) + "|",
+    ]
     for kind in ("real", "synthetic", "duplicate"):
         lines.append(row(f"all, {kind}", np.flatnonzero(cohort.kind == kind)))
     lines += [row(f"`slice`, {name}", rows) for name, rows in split_slices(cohort).items()]
@@ -348,14 +411,18 @@ def split_control(raw: RawImages, cohort: Cohort) -> dict[str, tuple[float, floa
 
 def _rates(labels: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
     right = labels == answers
-    return float(right.mean()), float(np.mean([right[labels == k].mean() for k in np.unique(labels)]))
+    return float(right.mean()), float(
+        np.mean([right[labels == k].mean() for k in np.unique(labels)])
+    )
 
 
 def copies(raw: RawImages) -> tuple[int, int]:
     """Images whose pixels stand in an earlier one, and images of the test folder whose pixels stand in train."""
     pixel = [image.tobytes() for image in raw.images]
     train = {pixel[i] for i in range(len(raw)) if raw.source_split[i] == "train"}
-    return len(raw) - len(set(pixel)), sum(pixel[i] in train for i in range(len(raw)) if raw.source_split[i] == "test")
+    return len(raw) - len(set(pixel)), sum(
+        pixel[i] in train for i in range(len(raw)) if raw.source_split[i] == "test"
+    )
 
 
 def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
@@ -367,43 +434,72 @@ def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
             f"<p class='verdict'>{html.escape(str(error))}</p>",
             "<p>So nothing can be said from the pixels about who stands on both "
             "sides of a split. That is no proof that nobody does.</p>",
-            "<p>Exact copies: {:,}, of which {:,} test images repeat a training image.</p>".format(*copies(raw)),
+            "<p>Exact copies: {:,}, of which {:,} test images repeat a training image.</p>".format(
+                *copies(raw)
+            ),
         ]
         if error.recovery is not None and len(error.recovery.links):
-            body.append(_inline(audit_figures.links_figure(error.recovery.links, None, label=source)))
+            body.append(
+                _inline(audit_figures.links_figure(error.recovery.links, None, label=source))
+            )
         return _page(source, raw, body), False
     return _page(source, raw, _findings(raw, cohort, found, source)), True
 
 
 def _findings(raw: RawImages, cohort: Cohort, found: Recovery, source: str) -> list[str]:
     shared, control = shared_people(cohort), split_control(raw, cohort)
-    sizes = [len(members) for members in members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))]
+    sizes = [
+        len(members)
+        for members in members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))
+    ]
     kinds = Counter(cohort.kind.tolist())
     facts = [
         (
             "groups of slices (people)",
             f"{len(sizes):,}, of {min(sizes)} to {max(sizes)} images (median {int(np.median(sizes))})",
         ),
-        ("gap", f"two groups reach a correlation of {found.gap[0]:.3f}, a slice joins its own at {found.gap[1]:.3f}"),
+        (
+            "gap",
+            f"two groups reach a correlation of {found.gap[0]:.3f}, a slice joins its own at {found.gap[1]:.3f}",
+        ),
         ("images in a group", f"{kinds['real']:,}"),
         ("images in none (synthetic, or alone)", f"{kinds['synthetic']:,}"),
-        ("exact copies", "{:,}, of which {:,} test images repeat a training image".format(*copies(raw))),
+        (
+            "exact copies",
+            "{:,}, of which {:,} test images repeat a training image".format(*copies(raw)),
+        ),
         ("groups in more than one class", f"{len(found.conflicts):,}"),
     ]
-    verdict = (
-        "The folder has no train and test parts, so no split is judged; split it by the groups found, never by image."
-    )
+    verdict = "The folder has no train and test parts, so no split is judged; split it by the groups found, never by image."
     if shared["test_images"]:
         share = shared["test_images_of_training_people"] / shared["test_images"]
-        verdict = (f"{share:.1%} of the test images that belong to a group have that group in train "
-                   f"({shared['both']} of {shared['test']} test groups).")
-        facts.append(("nearest training slice of a test image's own group", _distances(distance_to_training(cohort))))
-    facts += [(f"1-nearest neighbour on 32×32 pixels, {name}", f"{rate:.1%} accuracy, {balanced:.1%} balanced")
-              for name, (rate, balanced) in control.items()]
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts)
-    body = [f"<p class='verdict'>{html.escape(verdict)}</p>", f"<table>{table}</table>",
-            _inline(audit_figures.links_figure(found.links, found.search_gap, label=source)),
-            _inline(audit_figures.stack_figure(*example_stacks(raw, cohort), label=source))]
+        verdict = (
+            f"{share:.1%} of the test images that belong to a group have that group in train "
+            f"({shared['both']} of {shared['test']} test groups)."
+        )
+        facts.append(
+            (
+                "nearest training slice of a test image's own group",
+                _distances(distance_to_training(cohort)),
+            )
+        )
+    facts += [
+        (
+            f"1-nearest neighbour on 32×32 pixels, {name}",
+            f"{rate:.1%} accuracy, {balanced:.1%} balanced",
+        )
+        for name, (rate, balanced) in control.items()
+    ]
+    table = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in facts
+    )
+    body = [
+        f"<p class='verdict'>{html.escape(verdict)}</p>",
+        f"<table>{table}</table>",
+        _inline(audit_figures.links_figure(found.links, found.search_gap, label=source)),
+        _inline(audit_figures.stack_figure(*example_stacks(raw, cohort), label=source)),
+    ]
     if found.conflicts:
         rows = "".join(
             f"<tr><td>group {who}</td><td>"
@@ -431,7 +527,7 @@ def example_stacks(
     groups = members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))
     rng = np.random.default_rng(seed)
     members = max(groups, key=lambda group: (min(len(group), 2 * columns), -group[0]))
-    ordered = members[np.argsort(cohort.slice_index[members])][:2 * columns]
+    ordered = members[np.argsort(cohort.slice_index[members])][: 2 * columns]
     drawn = rng.choice(np.flatnonzero(cohort.kind == "real"), len(ordered), replace=False)
     return [raw.images[i] for i in ordered], [raw.images[i] for i in drawn]
 
@@ -439,12 +535,16 @@ def example_stacks(
 def _inline(figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return (
+        f"<img alt='' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    )
 
 
 def _page(source: str, raw: RawImages, body: list[str]) -> str:
     splits = Counter(raw.source_split)
-    counts = ", ".join(f"{count:,} {split or 'without a split'}" for split, count in sorted(splits.items()))
+    counts = ", ".join(
+        f"{count:,} {split or 'without a split'}" for split, count in sorted(splits.items())
+    )
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Leak audit</title><style>"
         "body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -498,29 +598,57 @@ def main(
     """
     images = recovery.read_raw(raw, skip_unreadable=skip_unreadable, any_classes=True)
     if against is None:
-        _audit_one(images, raw, out, {"ages": ages, "scores": scores, "id_pattern": id_pattern,
-                                      "age_from": age_from, "age_to": age_to})
+        _audit_one(
+            images,
+            raw,
+            out,
+            {
+                "ages": ages,
+                "scores": scores,
+                "id_pattern": id_pattern,
+                "age_from": age_from,
+                "age_to": age_to,
+            },
+        )
         return
     if ages is None and (age_from, age_to) != (None, None):
         raise StudyError("A range of ages needs a table of ages: name it with --ages.")
     table = None if ages is None else shared_patients.read_ages(ages, id_column, age_column)
     other = shared_patients.read_other(against, id_pattern)
-    _audit_two(images, raw.name, other, other_name or against.name, table, age_from=age_from, age_to=age_to,
-               out=out, scores=scores, records_root=records_root)
+    _audit_two(
+        images,
+        raw.name,
+        other,
+        other_name or against.name,
+        table,
+        age_from=age_from,
+        age_to=age_to,
+        out=out,
+        scores=scores,
+        records_root=records_root,
+    )
 
 
-def _audit_one(images: RawImages, raw: Path, out: Path | None, needs_other: dict[str, object]) -> None:
+def _audit_one(
+    images: RawImages, raw: Path, out: Path | None, needs_other: dict[str, object]
+) -> None:
     """The audit of one set; `needs_other` are options that mean nothing without another."""
-    given = [f"--{name.replace('_', '-')}" for name, value in needs_other.items() if value is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in needs_other.items() if value is not None
+    ]
     if given:
-        raise StudyError(f"{' and '.join(given)} need another set of images: name it with --against.")
+        raise StudyError(
+            f"{' and '.join(given)} need another set of images: name it with --against."
+        )
     if out is None:
         raise StudyError("Name the page to write with --out.")
     page, found = report_page(images, raw.name)
     _write_page(page, out)
     if not found:
-        print(f"No people can be told apart in {raw}: its images show no gap between groups of slices.",
-              file=sys.stderr)
+        print(
+            f"No people can be told apart in {raw}: its images show no gap between groups of slices.",
+            file=sys.stderr,
+        )
         sys.exit(NO_PEOPLE)
 
 
@@ -541,8 +669,9 @@ def _audit_two(
     images = shared_patients.in_study_order(images)
     try:
         cohort = recovery.cohort_for(images)
-        comparison, part = shared_patients.compare(images, cohort, other, other_name, ages,
-                                                   age_from=age_from, age_to=age_to)
+        comparison, part = shared_patients.compare(
+            images, cohort, other, other_name, ages, age_from=age_from, age_to=age_to
+        )
     except (NoPeopleError, shared_patients.NoGapError) as error:
         print(error, file=sys.stderr)
         sys.exit(NO_PEOPLE)

@@ -68,8 +68,12 @@ def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
     count.step(thresholds, arrays["links_groups"], where="post", color=BASE)
     people = len(arrays["sizes"])
     count.axhline(people, color=OWN, linestyle=":", linewidth=1.1)
-    count.set(yscale="log", xlabel="threshold on the correlation", ylabel="groups (connected components)",
-              title=f"{people} groups at every threshold inside the gap")
+    count.set(
+        yscale="log",
+        xlabel="threshold on the correlation",
+        ylabel="groups (connected components)",
+        title=f"{people} groups at every threshold inside the gap",
+    )
     position = 0
     for k, name in enumerate(CLASSES):
         own = np.sort(arrays["sizes"][arrays["sizes"][:, 0] == k, 1])
@@ -95,7 +99,9 @@ def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
 def stability_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """The gap and the people found when the images or the method change."""
     names = arrays["stability_variant"]
-    figure, axes = canvas(1, 1, (8, 0.27 * len(names) + 1.3), "The same people, however one looks", _label(arrays))
+    figure, axes = canvas(
+        1, 1, (8, 0.27 * len(names) + 1.3), "The same people, however one looks", _label(arrays)
+    )
     panel = axes[0, 0]
     panel.grid(axis="y", visible=False)
     for row, name in enumerate(names):
@@ -104,7 +110,8 @@ def stability_figure(arrays: dict[str, np.ndarray]) -> Figure:
         if np.isfinite(low):
             panel.barh(row, high - low, left=low, height=0.6, color=OWN if same else OTHER)
         text = (
-            f"{int(arrays['stability_people'][row])} people" + (", the same" if same else ", others")
+            f"{int(arrays['stability_people'][row])} people"
+            + (", the same" if same else ", others")
             if np.isfinite(low)
             else "no gap"
         )
@@ -122,7 +129,9 @@ def stability_figure(arrays: dict[str, np.ndarray]) -> Figure:
 def split_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """What the published split shares: people, and how near a test slice's own training slices are."""
     shared = dict(zip(SHARED, arrays["shared"].tolist(), strict=True))
-    figure, axes = canvas(1, 2, (9, 3.2), "What the published split shares", _label(arrays), width_ratios=(1, 1.7))
+    figure, axes = canvas(
+        1, 2, (9, 3.2), "What the published split shares", _label(arrays), width_ratios=(1, 1.7)
+    )
     bars, distance = axes[0]
     heights = [shared["train"], shared["test"], shared["both"]]
     bars.bar(["train", "test", "both"], heights, color=[GREY, GREY, OTHER])
@@ -137,9 +146,20 @@ def split_figure(arrays: dict[str, np.ndarray]) -> Figure:
     values, counts = np.unique(known, return_counts=True)
     distance.bar(values, counts, color=OTHER)
     for value, height in zip(values, counts):
-        distance.text(value, height, f"{height / max(1, len(known)):.0%}", ha="center", va="bottom", fontsize=7.5)
-    distance.set(xlabel="slices to the person's nearest training slice (1: its neighbour)", ylabel="test slices",
-                 title=f"n = {len(known):,} test slices", xticks=values)
+        distance.text(
+            value,
+            height,
+            f"{height / max(1, len(known)):.0%}",
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+        )
+    distance.set(
+        xlabel="slices to the person's nearest training slice (1: its neighbour)",
+        ylabel="test slices",
+        title=f"n = {len(known):,} test slices",
+        xticks=values,
+    )
     return figure
 
 
@@ -147,15 +167,22 @@ def split_figure(arrays: dict[str, np.ndarray]) -> Figure:
 def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """Synthetic images: how many by class, how like real ones, and what their mere presence gives away."""
     kinds, from_test = arrays["synthetic_kinds"], arrays["synthetic_from_test"]
-    figure, axes = canvas(1, 3, (11.5, 3.4), "What the synthetic images are", f"data: {arrays['data']}")
+    figure, axes = canvas(
+        1, 3, (11.5, 3.4), "What the synthetic images are", f"data: {arrays['data']}"
+    )
     counts, likeness, origin = axes[0]
     bottom = np.zeros(len(CLASSES))
-    for column, (name, colour) in enumerate((("real", OWN), ("synthetic", MADE), ("duplicate", GREY))):
+    for column, (name, colour) in enumerate(
+        (("real", OWN), ("synthetic", MADE), ("duplicate", GREY))
+    ):
         counts.bar(CLASSES, kinds[:, column], bottom=bottom, color=colour, label=name)
         bottom += kinds[:, column]
     knows, constant = arrays["synthetic_shortcut"]
-    counts.set(ylabel="images of the train folder", ylim=(0, bottom.max() * 1.35),
-               title=f"“real or synthetic?” alone: {knows:.0%} right\n(most frequent class: {constant:.0%})")
+    counts.set(
+        ylabel="images of the train folder",
+        ylim=(0, bottom.max() * 1.35),
+        title=f"“real or synthetic?” alone: {knows:.0%} right\n(most frequent class: {constant:.0%})",
+    )
     counts.legend(ncols=3, loc="upper center")
     for name, colour, text in (
         ("likeness_real", OWN, "real image, nearest other"),
@@ -163,7 +190,11 @@ def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
     ):
         values = arrays[f"synthetic_{name}"]
         likeness.step(
-            _centres(len(values)), values / max(1, values.sum()) * len(values), where="mid", color=colour, label=text
+            _centres(len(values)),
+            values / max(1, values.sum()) * len(values),
+            where="mid",
+            color=colour,
+            label=text,
         )
     likeness.set(
         xlim=(0.5, 1),
@@ -175,12 +206,23 @@ def synthetic_figure(arrays: dict[str, np.ndarray]) -> Figure:
     share = 100 * from_test[:, 1] / np.maximum(1, from_test[:, 0])
     origin.bar(CLASSES, share, color=MADE)
     chance = 100 * arrays["synthetic_test_share"]
-    origin.hlines(chance, np.arange(len(CLASSES)) - 0.4, np.arange(len(CLASSES)) + 0.4, color=BASE, linestyle=":",
-                  label="share of test slices among real ones")
+    origin.hlines(
+        chance,
+        np.arange(len(CLASSES)) - 0.4,
+        np.arange(len(CLASSES)) + 0.4,
+        color=BASE,
+        linestyle=":",
+        label="share of test slices among real ones",
+    )
     origin.legend(loc="upper left")
     for place, (value, (total, _)) in enumerate(zip(share, from_test)):
         origin.text(
-            place, value / 2, f"{value:.0f}%\nn = {total:,}" if total else "none", ha="center", va="center", fontsize=7.5
+            place,
+            value / 2,
+            f"{value:.0f}%\nn = {total:,}" if total else "none",
+            ha="center",
+            va="center",
+            fontsize=7.5,
         )
     origin.set(
         ylabel="nearest real image is a test slice (%)",
@@ -195,25 +237,40 @@ def controls_figure(found: dict[str, dict]) -> Figure:
     """The controls under both protocols; `found` maps protocol → record of `Baselines`."""
     protocols = [protocol for protocol in PROTOCOLS if protocol in found]
     first = found[protocols[0]]
-    figure, axes = canvas(1, len(protocols), (5.2 * len(protocols), 4.2), "What simple rules and small models score",
-                           f"data: {first['data']} · bars: 95% intervals over patients", sharey=True)
+    figure, axes = canvas(
+        1,
+        len(protocols),
+        (5.2 * len(protocols), 4.2),
+        "What simple rules and small models score",
+        f"data: {first['data']} · bars: 95% intervals over patients",
+        sharey=True,
+    )
     for panel, protocol in zip(axes[0], protocols):
-        blocks = {"constant": found[protocol]["constant_answer"],
-                  **{name: block["clean"] for name, block in found[protocol]["variants"].items()}}
+        blocks = {
+            "constant": found[protocol]["constant_answer"],
+            **{name: block["clean"] for name, block in found[protocol]["variants"].items()},
+        }
         for row, name in enumerate(CONTROL_NAMES):
             if name not in blocks:
                 panel.text(1.5, row, "the split divides scans", va="center", fontsize=8, color=GREY)
                 continue
             block = blocks[name]["slice"]["balanced_accuracy_3"]
-            value, low, high = (100 * x for x in (block["value"], *(block["ci"] or [block["value"]] * 2)))
-            panel.barh(row, value, color=OTHER if "permuted" in name else COLOURS["Baselines"], height=0.6)
+            value, low, high = (
+                100 * x for x in (block["value"], *(block["ci"] or [block["value"]] * 2))
+            )
+            panel.barh(
+                row, value, color=OTHER if "permuted" in name else COLOURS["Baselines"], height=0.6
+            )
             panel.plot((low, high), (row, row), color=BASE, linewidth=1.4)
             panel.text(max(value, high) + 1.5, row, f"{value:.1f}%", va="center", fontsize=8)
         clean = blocks["constant"]
         panel.axvline(100 / 3, color=BASE, linestyle=":", linewidth=1.1)
         panel.set_yticks(range(len(CONTROL_NAMES)), CONTROL_NAMES.values())
-        panel.set(xlim=(0, 112), xlabel="balanced accuracy, three classes (%)",
-                  title=f"{PROTOCOL_TITLES[protocol]}\nn = {clean['n_slices']:,} slices of {clean['n_people']} people")
+        panel.set(
+            xlim=(0, 112),
+            xlabel="balanced accuracy, three classes (%)",
+            title=f"{PROTOCOL_TITLES[protocol]}\nn = {clean['n_slices']:,} slices of {clean['n_people']} people",
+        )
     axes[0, 0].invert_yaxis()
     return figure
 
@@ -251,12 +308,16 @@ def stack_figure(
     """One recovered person's slices in order above as many images drawn at random."""
     rows = -(-len(ordered) // columns)
     figure, axes = canvas(
-        2 * rows, columns, (0.72 * columns, 1.6 * rows + 1.0), "One recovered person in order, and a random draw", label
+        2 * rows,
+        columns,
+        (0.72 * columns, 1.6 * rows + 1.0),
+        "One recovered person in order, and a random draw",
+        label,
     )
     for panel in axes.flat:
         panel.axis("off")
     for first, images, name in ((0, ordered, "one person"), (rows, drawn, "random draw")):
-        for panel, image in zip(axes[first:first + rows].flat, images):
+        for panel, image in zip(axes[first : first + rows].flat, images):
             panel.imshow(image, cmap="gray", vmin=0, vmax=255)
         axes[first, 0].set_title(name, fontsize=8, loc="left")
     return figure
@@ -275,7 +336,9 @@ def read_arrays(folder: Path | str) -> dict[str, np.ndarray]:
     """The audit's arrays in `assets/Baselines`."""
     path = Path(folder) / ARRAYS
     if not path.is_file():
-        raise StudyError(f"There is no leak audit at {path}: run dataset/leak_audit.ipynb, which writes it.")
+        raise StudyError(
+            f"There is no leak audit at {path}: run dataset/leak_audit.ipynb, which writes it."
+        )
     with np.load(path) as file:
         return dict(file)
 
@@ -283,6 +346,9 @@ def read_arrays(folder: Path | str) -> dict[str, np.ndarray]:
 def audit_figures(arrays: dict[str, np.ndarray], found: dict[str, dict]) -> dict[str, Figure]:
     """Every figure of the audit, by file name, from its arrays and the records of `Baselines` (protocol → record).
     What was not measured (stability, at profile `demo`) has none."""
-    drawn = {name: draw(arrays) for name, draw in AUDIT_FIGURES.items()
-             if name != "stability" or "stability_variant" in arrays}
+    drawn = {
+        name: draw(arrays)
+        for name, draw in AUDIT_FIGURES.items()
+        if name != "stability" or "stability_variant" in arrays
+    }
     return drawn | ({"controls": controls_figure(found)} if found else {})

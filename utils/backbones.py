@@ -36,11 +36,18 @@ class PixelClassifier(nn.Module):
 
     def pixels_to_input(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 1:
-            raise StudyError(f"The model takes images of shape (N, 1, H, W) in [0, 1], not {tuple(images.shape)}.")
+            raise StudyError(
+                f"The model takes images of shape (N, 1, H, W) in [0, 1], not {tuple(images.shape)}."
+            )
         if self.input_size and images.shape[-2:] != (self.input_size, self.input_size):
             shrink = images.shape[-1] > self.input_size
-            images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bilinear",
-                                   align_corners=False, antialias=shrink)
+            images = F.interpolate(
+                images,
+                size=(self.input_size, self.input_size),
+                mode="bilinear",
+                align_corners=False,
+                antialias=shrink,
+            )
         return (images.expand(-1, 3, -1, -1) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,7 +78,9 @@ def _attention(module: nn.Module, query: Tensor, *rest, **options) -> tuple[Tens
     from transformers.models.dinov2.modeling_dinov2 import eager_attention_forward
 
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return (eager_attention_forward if plain else sdpa_attention_forward)(module, query, *rest, **options)
+    return (eager_attention_forward if plain else sdpa_attention_forward)(
+        module, query, *rest, **options
+    )
 
 
 class DinoClassifier(nn.Module):
@@ -93,7 +102,9 @@ class DinoClassifier(nn.Module):
         return self.head(self.features(inputs))
 
 
-def build_model(name: str, *, pretrained: bool = True, input_size: int | None = None) -> PixelClassifier:
+def build_model(
+    name: str, *, pretrained: bool = True, input_size: int | None = None
+) -> PixelClassifier:
     """A fresh model in eval mode, with `.init` saying which weights were really loaded.
 
     Args:
@@ -111,20 +122,30 @@ def build_model(name: str, *, pretrained: bool = True, input_size: int | None = 
     if backbone == "Dinov2":
         input_size = input_size or 126
         if input_size % PATCH:
-            raise StudyError(f"Dinov2 was asked for {input_size} px, but its patch is 14: use a multiple of it, as 126 or 224.")
+            raise StudyError(
+                f"Dinov2 was asked for {input_size} px, but its patch is 14: use a multiple of it, as 126 or 224."
+            )
         build, tag = _build_dinov2, "lvd142m"
     else:
         build, tag = lambda folder, load: _build_timm(backbone, folder, load), "imagenet1k"
     body, init = _with_weights(build, name, tag) if pretrained else (build(None, False), "random")
     # Convolutions run up to 1.5 times faster on channels-last weights, in training and under attack (CPU and GPU).
-    return PixelClassifier(body, name=name, init=init, input_size=input_size).to(memory_format=torch.channels_last).eval()
+    return (
+        PixelClassifier(body, name=name, init=init, input_size=input_size)
+        .to(memory_format=torch.channels_last)
+        .eval()
+    )
 
 
-def _with_weights(build: Callable[[Path | None, bool], nn.Module], name: str, tag: str) -> tuple[nn.Module, str]:
+def _with_weights(
+    build: Callable[[Path | None, bool], nn.Module], name: str, tag: str
+) -> tuple[nn.Module, str]:
     folder = os.environ.get("ALZHEIMER_WEIGHTS")
     if folder:
         if not Path(folder).is_dir():
-            raise StudyError(f"ALZHEIMER_WEIGHTS names {folder}, which is no folder: point it to the folder of weights or unset it.")
+            raise StudyError(
+                f"ALZHEIMER_WEIGHTS names {folder}, which is no folder: point it to the folder of weights or unset it."
+            )
         return build(Path(folder), True), tag
     reason = _hub_problem()
     if reason is None:
@@ -134,7 +155,9 @@ def _with_weights(build: Callable[[Path | None, bool], nn.Module], name: str, ta
             reason = f"{type(error).__name__}"
     if name not in _TOLD:
         _TOLD.add(name)
-        print(f"{name}: pretrained weights not available ({reason}); starting from random weights (init: random).")
+        print(
+            f"{name}: pretrained weights not available ({reason}); starting from random weights (init: random)."
+        )
     return build(None, False), "random"
 
 
@@ -149,7 +172,9 @@ def _hub_problem() -> str | None:
         from huggingface_hub.constants import ENDPOINT
 
         try:
-            urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
+            urllib.request.urlopen(
+                urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT
+            ).close()
             _HUB["hub"] = None
         except urllib.error.HTTPError as error:  # a proxy that refuses also answers with a status
             _HUB["hub"] = f"the hub answered {error.code}" if error.code >= 400 else None
@@ -167,12 +192,26 @@ def _build_timm(backbone: str, folder: Path | None, load: bool) -> nn.Module:
 
     timm_name = TIMM_NAMES[backbone]
     if folder is None:
-        return _tuned(timm.create_model(timm_name if load else timm_name.split(".")[0], pretrained=load, num_classes=len(CLASSES)))
-    files = sorted(folder.glob(f"{timm_name}*.safetensors")) + sorted((folder / timm_name).glob("*.safetensors"))
+        return _tuned(
+            timm.create_model(
+                timm_name if load else timm_name.split(".")[0],
+                pretrained=load,
+                num_classes=len(CLASSES),
+            )
+        )
+    files = sorted(folder.glob(f"{timm_name}*.safetensors")) + sorted(
+        (folder / timm_name).glob("*.safetensors")
+    )
     if not files:
-        raise StudyError(f"{folder} holds no {timm_name}*.safetensors: download it from its hub or unset ALZHEIMER_WEIGHTS.")
+        raise StudyError(
+            f"{folder} holds no {timm_name}*.safetensors: download it from its hub or unset ALZHEIMER_WEIGHTS."
+        )
     overlay = dict(file=str(files[0]))
-    return _tuned(timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASSES)))
+    return _tuned(
+        timm.create_model(
+            timm_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=len(CLASSES)
+        )
+    )
 
 
 def _tuned(body: nn.Module) -> nn.Module:
@@ -184,7 +223,11 @@ def _tuned(body: nn.Module) -> nn.Module:
             if isinstance(layer, nn.SiLU):
                 layer.inplace = False  # in place, autograd copies the input first
             for name, child in layer.named_children():
-                if isinstance(child, nn.Conv2d) and child.groups > 1 and (child.stride, child.kernel_size) != ((1, 1), (3, 3)):
+                if (
+                    isinstance(child, nn.Conv2d)
+                    and child.groups > 1
+                    and (child.stride, child.kernel_size) != ((1, 1), (3, 3))
+                ):
                     setattr(layer, name, _as_depthwise(child))
         nn.init.trunc_normal_(body.classifier.weight, std=0.02)
         nn.init.zeros_(body.classifier.bias)
@@ -193,8 +236,17 @@ def _tuned(body: nn.Module) -> nn.Module:
 
 def _as_depthwise(layer: nn.Conv2d) -> Depthwise:
     # Without drawing weights: what a seed gives stays what it was.
-    own = nn.utils.skip_init(Depthwise, layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride,
-                             padding=layer.padding, dilation=layer.dilation, groups=layer.groups, bias=layer.bias is not None)
+    own = nn.utils.skip_init(
+        Depthwise,
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+    )
     own.load_state_dict(layer.state_dict())
     return own
 
@@ -207,24 +259,53 @@ def _build_dinov2(folder: Path | None, load: bool) -> nn.Module:
     # Attention rollout needs the attention matrices, which only the eager implementation returns; it is switched on
     # there (`grad_cam.py`), everything else runs the faster one of `_attention`.
     if not load:
-        config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, patch_size=PATCH, image_size=518,
-                              use_mask_token=False, attn_implementation="fastest")
+        config = Dinov2Config(
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            patch_size=PATCH,
+            image_size=518,
+            use_mask_token=False,
+            attn_implementation="fastest",
+        )
         return DinoClassifier(Dinov2Model(config))
     if folder is None:
-        return DinoClassifier(Dinov2Model.from_pretrained(DINOV2_NAME, use_mask_token=False, attn_implementation="fastest"))
+        return DinoClassifier(
+            Dinov2Model.from_pretrained(
+                DINOV2_NAME, use_mask_token=False, attn_implementation="fastest"
+            )
+        )
     local = folder / DINOV2_NAME.split("/")[1]
     if not (local / "config.json").is_file():
-        raise StudyError(f"{local} holds no DINOv2 (config.json is missing): put the hub's files there or unset ALZHEIMER_WEIGHTS.")
-    return DinoClassifier(Dinov2Model.from_pretrained(local, local_files_only=True, use_mask_token=False, attn_implementation="fastest"))
+        raise StudyError(
+            f"{local} holds no DINOv2 (config.json is missing): put the hub's files there or unset ALZHEIMER_WEIGHTS."
+        )
+    return DinoClassifier(
+        Dinov2Model.from_pretrained(
+            local, local_files_only=True, use_mask_token=False, attn_implementation="fastest"
+        )
+    )
 
 
-def save_model(model: PixelClassifier, path: Path | str, metadata: dict[str, object] | None = None,
-               state: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    model: PixelClassifier,
+    path: Path | str,
+    metadata: dict[str, object] | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Atomically writes the weights (or `state`, an average of them) as safetensors, with what `load_model` needs."""
     from safetensors.torch import save_file
 
-    header = {"model": model.name, "init": model.init, "input_size": model.input_size, **(metadata or {})}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in (state or model.state_dict()).items()}
+    header = {
+        "model": model.name,
+        "init": model.init,
+        "input_size": model.input_size,
+        **(metadata or {}),
+    }
+    tensors = {
+        key: value.detach().cpu().contiguous()
+        for key, value in (state or model.state_dict()).items()
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"alzheimer": json.dumps(header)})
 
@@ -235,7 +316,10 @@ def save_half(checkpoint: Path | str, path: Path | str) -> None:
     from safetensors.torch import load_file, save_file
 
     header = read_metadata(checkpoint) | {"precision_of_file": "fp16"}
-    tensors = {key: value.half() if value.is_floating_point() and value.ndim > 1 else value for key, value in load_file(checkpoint).items()}
+    tensors = {
+        key: value.half() if value.is_floating_point() and value.ndim > 1 else value
+        for key, value in load_file(checkpoint).items()
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"alzheimer": json.dumps(header)})
 
@@ -245,14 +329,20 @@ def read_metadata(path: Path | str) -> dict:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise StudyError(f"No checkpoint at {path}: train it first (`python -m utils.experiment train --help`).")
+        raise StudyError(
+            f"No checkpoint at {path}: train it first (`python -m utils.experiment train --help`)."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("alzheimer")
     except SafetensorError as error:
-        raise StudyError(f"{path} is no readable safetensors file ({error}): delete it and train again.") from error
+        raise StudyError(
+            f"{path} is no readable safetensors file ({error}): delete it and train again."
+        ) from error
     if header is None:
-        raise StudyError(f"{path} was not written by this project (its header names no model): use a file that `save_model` made.")
+        raise StudyError(
+            f"{path} was not written by this project (its header names no model): use a file that `save_model` made."
+        )
     return json.loads(header)
 
 
@@ -267,7 +357,14 @@ def load_model(path: Path | str) -> PixelClassifier:
     header = read_metadata(path)
     model = build_model(header["model"], pretrained=False, input_size=header["input_size"])
     model.init = header["init"]
-    load_weights(model, {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}, path)
+    load_weights(
+        model,
+        {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in load_file(path).items()
+        },
+        path,
+    )
     return model.eval()
 
 
@@ -277,5 +374,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str)
         model.load_state_dict(state)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise StudyError(f"{source} does not fit {getattr(model, 'name', 'this model')} ({detail[:160]}): "
-                         "give the checkpoint of the same backbone.") from error
+        raise StudyError(
+            f"{source} does not fit {getattr(model, 'name', 'this model')} ({detail[:160]}): "
+            "give the checkpoint of the same backbone."
+        ) from error

@@ -38,11 +38,27 @@ COMMITTED_COHORT = ROOT / "dataset" / "cohort.csv"
 DOWNLOAD_TIMEOUT = 5
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"))
 #: What Pillow and the archive raise on damaged bytes.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError,
-              zipfile.BadZipFile, zlib.error)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-CLASS_NAMES = {"nondemented": 0, "noimpairment": 0, "verymilddemented": 1, "verymildimpairment": 1,
-               "milddemented": 2, "mildimpairment": 2, "moderatedemented": 3, "moderateimpairment": 3}
+CLASS_NAMES = {
+    "nondemented": 0,
+    "noimpairment": 0,
+    "verymilddemented": 1,
+    "verymildimpairment": 1,
+    "milddemented": 2,
+    "mildimpairment": 2,
+    "moderatedemented": 3,
+    "moderateimpairment": 3,
+}
 
 #: Widths of the two Gaussian blurs, in 1/128 of the image's side: what lies between them is folds, neither noise nor
 #: the brightness of the scan.
@@ -63,7 +79,16 @@ LONGEST_STACK = 600
 GAP_RATIO = 1.5
 #: … at least so wide in Fisher's z, in which the error of a correlation is the same at every height.
 GAP_LEAST = 0.1
-COLUMNS = ("file_sha256", "pixel_sha256", "source_split", "label", "kind", "duplicate_of", "patient_id", "slice_index")
+COLUMNS = (
+    "file_sha256",
+    "pixel_sha256",
+    "source_split",
+    "label",
+    "kind",
+    "duplicate_of",
+    "patient_id",
+    "slice_index",
+)
 
 
 class NoPeopleError(StudyError):
@@ -145,10 +170,15 @@ def find_raw(explicit: Path | str | None = None) -> Path | None:
     Raises:
         StudyError: a path that was named and does not exist.
     """
-    for source, named in (("the path given", explicit), ("ALZHEIMER_RAW", os.environ.get("ALZHEIMER_RAW"))):
+    for source, named in (
+        ("the path given", explicit),
+        ("ALZHEIMER_RAW", os.environ.get("ALZHEIMER_RAW")),
+    ):
         if named:
             if not Path(named).exists():
-                raise StudyError(f"There is nothing at {named} ({source}): name the folder or zip of the raw images.")
+                raise StudyError(
+                    f"There is nothing at {named} ({source}): name the folder or zip of the raw images."
+                )
             return Path(named)
     local = ROOT / "dataset" / "raw_dataset"
     if local.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in local.rglob("*")):
@@ -161,7 +191,9 @@ def _download() -> Path | None:
     import urllib.request
 
     try:
-        request = urllib.request.Request("https://www.kaggle.com", method="HEAD", headers={"User-Agent": "Mozilla/5.0"})
+        request = urllib.request.Request(
+            "https://www.kaggle.com", method="HEAD", headers={"User-Agent": "Mozilla/5.0"}
+        )
         urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT).close()
         import kagglehub
 
@@ -171,7 +203,9 @@ def _download() -> Path | None:
         return None
 
 
-def read_raw(path: Path | str, *, skip_unreadable: bool = False, any_classes: bool = False) -> RawImages:
+def read_raw(
+    path: Path | str, *, skip_unreadable: bool = False, any_classes: bool = False
+) -> RawImages:
     """Reads class folders, with or without `train/` and `test/` above them, from a folder or a zip.
 
     RGB, 16-bit and odd-sized images are taken as `convert("L")` gives them (16-bit scaled to 8).
@@ -193,11 +227,17 @@ def read_raw(path: Path | str, *, skip_unreadable: bool = False, any_classes: bo
         with zipfile.ZipFile(path) as archive:
             return _read_entries(path, _zip_entries(archive, path), skip_unreadable, any_classes)
     except zipfile.BadZipFile as error:
-        raise StudyError(f"{path} is no complete zip archive ({error}): download it again.") from error
+        raise StudyError(
+            f"{path} is no complete zip archive ({error}): download it again."
+        ) from error
 
 
 def _folder_entries(folder: Path) -> list[tuple[str, Callable[[], bytes]]]:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = (
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+    )
     return [(file.relative_to(folder).as_posix(), file.read_bytes) for file in files]
 
 
@@ -205,21 +245,36 @@ def _zip_entries(archive: zipfile.ZipFile, path: Path) -> list[tuple[str, Callab
     entries = []
     for info in archive.infolist():
         name = info.filename.replace("\\", "/")
-        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/") \
-                or stat.S_ISLNK(info.external_attr >> 16):
-            raise StudyError(f"{path} holds an entry that points outside its folder ({info.filename}): "
-                             "do not trust this archive, get it from its source.")
+        if (
+            name.startswith("/")
+            or re.match(r"[A-Za-z]:", name)
+            or ".." in name.split("/")
+            or stat.S_ISLNK(info.external_attr >> 16)
+        ):
+            raise StudyError(
+                f"{path} holds an entry that points outside its folder ({info.filename}): "
+                "do not trust this archive, get it from its source."
+            )
         if not info.is_dir() and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
             entries.append((name, lambda info=info: archive.read(info)))
     return entries
 
 
-def _read_entries(source: Path, entries: list[tuple[str, Callable[[], bytes]]], skip_unreadable: bool,
-                  any_classes: bool) -> RawImages:
-    entries = [(name, read) for name, read in entries
-               if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))]
+def _read_entries(
+    source: Path,
+    entries: list[tuple[str, Callable[[], bytes]]],
+    skip_unreadable: bool,
+    any_classes: bool,
+) -> RawImages:
+    entries = [
+        (name, read)
+        for name, read in entries
+        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    ]
     if not entries:
-        raise StudyError(f"{source} holds no image: expected class folders such as train/Non_Demented/*.jpg.")
+        raise StudyError(
+            f"{source} holds no image: expected class folders such as train/Non_Demented/*.jpg."
+        )
     names = _without_outer_folders([name for name, _ in entries])
     order = sorted(range(len(names)), key=names.__getitem__)
     labels, classes = _labels_of(source, names, any_classes)
@@ -234,13 +289,24 @@ def _read_entries(source: Path, entries: list[tuple[str, Callable[[], bytes]]], 
         paths.append(names[i])
         images.append(image)
         hashes.append(hashlib.sha256(data).hexdigest())
-        splits.append(next((SPLITS[part.lower()] for part in names[i].split("/")[-3:-2] if part.lower() in SPLITS), ""))
+        splits.append(
+            next(
+                (
+                    SPLITS[part.lower()]
+                    for part in names[i].split("/")[-3:-2]
+                    if part.lower() in SPLITS
+                ),
+                "",
+            )
+        )
         label.append(labels[i])
     _report_unreadable(unreadable, skip_unreadable)
     missing = [name for k, name in enumerate(classes) if k not in set(label)]
     if missing:
-        raise StudyError(f"{source} holds no readable image of the class {' and '.join(missing)}: "
-                         "expected all of " + ", ".join(classes) + "; is it unpacked completely?")
+        raise StudyError(
+            f"{source} holds no readable image of the class {' and '.join(missing)}: "
+            "expected all of " + ", ".join(classes) + "; is it unpacked completely?"
+        )
     return RawImages(paths, images, hashes, splits, np.array(label, np.int64), classes)
 
 
@@ -259,8 +325,10 @@ def _report_unreadable(unreadable: list[tuple[str, Exception]], skip: bool) -> N
     for name, error in unreadable:
         if not skip:
             others = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-            raise StudyError(f"{name}{others} cannot be read as an image ({error}): replace it, or go on without it "
-                             "with --skip-unreadable (skip_unreadable=True).")
+            raise StudyError(
+                f"{name}{others} cannot be read as an image ({error}): replace it, or go on without it "
+                "with --skip-unreadable (skip_unreadable=True)."
+            )
         print(f"Left out {name}: {error}", file=sys.stderr)
 
 
@@ -271,12 +339,14 @@ def _without_outer_folders(names: Sequence[str]) -> list[str]:
     for name in names:
         folders = name.split("/")[:-1]
         keep = 2 if len(folders) >= 2 and folders[-2].lower() in SPLITS else 1
-        parents.append(folders[:len(folders) - keep])
+        parents.append(folders[: len(folders) - keep])
     shared = os.path.commonprefix(parents)
-    return ["/".join(name.split("/")[len(shared):]) for name in names]
+    return ["/".join(name.split("/")[len(shared) :]) for name in names]
 
 
-def _labels_of(source: Path, names: Sequence[str], any_classes: bool) -> tuple[list[int], tuple[str, ...]]:
+def _labels_of(
+    source: Path, names: Sequence[str], any_classes: bool
+) -> tuple[list[int], tuple[str, ...]]:
     folders = [(name.split("/")[-2] if "/" in name else "") for name in names]
     if any_classes:
         classes = tuple(sorted(set(folders)))
@@ -284,9 +354,15 @@ def _labels_of(source: Path, names: Sequence[str], any_classes: bool) -> tuple[l
     labels = [CLASS_NAMES.get(re.sub(r"[^a-z]", "", folder.lower())) for folder in folders]
     for name, label in zip(names, labels):
         if label is None:
-            where = f"the unknown class folder {name.split('/')[-2]!r}" if "/" in name else "no class folder"
-            raise StudyError(f"{source} holds {name} in {where}: expected Non, Very Mild, Mild and Moderate Demented "
-                             "(or No … Impairment), in any case, with spaces, underscores or nothing between.")
+            where = (
+                f"the unknown class folder {name.split('/')[-2]!r}"
+                if "/" in name
+                else "no class folder"
+            )
+            raise StudyError(
+                f"{source} holds {name} in {where}: expected Non, Very Mild, Mild and Moderate Demented "
+                "(or No … Impairment), in any case, with spaces, underscores or nothing between."
+            )
     return labels, CLASSES
 
 
@@ -304,15 +380,20 @@ def _blur_and_shrink(side: int, target: int, width: float) -> np.ndarray:
     sigma = width * side / 128
     distance = (position[:, None] - position) / sigma
     # Cut at 5 widths: beyond, single precision holds denormal numbers, which multiply ten times as slowly.
-    blur = np.where(np.abs(distance) < 5, np.exp(-distance ** 2 / 2), 0)
+    blur = np.where(np.abs(distance) < 5, np.exp(-(distance**2) / 2), 0)
     edges = np.linspace(0, side, target + 1)
     overlap = np.minimum(edges[1:, None], position + 1) - np.maximum(edges[:-1, None], position)
     matrix = np.clip(overlap, 0, None) @ (blur / blur.sum(1, keepdims=True))
     return (matrix / matrix.sum(1, keepdims=True)).astype(np.float32)
 
 
-def features(images: Sequence[np.ndarray], side: int = SEARCH_SIDE, *, narrow: float = NARROW,
-             wide: float = WIDE) -> np.ndarray:
+def features(
+    images: Sequence[np.ndarray],
+    side: int = SEARCH_SIDE,
+    *,
+    narrow: float = NARROW,
+    wide: float = WIDE,
+) -> np.ndarray:
     """Difference of two Gaussian blurs on a common grid, of zero mean and unit length: `float32` (N, side²), so that
     the product of two rows is their correlation. Widths are in 1/128 of an image's side; images may differ in size."""
     result = np.empty((len(images), side * side), np.float32)
@@ -324,11 +405,14 @@ def features(images: Sequence[np.ndarray], side: int = SEARCH_SIDE, *, narrow: f
         rows_op = _two_blurs(height, side, narrow, wide)
         columns_op = _two_blurs(width, side, narrow, wide).reshape(2 * side, width)
         for start in range(0, len(members), 64):
-            rows = members[start:start + 64]
+            rows = members[start : start + 64]
             stack = np.stack([images[i] for i in rows]).astype(np.float32)
             across = (stack.reshape(-1, width) @ columns_op.T).reshape(len(rows), height, 2, side)
-            sharp, soft = (np.ascontiguousarray(across[:, :, k].transpose(0, 2, 1)).reshape(-1, height) @ rows_op[k].T
-                           for k in (0, 1))
+            sharp, soft = (
+                np.ascontiguousarray(across[:, :, k].transpose(0, 2, 1)).reshape(-1, height)
+                @ rows_op[k].T
+                for k in (0, 1)
+            )
             band = (sharp - soft).reshape(len(rows), -1)
             band -= band.mean(1, keepdims=True)
             # A blank image has no direction: its correlation with everything is 0.
@@ -351,7 +435,12 @@ def background(images: Sequence[np.ndarray]) -> np.ndarray:
     for i, image in enumerate(images):
         h, w = max(1, image.shape[0] // 16), max(1, image.shape[1] // 16)
         levels[i] = np.mean(
-            [image[:h, :w].mean(), image[:h, -w:].mean(), image[-h:, :w].mean(), image[-h:, -w:].mean()]
+            [
+                image[:h, :w].mean(),
+                image[:h, -w:].mean(),
+                image[-h:, :w].mean(),
+                image[-h:, -w:].mean(),
+            ]
         )
     return levels
 
@@ -396,7 +485,11 @@ def nearest(
     asked = np.arange(n) if of is None else of
     value, index = np.full((len(asked), k), -2, np.float32), np.full((len(asked), k), -1, np.int64)
     # Without `of`, a block answers for its rows and its columns: half of the pairs are enough.
-    pairs = [(a, b) for a in range(0, len(asked), BLOCK) for b in range(0 if of is not None else a, n, BLOCK)]
+    pairs = [
+        (a, b)
+        for a in range(0, len(asked), BLOCK)
+        for b in range(0 if of is not None else a, n, BLOCK)
+    ]
     for a, b in progress(pairs, description):
         rows, columns = slice(a, a + BLOCK), slice(b, b + BLOCK)
         scores = vectors[asked[rows]] @ vectors[columns].T
@@ -422,7 +515,10 @@ def _keep_best(value: np.ndarray, index: np.ndarray, scores: np.ndarray, offset:
     new_index[new_value <= -2] = -1
     both, both_index = np.hstack([value[rows], new_value]), np.hstack([index[rows], new_index])
     order = np.argsort(-both, 1, kind="stable")[:, :k]
-    value[rows], index[rows] = np.take_along_axis(both, order, 1), np.take_along_axis(both_index, order, 1)
+    value[rows], index[rows] = (
+        np.take_along_axis(both, order, 1),
+        np.take_along_axis(both_index, order, 1),
+    )
 
 
 class _Forest:
@@ -501,11 +597,17 @@ def kruskal(links: np.ndarray, n: int) -> np.ndarray:
     """Those of the links (M, 3) that make the strongest forest on n nodes, strongest first (Kruskal 1956)."""
     forest = _Forest(n)
     links = links[np.argsort(-links[:, 2], kind="stable")]
-    kept = [row for row, (i, j) in enumerate(links[:, :2].astype(np.int64)) if forest.join(int(i), int(j)) != (0, 0)]
+    kept = [
+        row
+        for row, (i, j) in enumerate(links[:, :2].astype(np.int64))
+        if forest.join(int(i), int(j)) != (0, 0)
+    ]
     return links[kept]
 
 
-def find_gap(links: np.ndarray, n: int, doubtful: np.ndarray | None = None) -> tuple[float, float] | None:
+def find_gap(
+    links: np.ndarray, n: int, doubtful: np.ndarray | None = None
+) -> tuple[float, float] | None:
     """The widest empty step, in Fisher's z, between neighbouring links of a tree that leaves people: at least two
     groups of `LEAST_SLICES`, half of the images in such groups, no group that holds nearly all or more than
     `LONGEST_STACK` (then scanners or kinds of image lie apart, not people), and links that join only what shares half of its variance.
@@ -555,7 +657,11 @@ class _Tally:
         self.largest = max(self.largest, whole)
 
     def shows_people(self, n: int) -> bool:
-        return self.people >= 2 and self.covered >= n / 2 and self.largest < min(0.9 * n, LONGEST_STACK)
+        return (
+            self.people >= 2
+            and self.covered >= n / 2
+            and self.largest < min(0.9 * n, LONGEST_STACK)
+        )
 
 
 def middle(gap: tuple[float, float]) -> float:
@@ -597,7 +703,7 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
     """
     usual = usual_background(levels)
     links, gap = np.empty((0, 3)), None
-    for chosen in ([usual, np.ones_like(usual)] if not usual.all() else [usual]):
+    for chosen in [usual, np.ones_like(usual)] if not usual.all() else [usual]:
         rows = np.flatnonzero(chosen)
         tree = strongest_tree(vectors[rows])
         gap, links = find_gap(tree, len(rows), ~usual[rows]), tree if len(tree) else links
@@ -607,16 +713,27 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
         raise NoPeopleError(
             f"No gap separates people in these {len(vectors)} images: their links thin out evenly, so nobody can be "
             "told apart from the pixels; expected several neighbouring slices of each of several people.",
-            Recovery(float("nan"), (float("nan"),) * 2, (float("nan"),) * 2, links[:, 2], int(usual.sum()), 0),
+            Recovery(
+                float("nan"),
+                (float("nan"),) * 2,
+                (float("nan"),) * 2,
+                links[:, 2],
+                int(usual.sum()),
+                0,
+            ),
         )
     group = np.full(len(vectors), -1)
     group[rows], rivals = _exact_groups(vectors[rows], tree, middle(gap))
     group = _drop_small(_without_side_branches(vectors, group, ~usual))
     person = _by_first_appearance(_admit(vectors, group, gap))
-    return People(person, gap, tree[:, 2], len(rows), int(((person >= 0) & ~usual).sum()), rows[rivals])
+    return People(
+        person, gap, tree[:, 2], len(rows), int(((person >= 0) & ~usual).sum()), rows[rivals]
+    )
 
 
-def _exact_groups(vectors: np.ndarray, tree: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def _exact_groups(
+    vectors: np.ndarray, tree: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Components at the threshold, with every link that the neighbour lists were too short to hold; and the pairs of
     rows (R, 2) that come nearest to a further link."""
     while True:
@@ -662,22 +779,32 @@ def _admit(vectors: np.ndarray, group: np.ndarray, gap: tuple[float, float]) -> 
     while True:
         part = groups_above(np.vstack(links), n, threshold)
         size = np.bincount(part[outside], minlength=n)
-        asked = outside[size[part[outside]] <= LONGEST_STACK]  # whoever is among more is out already
-        value, index = nearest(vectors, k=NEIGHBOURS, group=part, of=asked, description="asking the other images")
+        asked = outside[
+            size[part[outside]] <= LONGEST_STACK
+        ]  # whoever is among more is out already
+        value, index = nearest(
+            vectors, k=NEIGHBOURS, group=part, of=asked, description="asking the other images"
+        )
         rows, places = np.nonzero(value >= threshold)
         if not len(rows):
             break
         links.append(np.column_stack([asked[rows], index[rows, places], value[rows, places]]))
-    suspects = np.bincount(part[asked[(value[:, 0] > low) & (value[:, 0] < threshold)]], minlength=n)
+    suspects = np.bincount(
+        part[asked[(value[:, 0] > low) & (value[:, 0] < threshold)]], minlength=n
+    )
     # A part that would make two people one is a blend of both.
     known = np.unique(np.column_stack([part, group])[group >= 0], axis=0)[:, 0]
     people = np.bincount(known, minlength=n)
-    tainted = np.flatnonzero((2 * suspects > size) & (people == 0) | (size > LONGEST_STACK) | (people > 1))
+    tainted = np.flatnonzero(
+        (2 * suspects > size) & (people == 0) | (size > LONGEST_STACK) | (people > 1)
+    )
     joined = np.where(np.isin(part, tainted), np.where(group >= 0, n + group, -1), part)
     return _drop_small(_without_side_branches(vectors, joined, group < 0))
 
 
-def _without_side_branches(vectors: np.ndarray, group: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
+def _without_side_branches(
+    vectors: np.ndarray, group: np.ndarray, doubtful: np.ndarray
+) -> np.ndarray:
     """Takes the doubtful images that are no slices of their group's stack out of it (-1).
 
     A slice stands between its neighbours: they are less alike than each is to it. What was made after a slice hangs
@@ -695,7 +822,9 @@ def _without_side_branches(vectors: np.ndarray, group: np.ndarray, doubtful: np.
             detour = 1 + ((before * after) - (before * middle_) - (middle_ * after)).sum(1)
             ends = detour if doubtful[members].all() else np.ones(2)
             detour = np.concatenate([ends[:1], detour, ends[-1:]])
-            detour = np.where(doubtful[stack], np.maximum(detour, _beside(vectors[stack], ~doubtful[stack])), -1)
+            detour = np.where(
+                doubtful[stack], np.maximum(detour, _beside(vectors[stack], ~doubtful[stack])), -1
+            )
             if detour.max() <= 0:
                 break
             worst = stack[detour.argmax()]
@@ -717,7 +846,9 @@ def _beside(vectors: np.ndarray, trusted: np.ndarray) -> np.ndarray:
     return result
 
 
-def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence[np.ndarray]) -> tuple[float, float]:
+def measure_gap(
+    images: Sequence[np.ndarray], people: People, matrices: Sequence[np.ndarray]
+) -> tuple[float, float]:
     """The gap at full size: strongest link among the rivals, weakest link that joins a slice to its own person.
 
     Args:
@@ -729,10 +860,13 @@ def measure_gap(images: Sequence[np.ndarray], people: People, matrices: Sequence
     weakest = float(min(tree_of(matrix).min() for matrix in matrices))
     pairs, strongest = people.rivals[people.rivals[:, 1] >= 0], -1.0
     for start in range(0, len(pairs), 256):
-        chunk = pairs[start:start + 256]
+        chunk = pairs[start : start + 256]
         rows, place = np.unique(chunk, return_inverse=True)
         vectors = features([images[i] for i in rows], full_side(images))
-        first, second = vectors[place.reshape(chunk.shape)[:, 0]], vectors[place.reshape(chunk.shape)[:, 1]]
+        first, second = (
+            vectors[place.reshape(chunk.shape)[:, 0]],
+            vectors[place.reshape(chunk.shape)[:, 1]],
+        )
         strongest = max(strongest, float((first * second).sum(1).max()))
     if strongest >= weakest:
         raise NoPeopleError(
@@ -798,12 +932,14 @@ def _shorten(order: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         improved = False
         for a in range(len(order) - 1):
             for b in range(a + 1, len(order)):
-                before = (distance[order[a - 1], order[a]] if a else 0) \
-                    + (distance[order[b], order[b + 1]] if b + 1 < len(order) else 0)
-                after = (distance[order[a - 1], order[b]] if a else 0) \
-                    + (distance[order[a], order[b + 1]] if b + 1 < len(order) else 0)
+                before = (distance[order[a - 1], order[a]] if a else 0) + (
+                    distance[order[b], order[b + 1]] if b + 1 < len(order) else 0
+                )
+                after = (distance[order[a - 1], order[b]] if a else 0) + (
+                    distance[order[a], order[b + 1]] if b + 1 < len(order) else 0
+                )
                 if after < before - 1e-9 and (a or b + 1 < len(order)):
-                    order = np.concatenate([order[:a], order[a:b + 1][::-1], order[b + 1:]])
+                    order = np.concatenate([order[:a], order[a : b + 1][::-1], order[b + 1 :]])
                     improved = True
     return order
 
@@ -813,7 +949,9 @@ def head_area(images: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([(image > 0.1 * image.max()).mean() for image in images])
 
 
-def align_ends(stacks: Sequence[np.ndarray], areas: Sequence[np.ndarray], bins: int = 16) -> list[bool]:
+def align_ends(
+    stacks: Sequence[np.ndarray], areas: Sequence[np.ndarray], bins: int = 16
+) -> list[bool]:
     """Which stacks to turn round so that all run the same way, from the smaller cross-section of the head down.
 
     The cross-section alone mistakes people whose slices change little. So it makes the first guess, from which a
@@ -831,22 +969,32 @@ def align_ends(stacks: Sequence[np.ndarray], areas: Sequence[np.ndarray], bins: 
             np.add.at(total, place, stack[::-1] if turn else stack)
         total /= np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-9)
         votes = [(stack @ total.T).argmax(1) for stack in stacks]
-        now = [bool(np.cov(np.arange(len(vote)), vote)[0, 1] < 0) if vote.std() else turn
-               for vote, turn in zip(votes, turned)]
+        now = [
+            bool(np.cov(np.arange(len(vote)), vote)[0, 1] < 0) if vote.std() else turn
+            for vote, turn in zip(votes, turned)
+        ]
         if now == turned:
             break
         turned = now
     for stack, area, turn in zip(stacks, areas, turned):
-        trend += np.polyfit(np.linspace(0, 1, len(area)), area[::-1] if turn else area, 1)[0] if len(area) > 1 else 0.0
+        trend += (
+            np.polyfit(np.linspace(0, 1, len(area)), area[::-1] if turn else area, 1)[0]
+            if len(area) > 1
+            else 0.0
+        )
     return [not turn for turn in turned] if trend < 0 else turned
 
 
-def slice_indices(images: Sequence[np.ndarray], person: np.ndarray, matrices: Sequence[np.ndarray]) -> np.ndarray:
+def slice_indices(
+    images: Sequence[np.ndarray], person: np.ndarray, matrices: Sequence[np.ndarray]
+) -> np.ndarray:
     """Position (N,) of each image in its person's stack, 0 the most superior; -1 for images of nobody. `matrices` are
     each person's correlations."""
     index = np.full(len(person), -1)
     orders = [members[order_stack(matrix)] for members, matrix in zip(members_of(person), matrices)]
-    stacks = [features([images[i] for i in order], SEARCH_SIDE, narrow=4.0, wide=24.0) for order in orders]
+    stacks = [
+        features([images[i] for i in order], SEARCH_SIDE, narrow=4.0, wide=24.0) for order in orders
+    ]
     areas = [head_area([images[i] for i in order]) for order in orders]
     for order, turn in zip(orders, align_ends(stacks, areas)):
         index[order[::-1] if turn else order] = np.arange(len(order))
@@ -869,16 +1017,32 @@ def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
     kept, copy_of = first_of_each(pixel)
     images = [raw.images[i] for i in kept]
     people = find_people(features(images), background(images))
-    matrices = [correlations(images, members) for members in progress(members_of(people.person), "measuring people")]
+    matrices = [
+        correlations(images, members)
+        for members in progress(members_of(people.person), "measuring people")
+    ]
     gap = measure_gap(images, people, matrices)
     person, position = np.full(len(raw), -1), np.full(len(raw), -1)
     person[kept], position[kept] = people.person, slice_indices(images, people.person, matrices)
     cohort = _assemble(raw, np.array(raw.file_sha256), pixel, person[copy_of], position[copy_of])
-    conflicts = {int(who): dict(sorted(Counter(raw.label[members].tolist()).items()))
-                 for who, members in enumerate(members_of(cohort.patient_id)) if len(set(raw.label[members])) > 1}
-    mislabelled = [(int(first), row) for row, first in enumerate(copy_of) if raw.label[row] != raw.label[first]]
-    return cohort, Recovery(middle(gap), gap, people.gap, people.links, people.candidates, people.admitted, conflicts,
-                            mislabelled)
+    conflicts = {
+        int(who): dict(sorted(Counter(raw.label[members].tolist()).items()))
+        for who, members in enumerate(members_of(cohort.patient_id))
+        if len(set(raw.label[members])) > 1
+    }
+    mislabelled = [
+        (int(first), row) for row, first in enumerate(copy_of) if raw.label[row] != raw.label[first]
+    ]
+    return cohort, Recovery(
+        middle(gap),
+        gap,
+        people.gap,
+        people.links,
+        people.candidates,
+        people.admitted,
+        conflicts,
+        mislabelled,
+    )
 
 
 def first_of_each(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -887,19 +1051,35 @@ def first_of_each(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(first), first[inverse]
 
 
-def _assemble(raw: RawImages, file_sha256: np.ndarray, pixel: np.ndarray, person: np.ndarray,
-              position: np.ndarray) -> Cohort:
+def _assemble(
+    raw: RawImages,
+    file_sha256: np.ndarray,
+    pixel: np.ndarray,
+    person: np.ndarray,
+    position: np.ndarray,
+) -> Cohort:
     _, first = first_of_each(pixel)
     copy = first != np.arange(len(pixel))
     kind = np.where(copy, "duplicate", np.where(person >= 0, "real", "synthetic"))
-    return Cohort(file_sha256, pixel, np.array(raw.source_split), np.asarray(raw.label, np.int64), kind,
-                  np.where(copy, pixel[first], ""), person.astype(np.int64), position.astype(np.int64))
+    return Cohort(
+        file_sha256,
+        pixel,
+        np.array(raw.source_split),
+        np.asarray(raw.label, np.int64),
+        kind,
+        np.where(copy, pixel[first], ""),
+        person.astype(np.int64),
+        position.astype(np.int64),
+    )
 
 
 def write_cohort(cohort: Cohort, path: Path | str) -> None:
     """Writes `cohort.csv` atomically; equal cohorts give equal bytes."""
     blank = lambda values: ["" if value < 0 else value for value in values.tolist()]  # noqa: E731
-    columns = [getattr(cohort, name) for name in COLUMNS[:6]] + [blank(cohort.patient_id), blank(cohort.slice_index)]
+    columns = [getattr(cohort, name) for name in COLUMNS[:6]] + [
+        blank(cohort.patient_id),
+        blank(cohort.slice_index),
+    ]
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
@@ -914,7 +1094,9 @@ def read_cohort(path: Path | str) -> Cohort:
     """
     path = Path(path)
     if not path.is_file():
-        raise StudyError(f"There is no cohort at {path}: build it with `python -m utils.cohort RAW --out {path}`.")
+        raise StudyError(
+            f"There is no cohort at {path}: build it with `python -m utils.cohort RAW --out {path}`."
+        )
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
@@ -923,8 +1105,13 @@ def read_cohort(path: Path | str) -> Cohort:
         )
     columns = list(zip(*rows[1:])) or [()] * len(COLUMNS)
     number = lambda values: np.array([int(value) if value else -1 for value in values], np.int64)  # noqa: E731
-    return Cohort(*(np.array(values, str) for values in columns[:3]), number(columns[3]),
-                  *(np.array(values, str) for values in columns[4:6]), number(columns[6]), number(columns[7]))
+    return Cohort(
+        *(np.array(values, str) for values in columns[:3]),
+        number(columns[3]),
+        *(np.array(values, str) for values in columns[4:6]),
+        number(columns[6]),
+        number(columns[7]),
+    )
 
 
 def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
@@ -937,16 +1124,27 @@ def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
     row = {name: i for i, name in enumerate(known.file_sha256.tolist())}
     rows = np.array([row[name] for name in raw.file_sha256])
     return _assemble(
-        raw, known.file_sha256[rows], known.pixel_sha256[rows], known.patient_id[rows], known.slice_index[rows]
+        raw,
+        known.file_sha256[rows],
+        known.pixel_sha256[rows],
+        known.patient_id[rows],
+        known.slice_index[rows],
     )
 
 
-def cohort_for(raw: RawImages, committed: Path | str = COMMITTED_COHORT, cache: Path | str | None = None,
-               ) -> Cohort:
+def cohort_for(
+    raw: RawImages,
+    committed: Path | str = COMMITTED_COHORT,
+    cache: Path | str | None = None,
+) -> Cohort:
     """The cohort of these images: from the committed table where it lists exactly these files, from `cache` likewise,
     else built from the pixels (and kept in `cache`)."""
     for path in (committed, cache):
-        if path is not None and Path(path).is_file() and (cohort := apply_cohort(raw, read_cohort(path))) is not None:
+        if (
+            path is not None
+            and Path(path).is_file()
+            and (cohort := apply_cohort(raw, read_cohort(path))) is not None
+        ):
             return cohort
     cohort, _ = build_cohort(raw)
     if cache is not None:
@@ -970,12 +1168,18 @@ def describe(cohort: Cohort, recovery: Recovery) -> str:
         f"joins its own at {recovery.gap[1]:.3f}",
     ]
     if recovery.admitted:
-        lines.append(f"{recovery.admitted} images joined a person in spite of an unusual background")
+        lines.append(
+            f"{recovery.admitted} images joined a person in spite of an unusual background"
+        )
     lines.append(f"people in more than one class: {len(recovery.conflicts)}")
     for who, counts in recovery.conflicts.items():
-        lines.append(f"  person {who}: " + ", ".join(f"{count} {CLASSES[k]}" for k, count in counts.items()))
+        lines.append(
+            f"  person {who}: " + ", ".join(f"{count} {CLASSES[k]}" for k, count in counts.items())
+        )
     if recovery.mislabelled_copies:
-        lines.append(f"copies filed under another class than their original: {len(recovery.mislabelled_copies)}")
+        lines.append(
+            f"copies filed under another class than their original: {len(recovery.mislabelled_copies)}"
+        )
     return "\n".join(lines)
 
 

@@ -53,7 +53,10 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     if not comparisons:
         return []
     adjusted = metrics.holm([comparison.score["p"] for comparison in comparisons])
-    return [replace(comparison, p_holm=float(p)) for comparison, p in zip(comparisons, adjusted, strict=True)]
+    return [
+        replace(comparison, p_holm=float(p))
+        for comparison, p in zip(comparisons, adjusted, strict=True)
+    ]
 
 
 # -- the same images --------------------------------------------------------------------------------------------------
@@ -76,7 +79,9 @@ def same_rows(first: Entry, second: Entry) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(pairs, dtype=np.int64).reshape(-1, 2).T)
 
 
-def _robust_flags(entry: Entry, variant: str | None, eps: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+def _robust_flags(
+    entry: Entry, variant: str | None, eps: str, rows: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """(four, three, covered): which of these rows are robust at eps, and which were attacked there."""
     blocks = entry.record["variants"][variant] if variant else entry.record
     within = attacks_of(entry.predictions, variant).get(eps, {})
@@ -88,10 +93,16 @@ def _robust_flags(entry: Entry, variant: str | None, eps: str, rows: np.ndarray)
 # -- networks against controls ----------------------------------------------------------------------------------------
 
 
-def _networks_and_controls(rows: Sequence[StudyRow], controls: Sequence[str]) -> list[tuple[StudyRow, StudyRow]]:
+def _networks_and_controls(
+    rows: Sequence[StudyRow], controls: Sequence[str]
+) -> list[tuple[StudyRow, StudyRow]]:
     networks = [row for row in rows if row.model in MODELS and "patient" in row.entries]
     networks = [row for row in networks if row.entries["patient"].record["profile"] != "demo"]
-    rivals = [row for row in rows if row.model == "Baselines" and row.variant in controls and "patient" in row.entries]
+    rivals = [
+        row
+        for row in rows
+        if row.model == "Baselines" and row.variant in controls and "patient" in row.entries
+    ]
     return [(network, control) for network in networks for control in rivals]
 
 
@@ -105,18 +116,31 @@ def patient_auroc_against_controls(rows: Sequence[StudyRow]) -> list[Comparison]
             continue
         who = first.rows.take(own)
         sides = [
-            metrics.by_person(clean_of(entry.predictions, row.variant)[chosen], who.labels, who.people, who.seeds)
+            metrics.by_person(
+                clean_of(entry.predictions, row.variant)[chosen], who.labels, who.people, who.seeds
+            )
             for entry, row, chosen in ((first, network, own), (second, control, other))
         ]
-        difference = metrics.paired_difference(sides[0][0], sides[1][0], sides[0][1], sides[0][2], n_boot=N_BOOT)
+        difference = metrics.paired_difference(
+            sides[0][0], sides[1][0], sides[0][1], sides[0][2], n_boot=N_BOOT
+        )
         size = who.size()
         found.append(
-            Comparison(network, control, "AUROC by patient", difference["auroc"], size["n_slices"], size["n_people"])
+            Comparison(
+                network,
+                control,
+                "AUROC by patient",
+                difference["auroc"],
+                size["n_slices"],
+                size["n_people"],
+            )
         )
     return corrected(found)
 
 
-def robust_accuracy_against_exact(rows: Sequence[StudyRow], sweep: Sequence[str]) -> list[Comparison]:
+def robust_accuracy_against_exact(
+    rows: Sequence[StudyRow], sweep: Sequence[str]
+) -> list[Comparison]:
     """Robust accuracy over three classes of every network minus the exact one of the robust linear model, at each eps,
     on the slices that the network was attacked on."""
     found = []
@@ -124,16 +148,28 @@ def robust_accuracy_against_exact(rows: Sequence[StudyRow], sweep: Sequence[str]
         first, second = network.entries["patient"], control.entries["patient"]
         own, other = same_rows(first, second)
         for eps in sweep:
-            flags = _robust_flags(first, network.variant, eps, own), _robust_flags(second, control.variant, eps, other)
+            flags = (
+                _robust_flags(first, network.variant, eps, own),
+                _robust_flags(second, control.variant, eps, other),
+            )
             covered = flags[0][2] & flags[1][2]
             if not covered.any():
                 continue
             who = first.rows.take(own[covered])
             sides = [(four[covered], three[covered]) for four, three, _ in flags]
-            score = metrics.paired_standing_difference(*sides, who.labels, who.people, n_boot=N_BOOT)
+            score = metrics.paired_standing_difference(
+                *sides, who.labels, who.people, n_boot=N_BOOT
+            )
             size = who.size()
             found.append(
-                Comparison(network, control, eps, score["balanced_accuracy_3"], size["n_slices"], size["n_people"])
+                Comparison(
+                    network,
+                    control,
+                    eps,
+                    score["balanced_accuracy_3"],
+                    size["n_slices"],
+                    size["n_people"],
+                )
             )
     return corrected(found)
 
@@ -156,14 +192,25 @@ def robust_accuracy_against_constant(rows: Sequence[StudyRow], eps: str) -> list
         sides = (four[covered], three[covered]), (always_non, always_non)
         score = metrics.paired_standing_difference(*sides, who.labels, who.people, n_boot=N_BOOT)
         size = who.size()
-        found.append(Comparison(network, constant, eps, score["balanced_accuracy_3"], size["n_slices"], size["n_people"]))
+        found.append(
+            Comparison(
+                network,
+                constant,
+                eps,
+                score["balanced_accuracy_3"],
+                size["n_slices"],
+                size["n_people"],
+            )
+        )
     return corrected(found)
 
 
 # -- adversarially trained networks against their clean counterparts --------------------------------------------------
 
 
-def counterpart_difference(entries: Entries, backbone: str, protocol: str, n_boot: int = 2000) -> dict | None:
+def counterpart_difference(
+    entries: Entries, backbone: str, protocol: str, n_boot: int = 2000
+) -> dict | None:
     """Adversarially trained minus clean network on the same images.
 
     Returns:
@@ -171,7 +218,9 @@ def counterpart_difference(entries: Entries, backbone: str, protocol: str, n_boo
         no record or was trained with other means. The worst case is given where both ran attacks of the headline eps.
     """
     pair = [entries.get((f"{backbone}_atk", protocol)), entries.get((backbone, protocol))]
-    if None in pair or any(pair[0].record[key] != pair[1].record[key] for key in ("data", "profile", "init")):
+    if None in pair or any(
+        pair[0].record[key] != pair[1].record[key] for key in ("data", "profile", "init")
+    ):
         return None
     rows = same_rows(*pair)
     if not len(rows[0]):
@@ -187,13 +236,20 @@ def counterpart_difference(entries: Entries, backbone: str, protocol: str, n_boo
     if covered.any():
         part = who.take(covered)
         sides = [(four[covered], three[covered]) for four, three, _ in flags]
-        result["worst_case"] = metrics.paired_standing_difference(*sides, part.labels, part.people, n_boot=n_boot)
+        result["worst_case"] = metrics.paired_standing_difference(
+            *sides, part.labels, part.people, n_boot=n_boot
+        )
     return result
 
 
 def counterpart_comparisons(rows: Sequence[StudyRow], protocols: Sequence[str]) -> list[Comparison]:
     """Every difference of the table of adversarial training, clean and under attack, with Holm's correction."""
-    entries = {(row.model, protocol): entry for row in rows if row.model in MODELS for protocol, entry in row.entries.items()}
+    entries = {
+        (row.model, protocol): entry
+        for row in rows
+        if row.model in MODELS
+        for protocol, entry in row.entries.items()
+    }
     by_model = {row.model: row for row in rows}
     found = []
     for backbone in BACKBONES:
@@ -201,9 +257,15 @@ def counterpart_comparisons(rows: Sequence[StudyRow], protocols: Sequence[str]) 
             difference = counterpart_difference(entries, backbone, protocol, N_BOOT)
             for what in ("clean", "worst_case") if difference else ():
                 if score := difference[what].get("balanced_accuracy_3"):
-                    attacked = difference["n_attacked"] if what == "worst_case" else difference["n_slices"]
+                    attacked = (
+                        difference["n_attacked"] if what == "worst_case" else difference["n_slices"]
+                    )
                     pair = by_model[f"{backbone}_atk"], by_model[backbone]
-                    found.append(Comparison(*pair, f"{protocol} {what}", score, attacked, difference["n_people"]))
+                    found.append(
+                        Comparison(
+                            *pair, f"{protocol} {what}", score, attacked, difference["n_people"]
+                        )
+                    )
     return corrected(found)
 
 
@@ -219,12 +281,17 @@ def pooled_probe(entry: Entry) -> dict:
     rows, parts = entry.predictions, []
     for run in entry.record["units"]:
         if probe := run.get("leak_probe"):
-            own = np.flatnonzero((rows["fold"] == run["fold"]) & (rows["seed"] == run["seed"]))[probe["rows"]]
+            own = np.flatnonzero((rows["fold"] == run["fold"]) & (rows["seed"] == run["seed"]))[
+                probe["rows"]
+            ]
             parts.append((probe, entry.rows.labels[own], entry.rows.people[own]))
     if not parts:
         return {}
     found = {
-        what: {name: np.concatenate([part[what][name] for part, _, _ in parts]) for name in parts[0][0][what]}
+        what: {
+            name: np.concatenate([part[what][name] for part, _, _ in parts])
+            for name in parts[0][0][what]
+        }
         for what in ("recognised", "neighbour", "right")
         if all(what in part for part, _, _ in parts)
     }

@@ -146,20 +146,54 @@ def parse_eps(text: str) -> float:
     except (ValueError, ZeroDivisionError) as error:
         raise StudyError(f"{text!r} is no eps: write it as 4/255 or 0.005.") from error
     if not 0 <= value <= 1:
-        raise StudyError(f"eps {text!r} lies outside [0, 1], the range of pixel values; did you forget /255?")
+        raise StudyError(
+            f"eps {text!r} lies outside [0, 1], the range of pixel values; did you forget /255?"
+        )
     return value
 
 
 #: What a profile changes: budgets and sizes, never code paths.
 PROFILES: dict[str, dict] = {
-    "demo": dict(max_train=64, max_test=24, precision="fp32", input_size=48, epochs=2, batch_size=16, train_steps=2,
-                 trials=2, search_epochs=1, eps=("1/255", "4/255"), pgd_steps=5, max_steps=40, suite="quick",
-                 sample=8),
+    "demo": dict(
+        max_train=64,
+        max_test=24,
+        precision="fp32",
+        input_size=48,
+        epochs=2,
+        batch_size=16,
+        train_steps=2,
+        trials=2,
+        search_epochs=1,
+        eps=("1/255", "4/255"),
+        pgd_steps=5,
+        max_steps=40,
+        suite="quick",
+        sample=8,
+    ),
     # Everybody is attacked, on two slices each: the number of people decides how wide the intervals are.
-    "cpu": dict(slice_stride=4, epochs=12, train_steps=2, trials=0, suite="full", attack_stride=16, sweep_steps=20, sample=32,
-                attack_as_trained=True),
-    "paper": dict(input_size=224, epochs=40, batch_size=64, train_steps=10, trials=20, search_epochs=8, suite="full",
-                  attack_batch=256, sample=512, pgd_steps=50),
+    "cpu": dict(
+        slice_stride=4,
+        epochs=12,
+        train_steps=2,
+        trials=0,
+        suite="full",
+        attack_stride=16,
+        sweep_steps=20,
+        sample=32,
+        attack_as_trained=True,
+    ),
+    "paper": dict(
+        input_size=224,
+        epochs=40,
+        batch_size=64,
+        train_steps=10,
+        trials=20,
+        search_epochs=8,
+        suite="full",
+        attack_batch=256,
+        sample=512,
+        pgd_steps=50,
+    ),
 }
 #: Learning rates of a model, or of a backbone, where the default is not theirs.
 LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3, "Efficientnet_atk": 3e-4}
@@ -182,17 +216,27 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
     if profile == "cpu":
         settings |= CPU_RECIPES.get(model, {})
     if backbone == "Dinov2":
-        settings["input_size"] = VIT_INPUT.get(settings.get("input_size"), settings.get("input_size"))
+        settings["input_size"] = VIT_INPUT.get(
+            settings.get("input_size"), settings.get("input_size")
+        )
     if profile == "cpu" and overrides.get("protocol") == "slice":
         # One fold has to carry what five carry under `patient`: about one slice of each of the 200 people is attacked, and
         # the sample for the dearest attacks is five times as large. The literature's scores on this split come from
         # memorising the training folder, so that is what is trained: every slice an epoch, as it is. Adversarial training
         # costs three passes a step and draws every second one.
-        settings |= dict(sample=128, explained=64, attack_stride=8, augmentation=0.0, epochs=8,
-                         slice_stride=2 if model.endswith("_atk") else 1)
+        settings |= dict(
+            sample=128,
+            explained=64,
+            attack_stride=8,
+            augmentation=0.0,
+            epochs=8,
+            slice_stride=2 if model.endswith("_atk") else 1,
+        )
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
-        raise StudyError(f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`.")
+        raise StudyError(
+            f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`."
+        )
     return RunConfig(**{**settings, **overrides})
 
 

@@ -64,7 +64,9 @@ class Slices:
         return len(self.labels)
 
     def pick(self, rows: np.ndarray) -> Slices:
-        return Slices(self.images[rows], self.labels[rows], self.patients[rows], self.positions[rows])
+        return Slices(
+            self.images[rows], self.labels[rows], self.patients[rows], self.positions[rows]
+        )
 
     @property
     def three(self) -> np.ndarray:
@@ -91,7 +93,9 @@ def as_rows(images: Sequence[np.ndarray], side: int | None = None) -> np.ndarray
 def block_means(images: np.ndarray, side: int) -> np.ndarray:
     """Means over blocks of pixels, not rounded: uint8 (N, H, W) → float32 (N, side·side) in [0, 1]."""
     pixels = torch.from_numpy(np.ascontiguousarray(images))[:, None]
-    parts = [F.adaptive_avg_pool2d(part.float() / 255, side).flatten(1) for part in pixels.split(1024)]
+    parts = [
+        F.adaptive_avg_pool2d(part.float() / 255, side).flatten(1) for part in pixels.split(1024)
+    ]
     return torch.cat(parts).numpy()
 
 
@@ -125,7 +129,11 @@ def validation_splits(train: Slices, validation: Slices, folds: int = INNER_FOLD
         own = np.unique(patients[labels == label])
         place = np.random.default_rng(0).permutation(len(own))
         group[labels == label] = (place % folds)[np.searchsorted(own, patients[labels == label])]
-    return [(rows[group != k], rows[group == k]) for k in range(folds) if (group == k).any() and (group != k).any()]
+    return [
+        (rows[group != k], rows[group == k])
+        for k in range(folds)
+        if (group == k).any() and (group != k).any()
+    ]
 
 
 def choose(
@@ -162,7 +170,10 @@ def macro_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def grid_of(**values: Sequence[float]) -> list[Settings]:
     """Every combination of the values given for each setting."""
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    return [
+        dict(zip(values, combination, strict=True))
+        for combination in itertools.product(*values.values())
+    ]
 
 
 # -- four logits from three -------------------------------------------------------------------------------------------
@@ -178,7 +189,9 @@ def moderate_share(labels: np.ndarray) -> float:
 def four_logits(three: np.ndarray, share: float) -> np.ndarray:
     """Logits (N, 4) of a three-class model (N, 3): Mild and Moderate differ by a constant and add up to their sum, so
     merging them again gives exactly the three-class probabilities."""
-    return np.column_stack([three[:, :2], three[:, 2] + np.log(1 - share), three[:, 2] + np.log(share)])
+    return np.column_stack(
+        [three[:, :2], three[:, 2] + np.log(1 - share), three[:, 2] + np.log(share)]
+    )
 
 
 # -- a linear model whose robust accuracy is exact --------------------------------------------------------------------
@@ -195,7 +208,9 @@ class PooledLinear(nn.Module):
         super().__init__()
         self.side = round(weight.shape[1] ** 0.5)
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
-        self.register_buffer("split", torch.tensor([0.0, 0.0, np.log(1 - share), np.log(share)], dtype=weight.dtype))
+        self.register_buffer(
+            "split", torch.tensor([0.0, 0.0, np.log(1 - share), np.log(share)], dtype=weight.dtype)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         three = F.adaptive_avg_pool2d(images, self.side).flatten(1) @ self.weight.T + self.bias
@@ -213,7 +228,9 @@ def room(images: np.ndarray, eps: float, side: int) -> tuple[Tensor, Tensor]:
     return torch.cat(lower), torch.cat(upper)
 
 
-def worst_logits(weight: Tensor, bias: Tensor, means: Tensor, lower: Tensor, upper: Tensor, labels: Tensor) -> Tensor:
+def worst_logits(
+    weight: Tensor, bias: Tensor, means: Tensor, lower: Tensor, upper: Tensor, labels: Tensor
+) -> Tensor:
     """Logits (N, 3) of each other class at the image that serves it best against the label, the label's own at 0.
 
     For an attacker who wants class k instead of y the best image moves every block against the sign of w_y − w_k as
@@ -226,7 +243,11 @@ def worst_logits(weight: Tensor, bias: Tensor, means: Tensor, lower: Tensor, upp
     # For every pair of classes at once: each block is read once, and no row is copied.
     drop = lower @ difference.clamp_min(0).T + upper @ (-difference).clamp_min(0).T
     label = labels[:, None]
-    of_label = drop.view(-1, classes, classes).gather(1, label[..., None].expand(-1, 1, classes)).squeeze(1)
+    of_label = (
+        drop.view(-1, classes, classes)
+        .gather(1, label[..., None].expand(-1, 1, classes))
+        .squeeze(1)
+    )
     return own - own.gather(1, label) + of_label
 
 
@@ -268,7 +289,9 @@ def fit_robust_linear(
         return PooledLinear(weight, bias - weight @ center, moderate_share(labels)).eval()
 
 
-def affine_map(model: nn.Module, shape: tuple[int, int], groups: Groups | None = None) -> tuple[Tensor, Tensor]:
+def affine_map(
+    model: nn.Module, shape: tuple[int, int], groups: Groups | None = None
+) -> tuple[Tensor, Tensor]:
     """Weights (C, H·W) and biases (C,) of a model that is affine in its pixels, in float64, from its gradient; with
     `groups`, of the log-probabilities that the classes of a group add up to, but for a term that all groups share.
 
@@ -284,7 +307,9 @@ def affine_map(model: nn.Module, shape: tuple[int, int], groups: Groups | None =
         return weights, bias
     for group in groups:
         if (weights[list(group)] - weights[group[0]]).abs().max() > 1e-9:
-            raise ValueError(f"classes {group} differ by more than a constant: their merged probability is not affine")
+            raise ValueError(
+                f"classes {group} differ by more than a constant: their merged probability is not affine"
+            )
     bias = torch.stack([bias[list(group)].logsumexp(0) for group in groups])
     return weights[[group[0] for group in groups]], bias
 
@@ -359,11 +384,15 @@ def _standardized(values: np.ndarray, positions: np.ndarray, reference: np.ndarr
     for position in np.unique(positions):
         own = reference[positions[reference] == position]
         basis = values[own if len(own) > 1 else reference]
-        result[positions == position] = (values[positions == position] - basis.mean(0)) / (basis.std(0) + 1e-6)
+        result[positions == position] = (values[positions == position] - basis.mean(0)) / (
+            basis.std(0) + 1e-6
+        )
     return result
 
 
-def scan_statistics(statistics: np.ndarray, part: Slices, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scan_statistics(
+    statistics: np.ndarray, part: Slices, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(patients (P,), labels (P,), statistics of each ordered scan (P, length·5)), resampled to `length` slices."""
     patients = np.unique(part.patients)
     labels, scans = np.empty(len(patients), np.int64), []
@@ -372,12 +401,18 @@ def scan_statistics(statistics: np.ndarray, part: Slices, length: int) -> tuple[
         own = np.flatnonzero(part.patients == patient)
         own = own[np.argsort(part.positions[own])]
         place = np.linspace(0, 1, len(own))
-        scans.append(np.stack([np.interp(grid, place, column) for column in statistics[own].T], axis=1).ravel())
+        scans.append(
+            np.stack(
+                [np.interp(grid, place, column) for column in statistics[own].T], axis=1
+            ).ravel()
+        )
         labels[row] = np.bincount(part.labels[own]).argmax()
     return patients, labels, np.stack(scans)
 
 
-def _logistic(rows: np.ndarray, labels: np.ndarray, regularization: float, classes: int) -> Callable[[np.ndarray], np.ndarray]:
+def _logistic(
+    rows: np.ndarray, labels: np.ndarray, regularization: float, classes: int
+) -> Callable[[np.ndarray], np.ndarray]:
     """Class-balanced multinomial regression: a function from rows to logits (n, classes)."""
     from sklearn.linear_model import LogisticRegression
 
@@ -387,7 +422,9 @@ def _logistic(rows: np.ndarray, labels: np.ndarray, regularization: float, class
 
     def answer(queries: np.ndarray) -> np.ndarray:
         probability = np.full((len(queries), classes), LOG_FLOOR)
-        probability[:, model.classes_] = np.maximum(model.predict_proba((queries - mean) / scale), LOG_FLOOR)
+        probability[:, model.classes_] = np.maximum(
+            model.predict_proba((queries - mean) / scale), LOG_FLOOR
+        )
         return np.log(probability / probability.sum(1, keepdims=True))
 
     return answer
@@ -425,7 +462,9 @@ def permuted_people(people: np.ndarray, test: np.ndarray, seed: int = 0) -> dict
     }
 
 
-def _permuted_answers(labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int) -> np.ndarray:
+def _permuted_answers(
+    labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int
+) -> np.ndarray:
     """Answers learned from permuted labels, turned back so that they are scored on the given ones: a row holds the
     answer for an image of the patient who was given the label of that row's patient (in turn, where the two have
     different numbers of test images)."""
@@ -445,7 +484,10 @@ def _neighbours(fit: Slices, test: Slices, seed: int) -> tuple[Answers, Answers]
     known, queries = np.flatnonzero(fit.patients >= 0), rows[len(fit) :]
     nearest = nearest_rows(queries, rows[: len(fit)])
     nearest_known = known[nearest_rows(queries, rows[known])] if len(known) < len(fit) else nearest
-    labels, people = (np.concatenate([getattr(part, name) for part in (fit, test)]) for name in ("labels", "patients"))
+    labels, people = (
+        np.concatenate([getattr(part, name) for part in (fit, test)])
+        for name in ("labels", "patients")
+    )
     tests = np.arange(len(fit), len(labels))
     permuted = _permuted_answers(labels, people, tests, nearest_known, seed)
     return Answers(_certain(fit.labels[nearest]), {}, {}), Answers(_certain(permuted), {}, {})
@@ -466,7 +508,9 @@ def _thinned(splits: Splits) -> Splits:
     return [(own[::CHOICE_STRIDE], rows) for own, rows in splits]
 
 
-def _robust_linear(fit: Slices, test: Slices, splits: Splits, sweep: Sequence[str], headline: str) -> Answers:
+def _robust_linear(
+    fit: Slices, test: Slices, splits: Splits, sweep: Sequence[str], headline: str
+) -> Answers:
     """Settings by the macro-averaged cross-entropy of the exact worst case at the headline eps."""
     eps = parse_eps(headline)
 
@@ -477,7 +521,13 @@ def _robust_linear(fit: Slices, test: Slices, splits: Splits, sweep: Sequence[st
             means = torch.from_numpy(block_means(fit.images[rows], model.side))
             labels = torch.from_numpy(fit.three[rows])
             with torch.no_grad():
-                return worst_logits(model.weight, model.bias, means, *room(fit.images[rows], eps, model.side), labels).numpy()
+                return worst_logits(
+                    model.weight,
+                    model.bias,
+                    means,
+                    *room(fit.images[rows], eps, model.side),
+                    labels,
+                ).numpy()
 
         return worst
 
@@ -488,7 +538,9 @@ def _robust_linear(fit: Slices, test: Slices, splits: Splits, sweep: Sequence[st
     labels = torch.from_numpy(test.labels.astype(np.int64))
     with torch.no_grad():
         exact = {
-            f"{text}:exact{suffix}": model(exact_worst_images(model, pixels, labels, parse_eps(text), groups)).numpy()
+            f"{text}:exact{suffix}": model(
+                exact_worst_images(model, pixels, labels, parse_eps(text), groups)
+            ).numpy()
             for text in sweep
             for groups, suffix in ((None, ""), (THREE, "_merged"))
         }
@@ -498,7 +550,9 @@ def _robust_linear(fit: Slices, test: Slices, splits: Splits, sweep: Sequence[st
 
 def _atrophy(fit: Slices, test: Slices, splits: Splits) -> Answers:
     positions = np.concatenate([fit.positions, test.positions])
-    statistics = np.concatenate([intensity_statistics(fit.images), intensity_statistics(test.images)])
+    statistics = np.concatenate(
+        [intensity_statistics(fit.images), intensity_statistics(test.images)]
+    )
 
     def fitted(own: np.ndarray, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
         rows = _along_the_scan(_standardized(statistics, positions, own), positions)
@@ -516,7 +570,8 @@ def _atrophy_scan(fit: Slices, test: Slices, splits: Splits) -> Answers:
     asked, _, queries = scan_statistics(intensity_statistics(test.images), test, length)
     three = metrics.THREE[labels]
     of_patients = [
-        tuple(np.flatnonzero(np.isin(patients, fit.patients[rows])) for rows in split) for split in splits
+        tuple(np.flatnonzero(np.isin(patients, fit.patients[rows])) for rows in split)
+        for split in splits
     ]
 
     def fitted(own: np.ndarray, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
@@ -539,7 +594,9 @@ def _kernel_ridge(fit: Slices, test: Slices, splits: Splits) -> Answers:
     """Kernel ridge towards the three classes' indicators, class-balanced; one temperature, fitted where the settings
     were chosen, turns its scores into logits. The kernel's width is a multiple of the median distance."""
     positions = np.concatenate([fit.positions, test.positions])
-    means = np.concatenate([block_means(fit.images, 16), block_means(test.images, 16)]).astype(np.float64)
+    means = np.concatenate([block_means(fit.images, 16), block_means(test.images, 16)]).astype(
+        np.float64
+    )
 
     def fitted(own: np.ndarray, settings: Settings) -> Callable[[np.ndarray], np.ndarray]:
         rows = np.empty_like(means)
@@ -547,7 +604,9 @@ def _kernel_ridge(fit: Slices, test: Slices, splits: Splits) -> Answers:
             reference = own[positions[own] == position]
             here = positions == position
             rows[here] = means[here] - means[reference if len(reference) else own].mean(0)
-        width = settings["width"] * np.median(_squared_distances(rows[own[:: max(1, len(own) // 500)]], rows[own]))
+        width = settings["width"] * np.median(
+            _squared_distances(rows[own[:: max(1, len(own) // 500)]], rows[own])
+        )
         counts = np.bincount(fit.three[own], minlength=3)
         penalty = settings["alpha"] * 3 * counts[fit.three[own]] / len(own)
         kernel = np.exp(-_squared_distances(rows[own], rows[own]) / width)
@@ -567,7 +626,13 @@ def _squared_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def control_answers(
-    train: Slices, validation: Slices, test: Slices, *, sweep: Sequence[str], headline: str, seed: int = 0
+    train: Slices,
+    validation: Slices,
+    test: Slices,
+    *,
+    sweep: Sequence[str],
+    headline: str,
+    seed: int = 0,
 ) -> Iterator[tuple[str, Answers]]:
     """Control → what it answers on `test`, one after another, in the order of `CONTROLS` but for the constant answer.
 
@@ -579,7 +644,12 @@ def control_answers(
         sweep: L-infinity eps, as written, at which the exact worst case is wanted; headline: the one that settings of
             the robust model are chosen at.
     """
-    fit = Slices(*(np.concatenate([getattr(part, name) for part in (train, validation)]) for name in Slices.__annotations__))
+    fit = Slices(
+        *(
+            np.concatenate([getattr(part, name) for part in (train, validation)])
+            for name in Slices.__annotations__
+        )
+    )
     splits = validation_splits(train, validation)
     plain, permuted = _neighbours(fit, test, seed)
     yield "nearest_neighbour", plain
@@ -587,7 +657,12 @@ def control_answers(
     yield "linear_32", _linear(fit, test, splits)
     yield "robust_linear_32", _robust_linear(fit, test, splits, sweep, headline)
     parts = [part.pick(np.flatnonzero(part.positions >= 0)) for part in (train, validation)]
-    known = Slices(*(np.concatenate([getattr(part, name) for part in parts]) for name in Slices.__annotations__))
+    known = Slices(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in Slices.__annotations__
+        )
+    )
     splits = validation_splits(*parts)
     yield "atrophy", _atrophy(known, test, splits)
     if not np.isin(test.patients, known.patients).any():
@@ -624,18 +699,27 @@ def control_runs(
             "seed": np.full(len(test), seed, np.int8),
             "patient_id": cohort.patient_id[test].astype(np.int32),
             "slice_index": cohort.slice_index[test].astype(np.int16),
-            "file_sha256": np.frombuffer(bytes.fromhex("".join(cohort.file_sha256[test])), np.uint8).reshape(-1, 32),
+            "file_sha256": np.frombuffer(
+                bytes.fromhex("".join(cohort.file_sha256[test])), np.uint8
+            ).reshape(-1, 32),
         }
         told: dict[str, dict] = {}
         parts = {name: every.pick(own) for name, own in rows.items()}
-        answers = control_answers(**parts, sweep=RunConfig.eps, headline=RunConfig.headline_eps, seed=seed)
+        answers = control_answers(
+            **parts, sweep=RunConfig.eps, headline=RunConfig.headline_eps, seed=seed
+        )
         for name, answer in progress(list(answers), f"controls, {protocol} fold {fold}"):
             predictions[f"{name}/clean"] = metrics.to_half(answer.logits)
             attacks: dict[str, dict] = {}
             for key, logits in answer.exact.items():
                 predictions[f"{name}/{key}"] = metrics.to_half(logits)
                 eps, attack = key.split(":")
-                meta = {"norm": "linf", "kind": "exact", "n_attacked": len(test), "n_set": len(test)}
+                meta = {
+                    "norm": "linf",
+                    "kind": "exact",
+                    "n_attacked": len(test),
+                    "n_set": len(test),
+                }
                 attacks.setdefault(eps, {})[attack] = meta
             told[name] = {"attacks": attacks, "settings": answer.settings}
         runs.append((predictions, told))
@@ -684,5 +768,7 @@ def baseline_record(
         }
         for number, (predictions, told) in enumerate(runs)
     ]
-    pooled = {name: np.concatenate([predictions[name] for predictions, _ in runs]) for name in runs[0][0]}
+    pooled = {
+        name: np.concatenate([predictions[name] for predictions, _ in runs]) for name in runs[0][0]
+    }
     return records.summarise(pooled, units), pooled

@@ -48,8 +48,14 @@ class ImageSet:
 
     def pick(self, rows: Tensor | np.ndarray) -> ImageSet:
         rows = torch.as_tensor(rows, dtype=torch.long)
-        return replace(self, images=self.images[rows], labels=self.labels[rows], people=self.people[rows],
-                       slices=self.slices[rows], files=[self.files[row] for row in rows.tolist()])
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            people=self.people[rows],
+            slices=self.slices[rows],
+            files=[self.files[row] for row in rows.tolist()],
+        )
 
     def balance(self) -> dict[str, tuple[int, int]]:
         """Class → (people, slices); images of nobody known count as slices only."""
@@ -58,8 +64,13 @@ class ImageSet:
 
 def balance(labels: np.ndarray, people: np.ndarray) -> dict[str, tuple[int, int]]:
     """Class → (people, slices); images of nobody known (-1) count as slices only."""
-    return {name: (len(np.unique(people[(people >= 0) & (labels == label)])), int((labels == label).sum()))
-            for label, name in enumerate(CLASSES)}
+    return {
+        name: (
+            len(np.unique(people[(people >= 0) & (labels == label)])),
+            int((labels == label).sum()),
+        )
+        for label, name in enumerate(CLASSES)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- who goes where
@@ -76,8 +87,10 @@ class Folds:
 
     def roles(self, fold: int) -> dict[int, str]:
         """Patient id → `train`, `validation` or `test` when `fold` is the test fold."""
-        return {int(person): "test" if own == fold else "validation" if fold in validates else "train"
-                for person, own, validates in zip(self.patient_id, self.fold, self.validation_of)}
+        return {
+            int(person): "test" if own == fold else "validation" if fold in validates else "train"
+            for person, own, validates in zip(self.patient_id, self.fold, self.validation_of)
+        }
 
 
 def assign_folds(patient_id: np.ndarray, label: np.ndarray, seed: int = 0) -> Folds:
@@ -97,7 +110,10 @@ def assign_folds(patient_id: np.ndarray, label: np.ndarray, seed: int = 0) -> Fo
             continue
         for test in range(N_FOLDS):
             # The next folds' people in turn, so that nobody validates twice where a class is large enough.
-            order = sorted((row for row in rows if fold[row] != test), key=lambda row: (fold[row] - test) % N_FOLDS)
+            order = sorted(
+                (row for row in rows if fold[row] != test),
+                key=lambda row: (fold[row] - test) % N_FOLDS,
+            )
             for row in order[: max(1, round(VALIDATION_SHARE * len(order)))]:
                 validates[row].append(test)
     return Folds(patient_id, label, fold, [tuple(v) for v in validates])
@@ -115,8 +131,12 @@ def read_folds(path: Path) -> Folds:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     column = lambda name: np.array([int(row[name]) for row in rows])  # noqa: E731
-    return Folds(column("patient_id"), column("label"), column("fold"),
-                 [tuple(map(int, row["validation_of"].split())) for row in rows])
+    return Folds(
+        column("patient_id"),
+        column("label"),
+        column("fold"),
+        [tuple(map(int, row["validation_of"].split())) for row in rows],
+    )
 
 
 def people_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +167,9 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
     are tested. Synthetic images and duplicates stay in, because that is what the literature does.
     """
     parts: dict[str, list[int]] = {name: [] for name in SETS}
-    order = sorted(range(len(cohort.label)), key=lambda row: (cohort.label[row], cohort.file_sha256[row]))
+    order = sorted(
+        range(len(cohort.label)), key=lambda row: (cohort.label[row], cohort.file_sha256[row])
+    )
     rank: dict[int, int] = {}
     for row in order:
         if cohort.source_split[row] == "test":
@@ -167,7 +189,12 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
 def split_people(cohort: Cohort, folds: Folds, fold: int) -> dict[str, np.ndarray]:
     """Row numbers of the `patient` protocol with this test fold: real, de-duplicated images only."""
     roles = folds.roles(fold)
-    role = np.array([roles[person] if kind == "real" else "" for person, kind in zip(cohort.patient_id.tolist(), cohort.kind)])
+    role = np.array(
+        [
+            roles[person] if kind == "real" else ""
+            for person, kind in zip(cohort.patient_id.tolist(), cohort.kind)
+        ]
+    )
     return {name: np.flatnonzero(role == name) for name in SETS}
 
 
@@ -177,13 +204,17 @@ def check_people_apart(sets: dict[str, ImageSet]) -> None:
     for position, first in enumerate(names):
         people = set(sets[first].people.tolist())
         if -1 in people:
-            raise PeopleSharedError(f"{first} holds an image whose person is unknown (synthetic?); the patient protocol takes "
-                                    "images of known people only: prepare the sets again.")
-        for second in names[position + 1:]:
+            raise PeopleSharedError(
+                f"{first} holds an image whose person is unknown (synthetic?); the patient protocol takes "
+                "images of known people only: prepare the sets again."
+            )
+        for second in names[position + 1 :]:
             shared = people & set(sets[second].people.tolist())
             if shared:
-                raise PeopleSharedError(f"Person {min(shared)} is in both {first} and {second} ({len(shared)} such people); the patient "
-                                        "protocol keeps people apart: prepare the sets again with dataset/prepare_dataset.ipynb.")
+                raise PeopleSharedError(
+                    f"Person {min(shared)} is in both {first} and {second} ({len(shared)} such people); the patient "
+                    "protocol keeps people apart: prepare the sets again with dataset/prepare_dataset.ipynb."
+                )
 
 
 # -------------------------------------------------------------------------------------------------- files of tensors
@@ -200,7 +231,9 @@ def stack_images(raw: RawImages, rows: np.ndarray | None = None) -> Tensor:
         if image.shape != (height, width):
             from PIL import Image
 
-            image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+            image = np.asarray(
+                Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+            )
         stack[place, 0] = image
     return torch.from_numpy(stack)
 
@@ -216,38 +249,68 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
     for (protocol, fold), parts in plans.items():
         for name in SETS:
             if not len(parts[name]):
-                raise StudyError(f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has too few "
-                                 f"people or images ({len(np.unique(cohort.patient_id)) - 1} people found, at least {N_FOLDS} needed).")
-        sets = {name: _without_images(cohort, rows, f"{protocol} {name}") for name, rows in parts.items()}
+                raise StudyError(
+                    f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has too few "
+                    f"people or images ({len(np.unique(cohort.patient_id)) - 1} people found, at least {N_FOLDS} needed)."
+                )
+        sets = {
+            name: _without_images(cohort, rows, f"{protocol} {name}")
+            for name, rows in parts.items()
+        }
         if protocol == "patient":
             check_people_apart(sets)
         for name, part in sets.items():
             # One set at a time: beside the raw images there is never more than one copy of a part of them.
-            save_set(replace(part, images=stack_images(raw, parts[name])), set_path(folder, protocol, fold, name))
+            save_set(
+                replace(part, images=stack_images(raw, parts[name])),
+                set_path(folder, protocol, fold, name),
+            )
 
 
 def _without_images(cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
     column = lambda values: torch.from_numpy(np.asarray(values)[rows].astype(np.int64))  # noqa: E731
-    return ImageSet(torch.empty(0, dtype=torch.uint8), column(cohort.label), column(cohort.patient_id), column(cohort.slice_index),
-                    [str(cohort.file_sha256[row]) for row in rows], name)
+    return ImageSet(
+        torch.empty(0, dtype=torch.uint8),
+        column(cohort.label),
+        column(cohort.patient_id),
+        column(cohort.slice_index),
+        [str(cohort.file_sha256[row]) for row in rows],
+        name,
+    )
 
 
 def save_set(part: ImageSet, path: Path) -> None:
     with atomic_path(path) as temporary:
-        torch.save({"images": part.images.contiguous(), "labels": part.labels, "people": part.people, "slices": part.slices,
-                    "files": list(part.files)}, temporary)
+        torch.save(
+            {
+                "images": part.images.contiguous(),
+                "labels": part.labels,
+                "people": part.people,
+                "slices": part.slices,
+                "files": list(part.files),
+            },
+            temporary,
+        )
 
 
 def load_set(folder: Path, protocol: str, fold: int, name: str) -> ImageSet:
     path = set_path(folder, protocol, fold, name)
     if not path.is_file():
-        raise StudyError(f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment prepare`) first.")
+        raise StudyError(
+            f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment prepare`) first."
+        )
     content = torch.load(path, weights_only=True)
     return ImageSet(name=f"{protocol} {name}", **content)
 
 
-def load_sets(folder: Path, protocol: str, fold: int, *, max_train: int | None = None,
-              max_test: int | None = None) -> dict[str, ImageSet]:
+def load_sets(
+    folder: Path,
+    protocol: str,
+    fold: int,
+    *,
+    max_train: int | None = None,
+    max_test: int | None = None,
+) -> dict[str, ImageSet]:
     """The three sets of a unit, cut to a small stratified part where a budget is given (`spread`).
 
     Raises:
@@ -257,14 +320,19 @@ def load_sets(folder: Path, protocol: str, fold: int, *, max_train: int | None =
     if protocol == "patient":
         check_people_apart(sets)
     limits = {"train": max_train, "validation": max_test, "test": max_test}
-    return {name: part if limits[name] is None else part.pick(spread(part, limits[name])) for name, part in sets.items()}
+    return {
+        name: part if limits[name] is None else part.pick(spread(part, limits[name]))
+        for name, part in sets.items()
+    }
 
 
 def spread(part: ImageSet, count: int) -> np.ndarray:
     """At most `count` sorted rows spread evenly over classes, then over people, then over the slices of a person."""
     labels, people = part.labels.numpy(), part.people.numpy().copy()
     people[people < 0] = -1 - np.arange((people < 0).sum())  # an image of nobody known stands alone
-    turn = np.empty(len(labels))  # how early a row is drawn: bit-reversed position in the person's stack, then the person
+    turn = np.empty(
+        len(labels)
+    )  # how early a row is drawn: bit-reversed position in the person's stack, then the person
     for person in np.unique(people):
         rows = np.flatnonzero(people == person)
         rows = rows[np.argsort(part.slices.numpy()[rows], kind="stable")]

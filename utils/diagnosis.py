@@ -31,31 +31,92 @@ from utils.attacks import ATTACKS
 from utils.backbones import load_model
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.data import ImageSet
-from utils.experiment import Study, Unit, describe, open_study, recorded_as, save, spread_out, suite_rows, unit_rows
+from utils.experiment import (
+    Study,
+    Unit,
+    describe,
+    open_study,
+    recorded_as,
+    save,
+    spread_out,
+    suite_rows,
+    unit_rows,
+)
 from utils.metrics import score, to_half
 from utils.robustness import VIEWS, Stage, evaluate_suite, headline_of, model_digest, suite_plan
 from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
 
-MEMBERSHIPS = {"clean": BACKBONES, "robust": tuple(f"{name}_atk" for name in BACKBONES),
-               "mixed": tuple(f"{name}{twin}" for name in BACKBONES for twin in ("", "_atk"))}
+MEMBERSHIPS = {
+    "clean": BACKBONES,
+    "robust": tuple(f"{name}_atk" for name in BACKBONES),
+    "mixed": tuple(f"{name}{twin}" for name in BACKBONES for twin in ("", "_atk")),
+}
 #: (combiner, membership): who is in, and with which weights.
-FORMS = (("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("weighted", "mixed"), ("stacking", "mixed"),
-         ("blending", "mixed"))
+FORMS = (
+    ("uniform", "clean"),
+    ("uniform", "robust"),
+    ("uniform", "mixed"),
+    ("weighted", "mixed"),
+    ("stacking", "mixed"),
+    ("blending", "mixed"),
+)
 #: What a rehearsal has time for.
-DEMO = dict(forms=(("uniform", "clean"), ("uniform", "robust"), ("uniform", "mixed"), ("stacking", "mixed")),
-            backbones=("Efficientnet", "Resnet"), attacked=8)
+DEMO = dict(
+    forms=(
+        ("uniform", "clean"),
+        ("uniform", "robust"),
+        ("uniform", "mixed"),
+        ("stacking", "mixed"),
+    ),
+    backbones=("Efficientnet", "Resnet"),
+    attacked=8,
+)
 #: What a profile spends on whole scans: patients of each set (None: all), eps ascending, steps of an ascent, how often they may be
 #: doubled, patients attacked and patients of the slice-budget curves a fold (None: all), slice budgets, epochs of an aggregator.
-SCAN_BUDGETS = {"demo": dict(train=16, validation=8, test=10, eps=("4/255",), steps=3, doublings=1, attacked=4, curve=4, budgets=(1, 4, 16),
-                             epochs=30),
-                "cpu": dict(train=None, validation=None, test=None, eps=("4/255",), steps=10, doublings=4, attacked=None, curve=6,
-                            budgets=(1, 2, 4, 8, 16), epochs=80),
-                "paper": dict(train=None, validation=None, test=None, eps=("1/255", "4/255"), steps=20, doublings=4, attacked=None,
-                              curve=None, budgets=(1, 2, 4, 8, 16), epochs=80)}
+SCAN_BUDGETS = {
+    "demo": dict(
+        train=16,
+        validation=8,
+        test=10,
+        eps=("4/255",),
+        steps=3,
+        doublings=1,
+        attacked=4,
+        curve=4,
+        budgets=(1, 4, 16),
+        epochs=30,
+    ),
+    "cpu": dict(
+        train=None,
+        validation=None,
+        test=None,
+        eps=("4/255",),
+        steps=10,
+        doublings=4,
+        attacked=None,
+        curve=6,
+        budgets=(1, 2, 4, 8, 16),
+        epochs=80,
+    ),
+    "paper": dict(
+        train=None,
+        validation=None,
+        test=None,
+        eps=("1/255", "4/255"),
+        steps=20,
+        doublings=4,
+        attacked=None,
+        curve=None,
+        budgets=(1, 2, 4, 8, 16),
+        epochs=80,
+    ),
+}
 #: Whose features the sequence models read; two members are read side by side.
-SOURCES = {"demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")),
-           "cpu": (("Efficientnet",), ("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
-           "paper": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk"), ("Dinov2",), ("Dinov2_atk",))}
+SOURCES = {
+    "demo": (("Resnet_atk",), ("Resnet", "Resnet_atk")),
+    "cpu": (("Efficientnet",), ("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk")),
+    "paper": (("Resnet",), ("Resnet_atk",), ("Resnet", "Resnet_atk"), ("Dinov2",), ("Dinov2_atk",)),
+}
 
 
 class MissingMembersError(StudyError):
@@ -69,27 +130,42 @@ def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[
         MissingMembersError: a member's weights are not on this machine.
     """
     if missing := untrained(study, config, names):
-        raise MissingMembersError(f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} "
-                                  f"{config.unit} here: run `python -m utils.experiment train --profile "
-                                  f"{config.profile} --model {missing[0]} --protocol {config.protocol} "
-                                  f"--fold {config.fold}` first.")
-    return {name: load_model(study.weights(dataclasses.replace(config, model=name))).to(choose_device()) for name in names}
+        raise MissingMembersError(
+            f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} "
+            f"{config.unit} here: run `python -m utils.experiment train --profile "
+            f"{config.profile} --model {missing[0]} --protocol {config.protocol} "
+            f"--fold {config.fold}` first."
+        )
+    return {
+        name: load_model(study.weights(dataclasses.replace(config, model=name))).to(choose_device())
+        for name in names
+    }
 
 
 def untrained(study: Study, config: RunConfig, names: tuple[str, ...]) -> list[str]:
     """Which of these models have no weights of this protocol, fold and seed here."""
-    return [name for name in names if study.weights(dataclasses.replace(config, model=name)) is None]
+    return [
+        name for name in names if study.weights(dataclasses.replace(config, model=name)) is None
+    ]
 
 
-def run_available(study: Study, model: Literal["Ensemble", "Sequence"], protocol: Literal["slice", "patient"] = "patient", *,
-                  retrain: bool = False) -> dict | None:
+def run_available(
+    study: Study,
+    model: Literal["Ensemble", "Sequence"],
+    protocol: Literal["slice", "patient"] = "patient",
+    *,
+    retrain: bool = False,
+) -> dict | None:
     """Every fold whose members are trained on this machine, or that the record holds; says which are not. Returns the
     record, None where there is nothing."""
     record = None
     for fold in folds_of(study.profile, protocol):
         try:
-            record = (run_ensemble(study, protocol, fold, retrain=retrain) if model == "Ensemble"
-                      else run_sequence(study, fold, retrain=retrain))
+            record = (
+                run_ensemble(study, protocol, fold, retrain=retrain)
+                if model == "Ensemble"
+                else run_sequence(study, fold, retrain=retrain)
+            )
         except MissingMembersError as error:
             print(f"{model} · {protocol} fold {fold} is left out: {error}")
     return record
@@ -108,13 +184,37 @@ def _config(study: Study, protocol: str, fold: int, seed: int) -> RunConfig:
 def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, nn.Module]) -> dict:
     """What a record says of where these members come from."""
     meta = describe(study, config)
-    settings = {key: value for key, value in meta["config"].items() if key in ("protocol", "fold", "seed", "profile", "input_size", "eps",
-                                                                               "headline_eps", "pgd_steps", "attack_stride", "sample")}
+    settings = {
+        key: value
+        for key, value in meta["config"].items()
+        if key
+        in (
+            "protocol",
+            "fold",
+            "seed",
+            "profile",
+            "input_size",
+            "eps",
+            "headline_eps",
+            "pgd_steps",
+            "attack_stride",
+            "sample",
+        )
+    }
     inits = dict.fromkeys(member.init for member in members.values())
-    halved = [name for name in members if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()]
-    return {**meta, "model": model, "regime": "both", "init": " + ".join(inits),
-            "config": settings | {"members": list(members), "fp16_members": halved},
-            "weights_sha256": {name: model_digest(member) for name, member in members.items()}}
+    halved = [
+        name
+        for name in members
+        if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()
+    ]
+    return {
+        **meta,
+        "model": model,
+        "regime": "both",
+        "init": " + ".join(inits),
+        "config": settings | {"members": list(members), "fp16_members": halved},
+        "weights_sha256": {name: model_digest(member) for name, member in members.items()},
+    }
 
 
 def _folder(study: Study, model: str, config: RunConfig) -> Path:
@@ -124,8 +224,16 @@ def _folder(study: Study, model: str, config: RunConfig) -> Path:
 # ----------------------------------------------------------------------------------------------------------- ensembles
 
 
-def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0, *,
-                 backbones: tuple[str, ...] | None = None, forms: tuple[str, ...] | None = None, retrain: bool = False) -> dict:
+def run_ensemble(
+    study: Study,
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    seed: int = 0,
+    *,
+    backbones: tuple[str, ...] | None = None,
+    forms: tuple[str, ...] | None = None,
+    retrain: bool = False,
+) -> dict:
     """Builds, attacks and records every form of `FORMS` of one fold; returns the record.
 
     Weights are fitted on the fold's validation people. Each ensemble is attacked as the one model it is, through each of
@@ -144,46 +252,94 @@ def run_ensemble(study: Study, protocol: Literal["slice", "patient"] = "patient"
     config = _config(study, protocol, fold, seed)
     known = None if retrain else recorded_as(study, "Ensemble", config)
     backbones = _backbones_of(study, protocol, backbones)
-    every = {f"{combiner} {membership}": (combiner,
-                                          tuple(name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones))
-             for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)}
+    every = {
+        f"{combiner} {membership}": (
+            combiner,
+            tuple(
+                name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones
+            ),
+        )
+        for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)
+    }
     if unknown := set(forms or ()) - set(every):
-        raise StudyError(f"Unknown form {sorted(unknown)[0]!r} of an ensemble: expected one of {', '.join(every)}.")
-    wanted = [form for form in forms or every if known is None or form not in known.meta["variants"]]
+        raise StudyError(
+            f"Unknown form {sorted(unknown)[0]!r} of an ensemble: expected one of {', '.join(every)}."
+        )
+    wanted = [
+        form for form in forms or every if known is None or form not in known.meta["variants"]
+    ]
     names = tuple(dict.fromkeys(name for _, own in every.values() for name in own))
     if known is not None and wanted and (missing := untrained(study, config, names)):
-        print(f"Ensemble {protocol} {config.unit}: without {', '.join(wanted)}, since {', '.join(missing)} "
-              f"{'is' if len(missing) == 1 else 'are'} not trained here.", flush=True)
+        print(
+            f"Ensemble {protocol} {config.unit}: without {', '.join(wanted)}, since {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not trained here.",
+            flush=True,
+        )
         wanted = []
     if known is not None and not wanted:
         return report.read_record(study.record("Ensemble", protocol))
     headline = headline_of(config)
     # The eps that the original project trained with beside the headline one; a rehearsal has time for one alone.
-    config = (dataclasses.replace(config, eps=(headline,), sample=4) if study.profile == "demo"
-              else dataclasses.replace(config, eps=("0.005", headline), suite="standard"))
+    config = (
+        dataclasses.replace(config, eps=(headline,), sample=4)
+        if study.profile == "demo"
+        else dataclasses.replace(config, eps=("0.005", headline), suite="standard")
+    )
     members = members_of(study, config, names)
     meta = _origin(study, config, "Ensemble", members)
-    sets = data.load_sets(study.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test)
+    sets = data.load_sets(
+        study.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test
+    )
     test = sets["test"]
-    answers = {part: {name: training.predict(member, sets[part].images, choose_device()).log_softmax(1) for name, member in members.items()}
-               for part in ("validation", "test")}
-    chosen = data.spread(test, DEMO["attacked"]) if study.profile == "demo" else data.every_nth(test, config.attack_stride)
-    meta["diversity"] = ensemble.diversity({name: values.cpu().numpy() for name, values in answers["test"].items()}, test.labels.numpy(),
-                                           test.people.numpy())
+    answers = {
+        part: {
+            name: training.predict(member, sets[part].images, choose_device()).log_softmax(1)
+            for name, member in members.items()
+        }
+        for part in ("validation", "test")
+    }
+    chosen = (
+        data.spread(test, DEMO["attacked"])
+        if study.profile == "demo"
+        else data.every_nth(test, config.attack_stride)
+    )
+    meta["diversity"] = ensemble.diversity(
+        {name: values.cpu().numpy() for name, values in answers["test"].items()},
+        test.labels.numpy(),
+        test.people.numpy(),
+    )
     size = {"n_slices": len(test), "n_people": len(test.people.unique())}
-    meta["members"] = {name: score(values.cpu().numpy(), test.labels.numpy(), test.people.numpy())["balanced_accuracy_3"] | size
-                       for name, values in answers["test"].items()}
+    meta["members"] = {
+        name: score(values.cpu().numpy(), test.labels.numpy(), test.people.numpy())[
+            "balanced_accuracy_3"
+        ]
+        | size
+        for name, values in answers["test"].items()
+    }
     record, grow = {}, functools.partial(with_more_variants, order=tuple(every))
     for form in wanted:
         combiner, own = every[form][0], {name: members[name] for name in every[form][1]}
         started = time.perf_counter()
-        rows, told, sanity = _evaluated_form(study, config, form,
-                                             _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
-                                             members, test, answers["test"], chosen, relaxed=combiner == "uniform")
+        rows, told, sanity = _evaluated_form(
+            study,
+            config,
+            form,
+            _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
+            members,
+            test,
+            answers["test"],
+            chosen,
+            relaxed=combiner == "uniform",
+        )
         seconds = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
-        record = save(study, Unit(unit_rows(test, config) | rows,
-                                  {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds}),
-                      None if retrain and form == wanted[0] else grow)
+        record = save(
+            study,
+            Unit(
+                unit_rows(test, config) | rows,
+                {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds},
+            ),
+            None if retrain and form == wanted[0] else grow,
+        )
     return record
 
 
@@ -198,33 +354,78 @@ def _backbones_of(study: Study, protocol: str, given: tuple[str, ...] | None) ->
         if (unit["profile"], unit["cohort_sha256"]) == (study.profile, study.cohort_sha256):
             held = tuple(name for name in BACKBONES if name in unit["config"]["members"])
             if given is not None and set(given) != set(held):
-                raise StudyError(f"{path} holds ensembles of {', '.join(held)}, and these are of {', '.join(given)}: give the same "
-                                 "--backbones, or delete that record to begin another.")
+                raise StudyError(
+                    f"{path} holds ensembles of {', '.join(held)}, and these are of {', '.join(given)}: give the same "
+                    "--backbones, or delete that record to begin another."
+                )
             return held
-    return tuple(name for name in BACKBONES if name in given) if given else DEMO["backbones"] if study.profile == "demo" else BACKBONES
+    return (
+        tuple(name for name in BACKBONES if name in given)
+        if given
+        else DEMO["backbones"]
+        if study.profile == "demo"
+        else BACKBONES
+    )
 
 
-def _evaluated_form(study: Study, config: RunConfig, form: str, model: nn.Module, sources: Mapping[str, nn.Module], test: ImageSet,
-                    answers: Mapping[str, Tensor], chosen: np.ndarray, *, relaxed: bool) -> tuple[dict[str, np.ndarray], dict, list[dict]]:
+def _evaluated_form(
+    study: Study,
+    config: RunConfig,
+    form: str,
+    model: nn.Module,
+    sources: Mapping[str, nn.Module],
+    test: ImageSet,
+    answers: Mapping[str, Tensor],
+    chosen: np.ndarray,
+    *,
+    relaxed: bool,
+) -> tuple[dict[str, np.ndarray], dict, list[dict]]:
     """One form under every attack: (columns of its predictions, what was done, sanity checks)."""
     print(f"{form}: {_weights_text(model)}", flush=True)
     attacked, names = test.pick(chosen), list(model.members)
     folder = _folder(study, "Ensemble", config) / form.replace(" ", "_")
     stages = suite_plan(config, () if config.suite == "quick" else tuple(sources))
     if config.suite == "quick":
-        stages += [Stage("transfer", f"transfer_{name}", eps="headline", budget=dict(steps=config.pgd_steps), source=name)
-                   for name in names]
-    result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, stages=stages, sources=dict(sources),
-                            state_dir=folder)
+        stages += [
+            Stage(
+                "transfer",
+                f"transfer_{name}",
+                eps="headline",
+                budget=dict(steps=config.pgd_steps),
+                source=name,
+            )
+            for name in names
+        ]
+    result = evaluate_suite(
+        model,
+        attacked.images,
+        attacked.labels,
+        attacked.people,
+        config,
+        stages=stages,
+        sources=dict(sources),
+        state_dir=folder,
+    )
     with torch.no_grad():
-        clean = model.combine(torch.stack([answers[name] for name in names]).to(choose_device())).cpu().numpy()
+        clean = (
+            model.combine(torch.stack([answers[name] for name in names]).to(choose_device()))
+            .cpu()
+            .numpy()
+        )
     rows, attacks = suite_rows(test, config, result, chosen, clean)
     if relaxed:
         for eps, found in _relaxations(model, attacked, config, folder).items():
             for name, logits in found.items():
                 rows[f"{eps}:{name}"] = spread_out(logits, chosen, np.full_like(clean, np.nan))
-                attacks[eps][name] = {"norm": "relaxed", "n_attacked": len(chosen), "n_set": len(chosen), **RELAXED[name](config)}
-    rows = {f"{form}/{name}": values for name, values in rows.items() if name == "clean" or ":" in name}
+                attacks[eps][name] = {
+                    "norm": "relaxed",
+                    "n_attacked": len(chosen),
+                    "n_set": len(chosen),
+                    **RELAXED[name](config),
+                }
+    rows = {
+        f"{form}/{name}": values for name, values in rows.items() if name == "clean" or ":" in name
+    }
     told = {"attacks": attacks, "members": names, "weights": _weights_of(model)}
     return rows, told, [{**check, "variant": form} for check in result.sanity]
 
@@ -233,51 +434,80 @@ def _evaluated_form(study: Study, config: RunConfig, form: str, model: nn.Module
 RELAXED: dict[str, Callable[[RunConfig], dict]] = {
     "one_image": lambda config: {"steps": config.pgd_steps, "loss": "margin"},
     "separate_images": lambda config: {"steps": config.pgd_steps, "loss": "margin"},
-    "original_project": lambda config: {"steps": 10, "step_size": 1e-4}}
+    "original_project": lambda config: {"steps": 10, "step_size": 1e-4},
+}
 
 
-def _relaxations(model: nn.Module, attacked: ImageSet, config: RunConfig, folder: Path) -> dict[str, dict[str, np.ndarray]]:
+def _relaxations(
+    model: nn.Module, attacked: ImageSet, config: RunConfig, folder: Path
+) -> dict[str, dict[str, np.ndarray]]:
     """eps → logits (N, 4) under one image, under a separate image a member at the same strength, and as in the original project."""
     path, device = folder / f"relaxation_{model_digest(model)[:12]}.npz", choose_device()
     if not path.is_file():
         found: dict[str, list[np.ndarray]] = {}
-        for rows in progress(torch.arange(len(attacked)).split(config.attack_batch), "one image and several"):
-            images, labels = data.pixels(attacked.images[rows], device), attacked.labels[rows].to(device)
+        for rows in progress(
+            torch.arange(len(attacked)).split(config.attack_batch), "one image and several"
+        ):
+            images, labels = (
+                data.pixels(attacked.images[rows], device),
+                attacked.labels[rows].to(device),
+            )
             for eps_text in config.eps:
                 eps, budget = parse_eps(eps_text), dict(seed=config.seed, steps=config.pgd_steps)
                 one = ATTACKS["pgd"](model, images, labels, eps, loss="margin", **budget)
                 with torch.no_grad():
                     logits = {"one_image": model(one)}
-                logits["separate_images"] = ensemble.attack_separately(model, images, labels, eps, shared=one, **budget)
-                logits["original_project"] = ensemble.attack_like_the_original_project(model, images, labels, eps)
+                logits["separate_images"] = ensemble.attack_separately(
+                    model, images, labels, eps, shared=one, **budget
+                )
+                logits["original_project"] = ensemble.attack_like_the_original_project(
+                    model, images, labels, eps
+                )
                 for name, values in logits.items():
                     found.setdefault(f"{eps_text}:{name}", []).append(values.cpu().numpy())
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **{key: np.concatenate(parts) for key, parts in found.items()})
     with np.load(path, allow_pickle=False) as file:
-        return {eps: {key.split(":")[1]: file[key] for key in file.files if key.startswith(f"{eps}:")} for eps in config.eps}
+        return {
+            eps: {key.split(":")[1]: file[key] for key in file.files if key.startswith(f"{eps}:")}
+            for eps in config.eps
+        }
 
 
-def _fitted(combiner: str, members: Mapping[str, nn.Module], validation: Mapping[str, Tensor], sets: Mapping[str, ImageSet],
-            protocol: str) -> nn.Module:
+def _fitted(
+    combiner: str,
+    members: Mapping[str, nn.Module],
+    validation: Mapping[str, Tensor],
+    sets: Mapping[str, ImageSet],
+    protocol: str,
+) -> nn.Module:
     part = sets["validation"]
     # Under `slice` everybody is on both sides, which is that protocol's fault and not the weights'.
-    test_people = sets["test"].people.numpy() if protocol == "patient" else np.array([], dtype=np.int64)
+    test_people = (
+        sets["test"].people.numpy() if protocol == "patient" else np.array([], dtype=np.int64)
+    )
     z = torch.stack([validation[name].cpu() for name in members]).double().numpy()
-    return ensemble.build_ensemble(combiner, members, z, part.labels.numpy(), part.people.numpy(), test_people=test_people)
+    return ensemble.build_ensemble(
+        combiner, members, z, part.labels.numpy(), part.people.numpy(), test_people=test_people
+    )
 
 
 def _weights_of(model: nn.Module) -> dict:
     names = list(model.members)
     if isinstance(model, ensemble.Mixture):
         return {"weights": dict(zip(names, model.log_weights.exp().tolist(), strict=True))}
-    return {"coefficients": dict(zip(names, model.coefficients.tolist(), strict=True)),
-            "bias": dict(zip(CLASSES, model.bias.tolist(), strict=True))}
+    return {
+        "coefficients": dict(zip(names, model.coefficients.tolist(), strict=True)),
+        "bias": dict(zip(CLASSES, model.bias.tolist(), strict=True)),
+    }
 
 
 def _weights_text(model: nn.Module) -> str:
     weights = _weights_of(model)
-    return ", ".join(f"{name} {value:.2f}" for name, value in weights.get("weights", weights.get("coefficients", {})).items())
+    return ", ".join(
+        f"{name} {value:.2f}"
+        for name, value in weights.get("weights", weights.get("coefficients", {})).items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- whole persons
@@ -295,8 +525,14 @@ class JoinedFeatures(nn.Module):
         return torch.cat([member.features(images) for member in self.members.values()], dim=1)
 
 
-def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[tuple[str, ...], ...] | None = None,
-                 retrain: bool = False) -> dict:
+def run_sequence(
+    study: Study,
+    fold: int = 0,
+    seed: int = 0,
+    *,
+    sources: tuple[tuple[str, ...], ...] | None = None,
+    retrain: bool = False,
+) -> dict:
     """Trains, attacks and records every aggregator over every source of features of one fold; returns the record.
 
     Each row is a *person*. The backbones stay frozen; aggregators see training people, and their epoch is chosen on
@@ -308,19 +544,31 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
     """
     config, sources = _config(study, "patient", fold, seed), sources or SOURCES[study.profile]
     known = None if retrain else recorded_as(study, "Sequence", config)
-    wanted = [names for names in sources if known is None or _variant(names, sequence.AGGREGATORS[0]) not in known.meta["variants"]]
+    wanted = [
+        names
+        for names in sources
+        if known is None or _variant(names, sequence.AGGREGATORS[0]) not in known.meta["variants"]
+    ]
     sources = [names for names in wanted if not untrained(study, config, names)]
     if not sources and known is None:
         members_of(study, config, wanted[-1])  # raises, and names the command that trains them
     if left := [" + ".join(names) for names in wanted if names not in sources]:
-        print(f"Sequence patient {config.unit}: without the features of {', '.join(left)}, whose models are not trained here.", flush=True)
+        print(
+            f"Sequence patient {config.unit}: without the features of {', '.join(left)}, whose models are not trained here.",
+            flush=True,
+        )
     if not sources:
         return report.read_record(study.record("Sequence", "patient"))
     budget = SCAN_BUDGETS[study.profile]
-    members = members_of(study, config, tuple(dict.fromkeys(name for names in sources for name in names)))
+    members = members_of(
+        study, config, tuple(dict.fromkeys(name for names in sources for name in names))
+    )
     meta = _origin(study, config, "Sequence", members)
     started, device = time.perf_counter(), choose_device()
-    parts = {name: few_people(data.load_set(study.sets, "patient", fold, name), budget[name]) for name in data.SETS}
+    parts = {
+        name: few_people(data.load_set(study.sets, "patient", fold, name), budget[name])
+        for name in data.SETS
+    }
     data.check_people_apart(parts)
     test = parts["test"]
     people = sequence.gather_studies(test.images, test.labels, test.people, test.slices)
@@ -329,37 +577,84 @@ def run_sequence(study: Study, fold: int = 0, seed: int = 0, *, sources: tuple[t
     rows, meta["variants"], meta["sanity"] = _person_rows(test, people, config), {}, []
     seconds = {"train": 0.0}
     for names in sources:
-        source = members[names[0]] if len(names) == 1 else JoinedFeatures({name: members[name] for name in names}).eval()
-        folder = _folder(study, "Sequence", config) / f"{'+'.join(names)}_{model_digest(source)[:12]}"
-        features = {name: _features(source, part, folder / f"{name}.npz") for name, part in parts.items()}
+        source = (
+            members[names[0]]
+            if len(names) == 1
+            else JoinedFeatures({name: members[name] for name in names}).eval()
+        )
+        folder = (
+            _folder(study, "Sequence", config) / f"{'+'.join(names)}_{model_digest(source)[:12]}"
+        )
+        features = {
+            name: _features(source, part, folder / f"{name}.npz") for name, part in parts.items()
+        }
         seen = features["train"].values[features["train"].mask]
         centre, scale = seen.mean(0), seen.std(0).clamp_min(1e-6)
-        standard = {name: dataclasses.replace(part, values=((part.values - centre) / scale) * part.mask[..., None])
-                    for name, part in features.items()}
+        standard = {
+            name: dataclasses.replace(
+                part, values=((part.values - centre) / scale) * part.mask[..., None]
+            )
+            for name, part in features.items()
+        }
         for aggregator in sequence.AGGREGATORS:
             variant, fit_started = _variant(names, aggregator), time.perf_counter()
-            reader, told = sequence.fit_aggregator(aggregator, standard["train"], standard["validation"], epochs=budget["epochs"],
-                                                   seed=seed)
+            reader, told = sequence.fit_aggregator(
+                aggregator,
+                standard["train"],
+                standard["validation"],
+                epochs=budget["epochs"],
+                seed=seed,
+            )
             seconds["train"] += time.perf_counter() - fit_started
-            model = sequence.StudyModel(source, reader.to(device), centre.to(device), scale.to(device)).eval()
+            model = sequence.StudyModel(
+                source, reader.to(device), centre.to(device), scale.to(device)
+            ).eval()
             with torch.no_grad():
-                clean = reader(standard["test"].values.to(device), standard["test"].mask.to(device)).cpu().numpy()
-            found = _attacked_scans(model, people, chosen, curve, config, budget, folder / f"{aggregator}.npz", variant)
+                clean = (
+                    reader(standard["test"].values.to(device), standard["test"].mask.to(device))
+                    .cpu()
+                    .numpy()
+                )
+            found = _attacked_scans(
+                model, people, chosen, curve, config, budget, folder / f"{aggregator}.npz", variant
+            )
             rows[f"{variant}/clean"] = to_half(clean)
             attacks: dict[str, dict] = {}
             for (eps, name), told_of in _scan_attacks(found, budget, len(chosen)).items():
-                rows[f"{variant}/{eps}:{name}"] = spread_out(found[f"{eps}:{name}"], chosen, np.full_like(clean, np.nan))
+                rows[f"{variant}/{eps}:{name}"] = spread_out(
+                    found[f"{eps}:{name}"], chosen, np.full_like(clean, np.nan)
+                )
                 attacks.setdefault(eps, {})[name] = told_of
             meta["variants"][variant] = {
-                "attacks": attacks, "history": told["history"],
-                "slice_budget": {"eps": budget["eps"][-1], "view": CURVE_VIEW,
-                                 "budgets": [0, *budget["budgets"], int(people.mask.sum(1).max())],
-                                 "people": people.people[curve].tolist(), "labels": people.labels[curve].tolist(),
-                                 "least": {choice: found[f"least_{choice}"].tolist() for choice in ("gradient", "random")}}}
+                "attacks": attacks,
+                "history": told["history"],
+                "slice_budget": {
+                    "eps": budget["eps"][-1],
+                    "view": CURVE_VIEW,
+                    "budgets": [0, *budget["budgets"], int(people.mask.sum(1).max())],
+                    "people": people.people[curve].tolist(),
+                    "labels": people.labels[curve].tolist(),
+                    "least": {
+                        choice: found[f"least_{choice}"].tolist()
+                        for choice in ("gradient", "random")
+                    },
+                },
+            }
             meta["sanity"] += _scan_checks(variant, people, chosen, curve, clean, found, budget)
-    meta["wall_seconds"] = {"train": round(seconds["train"], 1), "attack": round(time.perf_counter() - started - seconds["train"], 1)}
-    order = tuple(_variant(names, aggregator) for names in SOURCES[study.profile] for aggregator in sequence.AGGREGATORS)
-    return save(study, Unit(rows, meta), None if retrain else functools.partial(with_more_variants, order=order))
+    meta["wall_seconds"] = {
+        "train": round(seconds["train"], 1),
+        "attack": round(time.perf_counter() - started - seconds["train"], 1),
+    }
+    order = tuple(
+        _variant(names, aggregator)
+        for names in SOURCES[study.profile]
+        for aggregator in sequence.AGGREGATORS
+    )
+    return save(
+        study,
+        Unit(rows, meta),
+        None if retrain else functools.partial(with_more_variants, order=order),
+    )
 
 
 def _variant(names: tuple[str, ...], aggregator: str) -> str:
@@ -375,24 +670,50 @@ def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> 
     """
     old, new = known.meta["weights_sha256"], more.meta["weights_sha256"]
     if not np.array_equal(known.rows["file_sha256"], more.rows["file_sha256"]):
-        raise StudyError(f"The record of {more.meta['model']} holds other people for fold {more.meta['fold']} than its test set now: run "
-                         "it with --retrain to replace the unit.")
+        raise StudyError(
+            f"The record of {more.meta['model']} holds other people for fold {more.meta['fold']} than its test set now: run "
+            "it with --retrain to replace the unit."
+        )
     if changed := [name for name in new if old.get(name, new[name]) != new[name]]:
-        raise StudyError(f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when "
-                         f"{more.meta['model']} fold {more.meta['fold']} was recorded: run it with --retrain to replace the unit.")
+        raise StudyError(
+            f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when "
+            f"{more.meta['model']} fold {more.meta['fold']} was recorded: run it with --retrain to replace the unit."
+        )
     both = (known.meta, more.meta)
     variants = known.meta["variants"] | more.meta["variants"]
     place = {name: number for number, name in enumerate(dict.fromkeys((*order, *variants)))}
-    members = {key: list(dict.fromkeys(name for part in both for name in part["config"].get(key, ())))
-               for key in ("members", "fp16_members")}
-    meta = {**more.meta, "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])), "weights_sha256": old | new,
-            "sanity": sorted(known.meta["sanity"] + more.meta["sanity"], key=lambda check: place[check["variant"]]),
-            "git_dirty": any(part["git_dirty"] for part in both), "config": more.meta["config"] | members,
-            "wall_seconds": {phase: round(sum(part["wall_seconds"][phase] for part in both), 1) for phase in ("train", "attack")}}
+    members = {
+        key: list(dict.fromkeys(name for part in both for name in part["config"].get(key, ())))
+        for key in ("members", "fp16_members")
+    }
+    meta = {
+        **more.meta,
+        "variants": dict(sorted(variants.items(), key=lambda item: place[item[0]])),
+        "weights_sha256": old | new,
+        "sanity": sorted(
+            known.meta["sanity"] + more.meta["sanity"], key=lambda check: place[check["variant"]]
+        ),
+        "git_dirty": any(part["git_dirty"] for part in both),
+        "config": more.meta["config"] | members,
+        "wall_seconds": {
+            phase: round(sum(part["wall_seconds"][phase] for part in both), 1)
+            for phase in ("train", "attack")
+        },
+    }
     for key in ("init", "git_commit", "hardware"):
-        meta[key] = " + ".join(dict.fromkeys(name for part in both for name in part[key].split(" + ")))
+        meta[key] = " + ".join(
+            dict.fromkeys(name for part in both for name in part[key].split(" + "))
+        )
     columns = known.rows | more.rows
-    return Unit({name: columns[name] for name in sorted(columns, key=lambda name: place[name.split("/")[0]] if "/" in name else -1)}, meta)
+    return Unit(
+        {
+            name: columns[name]
+            for name in sorted(
+                columns, key=lambda name: place[name.split("/")[0]] if "/" in name else -1
+            )
+        },
+        meta,
+    )
 
 
 def few_people(part: ImageSet, count: int | None) -> ImageSet:
@@ -420,27 +741,48 @@ def _features(source: nn.Module, part: ImageSet, path: Path, batch: int = 64) ->
     if not path.is_file():
         device = choose_device()
         with torch.no_grad():
-            values = torch.cat([source.features(data.pixels(images, device)).float().cpu() for images in part.images.split(batch)])
+            values = torch.cat(
+                [
+                    source.features(data.pixels(images, device)).float().cpu()
+                    for images in part.images.split(batch)
+                ]
+            )
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, values=values.numpy())
     with np.load(path, allow_pickle=False) as file:
-        return sequence.gather_studies(torch.from_numpy(file["values"]), part.labels, part.people, part.slices)
+        return sequence.gather_studies(
+            torch.from_numpy(file["values"]), part.labels, part.people, part.slices
+        )
 
 
 #: The decision that the slice-budget curves count: the headline's.
 CURVE_VIEW = "three"
 
 
-def _attacked_scans(model: sequence.StudyModel, people: sequence.Studies, chosen: np.ndarray, curve: np.ndarray, config: RunConfig,
-                    budget: dict, path: Path, variant: str) -> dict[str, np.ndarray]:
+def _attacked_scans(
+    model: sequence.StudyModel,
+    people: sequence.Studies,
+    chosen: np.ndarray,
+    curve: np.ndarray,
+    config: RunConfig,
+    budget: dict,
+    path: Path,
+    variant: str,
+) -> dict[str, np.ndarray]:
     """What the attacks on the `chosen` patients' scans leave, kept on disk under everything it depends on.
 
     Returns:
         "<eps>:<attack>" → logits (len(chosen), 4); "<eps>:rounds_<view>" → (rounds, 3) of steps, robust before and robust
         after; "least_<choice>" → the least number of slices that flips each patient of `curve`.
     """
-    settings = [model_digest(model), people.people[chosen].tolist(), people.people[curve].tolist(), config.seed, SCAN_STATE,
-                {key: value for key, value in budget.items() if key not in ("train", "validation", "test")}]
+    settings = [
+        model_digest(model),
+        people.people[chosen].tolist(),
+        people.people[curve].tolist(),
+        config.seed,
+        SCAN_STATE,
+        {key: value for key, value in budget.items() if key not in ("train", "validation", "test")},
+    ]
     identity = np.frombuffer(hashlib.sha256(json.dumps(settings).encode()).digest(), np.uint8)
     part, found, device = people.pick(chosen), {}, choose_device()
     if path.is_file():
@@ -462,8 +804,20 @@ def _attacked_scans(model: sequence.StudyModel, people: sequence.Studies, chosen
     last = budget["eps"][-1]
     full = torch.from_numpy(_worst_in_view(found, last, CURVE_VIEW, part.labels)[few]).to(device)
     for choice in ("gradient", "random"):
-        found[f"least_{choice}"] = sequence.slice_budgets(*given, parse_eps(last), budget["budgets"], steps=budget["steps"], choice=choice,
-                                                          view=CURVE_VIEW, seed=config.seed, full=full).cpu().numpy()
+        found[f"least_{choice}"] = (
+            sequence.slice_budgets(
+                *given,
+                parse_eps(last),
+                budget["budgets"],
+                steps=budget["steps"],
+                choice=choice,
+                view=CURVE_VIEW,
+                seed=config.seed,
+                full=full,
+            )
+            .cpu()
+            .numpy()
+        )
     found["curve_state"] = np.array(CURVE_STATE)
     _save_reader(model, path.with_suffix(".safetensors"))
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -477,15 +831,25 @@ CURVE_STATE = 1
 SCAN_STATE = 2
 
 
-def _attacked_in_view(given: tuple, eps: str, view: str, budget: dict, seeds: np.ndarray, made: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def _attacked_in_view(
+    given: tuple, eps: str, view: str, budget: dict, seeds: np.ndarray, made: dict[str, Tensor]
+) -> dict[str, np.ndarray]:
     """Both attacks in one view at one eps: to the end, with restarts, and again with twice the steps until that misclassifies
     no further patient. `made` holds the strongest scans found so far, by view, and is added to: points of a smaller ball and
     what another view's attack found are tried before any step is spent."""
     model, pixels, mask, labels = given
-    truth, attempts, suffix = sequence.scan_labels(labels, view), VIEW_CLASSES[view] - 1, VIEWS[view][1]
+    truth, attempts, suffix = (
+        sequence.scan_labels(labels, view),
+        VIEW_CLASSES[view] - 1,
+        VIEWS[view][1],
+    )
     push = view == "binary"
     steps = max(budget["steps"] // 2, min(budget["steps"], 5)) if push else budget["steps"]
-    scans, logits, found = pixels.clone(), torch.zeros(len(labels), len(CLASSES), device=pixels.device), {}
+    scans, logits, found = (
+        pixels.clone(),
+        torch.zeros(len(labels), len(CLASSES), device=pixels.device),
+        {},
+    )
     rounds, name = [], f"scan_pgd{steps}{suffix}"
     rows = torch.arange(len(labels), device=pixels.device)
 
@@ -493,7 +857,16 @@ def _attacked_in_view(given: tuple, eps: str, view: str, budget: dict, seeds: np
         attack = sequence.ScanAttack(view, steps, 1 if push else attempts, momentum, push)
         candidates = [before[rows] for before in made.values()] + [scans[rows]] * (number > 0)
         own = seeds[rows.cpu().numpy()] + 104729 * number
-        return sequence.attack_scan(model, pixels[rows], mask[rows], labels[rows], parse_eps(eps), attack, candidates=candidates, seeds=own)
+        return sequence.attack_scan(
+            model,
+            pixels[rows],
+            mask[rows],
+            labels[rows],
+            parse_eps(eps),
+            attack,
+            candidates=candidates,
+            seeds=own,
+        )
 
     def robust() -> Tensor:
         return (sequence.scan_decisions(logits, view) == truth).nonzero().squeeze(1)
@@ -510,7 +883,10 @@ def _attacked_in_view(given: tuple, eps: str, view: str, budget: dict, seeds: np
         rounds.append((own, before, len(left)))
         if len(left) == before:
             break
-    found[f"{eps}:{name}"], found[f"{eps}:rounds_{view}"] = logits.cpu().numpy().copy(), np.array(rounds)
+    found[f"{eps}:{name}"], found[f"{eps}:rounds_{view}"] = (
+        logits.cpu().numpy().copy(),
+        np.array(rounds),
+    )
     if not push:
         if len(left):
             scans[left], logits[left] = run(left, steps, sequence.MOMENTUM, 100)
@@ -520,12 +896,16 @@ def _attacked_in_view(given: tuple, eps: str, view: str, budget: dict, seeds: np
 
 
 #: Classes of each view.
-VIEW_CLASSES = {view: len(groups) if groups else len(CLASSES) for view, (groups, _) in VIEWS.items()}
+VIEW_CLASSES = {
+    view: len(groups) if groups else len(CLASSES) for view, (groups, _) in VIEWS.items()
+}
 
 
 def _worst_in_view(found: dict[str, np.ndarray], eps: str, view: str, labels: Tensor) -> np.ndarray:
     """Logits (P, 4) of each patient that are wrong in a view under any attack at that eps; of the last one where none are."""
-    every = [torch.from_numpy(values) for key, values in found.items() if key.startswith(f"{eps}:scan_")]
+    every = [
+        torch.from_numpy(values) for key, values in found.items() if key.startswith(f"{eps}:scan_")
+    ]
     worst, truth = every[-1].clone(), sequence.scan_labels(labels.cpu(), view)
     for logits in every:
         wrong = sequence.scan_decisions(logits, view) != truth
@@ -533,7 +913,9 @@ def _worst_in_view(found: dict[str, np.ndarray], eps: str, view: str, labels: Te
     return worst.numpy()
 
 
-def _scan_attacks(found: dict[str, np.ndarray], budget: dict, count: int) -> dict[tuple[str, str], dict]:
+def _scan_attacks(
+    found: dict[str, np.ndarray], budget: dict, count: int
+) -> dict[tuple[str, str], dict]:
     """(eps, attack) → what the record says of it."""
     told = {}
     for key in found:
@@ -543,10 +925,15 @@ def _scan_attacks(found: dict[str, np.ndarray], budget: dict, count: int) -> dic
         view = next(view for view, (_, suffix) in reversed(VIEWS.items()) if name.endswith(suffix))
         rounds = found[f"{eps}:rounds_{view}"]
         momentum = name.startswith("scan_mpgd")
-        told[eps, name] = {"norm": "linf", "kind": "white-box", "view": view, "n_set": count,
-                           "n_attacked": int(rounds[-1, 2]) if momentum else count,
-                           "steps": int(rounds[0, 0]) if momentum else rounds[:, 0].tolist(),
-                           "attempts": 1 if view == "binary" else VIEW_CLASSES[view] - 1}
+        told[eps, name] = {
+            "norm": "linf",
+            "kind": "white-box",
+            "view": view,
+            "n_set": count,
+            "n_attacked": int(rounds[-1, 2]) if momentum else count,
+            "steps": int(rounds[0, 0]) if momentum else rounds[:, 0].tolist(),
+            "attempts": 1 if view == "binary" else VIEW_CLASSES[view] - 1,
+        }
     return told
 
 
@@ -554,79 +941,178 @@ def _save_reader(model: sequence.StudyModel, path: Path) -> None:
     """The aggregator's weights with the standardisation of its features; the backbone has its own checkpoint."""
     from safetensors.torch import save_file
 
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    tensors = {
+        key: value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+        if not key.startswith("backbone.")
+    }
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 
 
-def _scan_checks(variant: str, people: sequence.Studies, chosen: np.ndarray, curve: np.ndarray, clean: np.ndarray, found: dict,
-                 budget: dict) -> list[dict]:
+def _scan_checks(
+    variant: str,
+    people: sequence.Studies,
+    chosen: np.ndarray,
+    curve: np.ndarray,
+    clean: np.ndarray,
+    found: dict,
+    budget: dict,
+) -> list[dict]:
     """What an evaluation of whole scans must satisfy, each with its figure."""
     labels, checks, sweep = people.labels[chosen], [], budget["eps"]
     for view in ("four", "three"):
         truth = sequence.scan_labels(labels, view)
         right = (sequence.scan_decisions(torch.from_numpy(clean[chosen]), view) == truth).numpy()
-        left = [(sequence.scan_decisions(torch.from_numpy(_worst_in_view(found, eps, view, labels)), view) == truth).numpy()
-                for eps in sweep]
+        left = [
+            (
+                sequence.scan_decisions(
+                    torch.from_numpy(_worst_in_view(found, eps, view, labels)), view
+                )
+                == truth
+            ).numpy()
+            for eps in sweep
+        ]
         counts = [int(flags.sum()) for flags in left]
-        checks += [(f"scan_attack_le_clean_{view}", all((flags <= right).all() for flags in left), counts,
-                    "nobody is robust who was not diagnosed"),
-                   (f"falls_with_eps_{view}", counts == sorted(counts, reverse=True), counts, "no more patients are robust at a larger eps")]
+        checks += [
+            (
+                f"scan_attack_le_clean_{view}",
+                all((flags <= right).all() for flags in left),
+                counts,
+                "nobody is robust who was not diagnosed",
+            ),
+            (
+                f"falls_with_eps_{view}",
+                counts == sorted(counts, reverse=True),
+                counts,
+                "no more patients are robust at a larger eps",
+            ),
+        ]
         last = [found[f"{eps}:rounds_{view}"][-1] for eps in sweep]
         done = all(before == after or after == 0 for _, before, after in last)
-        checks.append((f"converged_in_steps_{view}", done, np.array(last).ravel(),
-                       "twice the steps misclassify no further patient" if done else "more steps still misclassify patients: raise the cap"))
+        checks.append(
+            (
+                f"converged_in_steps_{view}",
+                done,
+                np.array(last).ravel(),
+                "twice the steps misclassify no further patient"
+                if done
+                else "more steps still misclassify patients: raise the cap",
+            )
+        )
     few = np.searchsorted(chosen, curve)
     truth = sequence.scan_labels(people.labels[curve], CURVE_VIEW)
     right = (sequence.scan_decisions(torch.from_numpy(clean[curve]), CURVE_VIEW) == truth).numpy()
     worst = _worst_in_view(found, sweep[-1], CURVE_VIEW, labels)[few]
     full = (sequence.scan_decisions(torch.from_numpy(worst), CURVE_VIEW) == truth).numpy()
-    curves = {choice: [int(step.sum())
-                       for step in sequence.standing_curve(found[f"least_{choice}"], [0, *budget["budgets"], people.mask.shape[1]])]
-              for choice in ("gradient", "random")}
-    checks += [("no_slice_is_clean", all(own[0] == right.sum() for own in curves.values()), int(right.sum()),
-                "a budget of no slice changes nobody"),
-               ("all_slices_are_the_full_attack", all(own[-1] == full.sum() for own in curves.values()), int(full.sum()),
-                "a budget of every slice is the full attack"),
-               ("curve_does_not_rise", all(own == sorted(own, reverse=True) for own in curves.values()), curves["gradient"],
-                "more slices never leave more patients robust")]
-    return [{"check": check, "passed": bool(passed), "figure": [int(value) for value in np.atleast_1d(figure)], "note": note,
-             "variant": variant}
-            for check, passed, figure, note in checks]
+    curves = {
+        choice: [
+            int(step.sum())
+            for step in sequence.standing_curve(
+                found[f"least_{choice}"], [0, *budget["budgets"], people.mask.shape[1]]
+            )
+        ]
+        for choice in ("gradient", "random")
+    }
+    checks += [
+        (
+            "no_slice_is_clean",
+            all(own[0] == right.sum() for own in curves.values()),
+            int(right.sum()),
+            "a budget of no slice changes nobody",
+        ),
+        (
+            "all_slices_are_the_full_attack",
+            all(own[-1] == full.sum() for own in curves.values()),
+            int(full.sum()),
+            "a budget of every slice is the full attack",
+        ),
+        (
+            "curve_does_not_rise",
+            all(own == sorted(own, reverse=True) for own in curves.values()),
+            curves["gradient"],
+            "more slices never leave more patients robust",
+        ),
+    ]
+    return [
+        {
+            "check": check,
+            "passed": bool(passed),
+            "figure": [int(value) for value in np.atleast_1d(figure)],
+            "note": note,
+            "variant": variant,
+        }
+        for check, passed, figure, note in checks
+    ]
 
 
-def _person_rows(test: ImageSet, people: sequence.Studies, config: RunConfig) -> dict[str, np.ndarray]:
+def _person_rows(
+    test: ImageSet, people: sequence.Studies, config: RunConfig
+) -> dict[str, np.ndarray]:
     """The columns that say which person each row is; a person's hash is that of the slices' hashes in order."""
-    own = {person: np.flatnonzero(test.people.numpy() == person) for person in people.people.tolist()}
-    digests = [hashlib.sha256("".join(test.files[row] for row in rows[np.argsort(test.slices.numpy()[rows])]).encode()).digest()
-               for rows in own.values()]
+    own = {
+        person: np.flatnonzero(test.people.numpy() == person) for person in people.people.tolist()
+    }
+    digests = [
+        hashlib.sha256(
+            "".join(test.files[row] for row in rows[np.argsort(test.slices.numpy()[rows])]).encode()
+        ).digest()
+        for rows in own.values()
+    ]
     count = len(people)
-    return {"labels": people.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8),
-            "seed": np.full(count, config.seed, np.int8),
-            "patient_id": people.people.numpy().astype(np.int32), "slice_index": np.full(count, -1, np.int16),
-            "file_sha256": np.frombuffer(b"".join(digests), np.uint8).reshape(count, 32)}
+    return {
+        "labels": people.labels.numpy().astype(np.int8),
+        "fold": np.full(count, config.fold, np.int8),
+        "seed": np.full(count, config.seed, np.int8),
+        "patient_id": people.people.numpy().astype(np.int32),
+        "slice_index": np.full(count, -1, np.int16),
+        "file_sha256": np.frombuffer(b"".join(digests), np.uint8).reshape(count, 32),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
 
 
-def ensemble_command(profile: Literal["demo", "cpu", "paper"] = "cpu", protocol: Literal["slice", "patient"] = "patient", fold: int = 0,
-                     seed: int = 0,
-                     backbones: tuple[str, ...] | None = None, forms: tuple[str, ...] | None = None, raw: str | None = None) -> None:
+def ensemble_command(
+    profile: Literal["demo", "cpu", "paper"] = "cpu",
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    seed: int = 0,
+    backbones: tuple[str, ...] | None = None,
+    forms: tuple[str, ...] | None = None,
+    raw: str | None = None,
+) -> None:
     """Ensembles of one fold's trained models; `--forms "uniform mixed" "stacking mixed"` takes some of the forms, so that several
     processes share them."""
-    print(report.results_text([run_ensemble(open_study(profile, raw), protocol, fold, seed, backbones=backbones, forms=forms)]))
+    print(
+        report.results_text(
+            [
+                run_ensemble(
+                    open_study(profile, raw), protocol, fold, seed, backbones=backbones, forms=forms
+                )
+            ]
+        )
+    )
 
 
-def sequence_command(profile: Literal["demo", "cpu", "paper"] = "cpu", fold: int = 0, seed: int = 0, raw: str | None = None,
-                     retrain: bool = False) -> None:
+def sequence_command(
+    profile: Literal["demo", "cpu", "paper"] = "cpu",
+    fold: int = 0,
+    seed: int = 0,
+    raw: str | None = None,
+    retrain: bool = False,
+) -> None:
     """Sequence models over one fold's people."""
-    print(report.results_text([run_sequence(open_study(profile, raw), fold, seed, retrain=retrain)]))
+    print(
+        report.results_text([run_sequence(open_study(profile, raw), fold, seed, retrain=retrain)])
+    )
 
 
 def main() -> None:
     try:
-        tyro.extras.subcommand_cli_from_dict({"ensemble": ensemble_command, "sequence": sequence_command}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            {"ensemble": ensemble_command, "sequence": sequence_command}, description=__doc__
+        )
     except StudyError as error:
         sys.exit(f"error: {error}")
 

@@ -36,21 +36,33 @@ class Mixture(nn.Module):
         weights: one a member, not negative, summing to 1 (None: uniform).
     """
 
-    def __init__(self, members: Mapping[str, nn.Module], weights: Sequence[float] | np.ndarray | None = None) -> None:
+    def __init__(
+        self, members: Mapping[str, nn.Module], weights: Sequence[float] | np.ndarray | None = None
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleDict(_at_least_one(members))
-        given = np.full(len(members), 1 / len(members)) if weights is None else np.asarray(weights, dtype=np.float64)
+        given = (
+            np.full(len(members), 1 / len(members))
+            if weights is None
+            else np.asarray(weights, dtype=np.float64)
+        )
         if given.shape != (len(members),) or (given < 0).any() or abs(given.sum() - 1) > 1e-6:
-            raise StudyError(f"A mixture of {len(members)} members needs as many weights, none negative, that sum to 1, not "
-                             f"{given.tolist()}.")
-        self.register_buffer("log_weights", torch.as_tensor(np.log(np.maximum(given, 1e-300)), dtype=torch.float32))
+            raise StudyError(
+                f"A mixture of {len(members)} members needs as many weights, none negative, that sum to 1, not "
+                f"{given.tolist()}."
+            )
+        self.register_buffer(
+            "log_weights", torch.as_tensor(np.log(np.maximum(given, 1e-300)), dtype=torch.float32)
+        )
 
     def combine(self, log_probabilities: Tensor) -> Tensor:
         """Logits (N, C) from the members' log-probabilities (M, N, C)."""
         return (log_probabilities + self.log_weights.view(-1, 1, 1)).logsumexp(0)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.combine(member_log_probabilities(self.members.values(), images)).to(images.dtype)
+        return self.combine(member_log_probabilities(self.members.values(), images)).to(
+            images.dtype
+        )
 
 
 class LogLinearPool(nn.Module):
@@ -60,22 +72,34 @@ class LogLinearPool(nn.Module):
     `patient`) is still answered from the members (Satopää et al. 2014, doi:10.1016/j.ijforecast.2013.09.009).
     """
 
-    def __init__(self, members: Mapping[str, nn.Module], coefficients: Sequence[float] | np.ndarray,
-                 bias: Sequence[float] | np.ndarray) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, nn.Module],
+        coefficients: Sequence[float] | np.ndarray,
+        bias: Sequence[float] | np.ndarray,
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleDict(_at_least_one(members))
         if len(coefficients) != len(members) or len(bias) != len(CLASSES):
-            raise StudyError(f"A pool of {len(members)} members needs as many coefficients and {len(CLASSES)} biases, "
-                             f"not {len(coefficients)} and {len(bias)}.")
-        self.register_buffer("coefficients", torch.as_tensor(np.asarray(coefficients), dtype=torch.float32))
+            raise StudyError(
+                f"A pool of {len(members)} members needs as many coefficients and {len(CLASSES)} biases, "
+                f"not {len(coefficients)} and {len(bias)}."
+            )
+        self.register_buffer(
+            "coefficients", torch.as_tensor(np.asarray(coefficients), dtype=torch.float32)
+        )
         self.register_buffer("bias", torch.as_tensor(np.asarray(bias), dtype=torch.float32))
 
     def combine(self, log_probabilities: Tensor) -> Tensor:
         """Logits (N, C), which are log-probabilities, from the members' log-probabilities (M, N, C)."""
-        return ((log_probabilities * self.coefficients.view(-1, 1, 1)).sum(0) + self.bias).log_softmax(1)
+        return (
+            (log_probabilities * self.coefficients.view(-1, 1, 1)).sum(0) + self.bias
+        ).log_softmax(1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.combine(member_log_probabilities(self.members.values(), images)).to(images.dtype)
+        return self.combine(member_log_probabilities(self.members.values(), images)).to(
+            images.dtype
+        )
 
 
 class SeparateImages(nn.Module):
@@ -95,13 +119,17 @@ class SeparateImages(nn.Module):
         members = list(self.ensemble.members.values())
         if len(parts) != len(members):
             raise StudyError(f"{len(members)} members need as many images each, not {len(parts)}.")
-        answers = torch.stack([_log_probabilities(member(part)) for member, part in zip(members, parts, strict=True)])
+        answers = torch.stack(
+            [_log_probabilities(member(part)) for member, part in zip(members, parts, strict=True)]
+        )
         return self.ensemble.combine(answers).to(images.dtype)
 
 
 def _at_least_one(members: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     if not members:
-        raise StudyError("An ensemble needs at least one member: train the models of its membership first.")
+        raise StudyError(
+            "An ensemble needs at least one member: train the models of its membership first."
+        )
     return dict(members)
 
 
@@ -122,12 +150,20 @@ def refuse_test_people(people: np.ndarray, test_people: np.ndarray, what: str) -
     """Raises `StudyError` where a person that weights are fitted on is a test person."""
     shared = np.intersect1d(people, test_people)
     if len(shared):
-        raise StudyError(f"{what} would be fitted on {len(shared)} test people (person {shared[0]} first): fit on validation people, "
-                         "who are in no test set of this fold.")
+        raise StudyError(
+            f"{what} would be fitted on {len(shared)} test people (person {shared[0]} first): fit on validation people, "
+            "who are in no test set of this fold."
+        )
 
 
-def fit_weights(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *, test_people: np.ndarray,
-                steps: int = 500) -> np.ndarray:
+def fit_weights(
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    test_people: np.ndarray,
+    steps: int = 500,
+) -> np.ndarray:
     """Mixture weights (M,) of the greatest likelihood, by expectation maximisation: the problem is convex.
 
     Args:
@@ -137,7 +173,9 @@ def fit_weights(log_probabilities: np.ndarray, labels: np.ndarray, people: np.nd
     """
     refuse_test_people(people, test_people, "The weights of a mixture")
     balance = _balance(labels)
-    likelihood = np.exp(np.asarray(log_probabilities, dtype=np.float64)[:, np.arange(len(labels)), labels])
+    likelihood = np.exp(
+        np.asarray(log_probabilities, dtype=np.float64)[:, np.arange(len(labels)), labels]
+    )
     weights = np.full(len(likelihood), 1 / len(likelihood))
     for _ in range(steps):
         share = weights[:, None] * likelihood
@@ -147,8 +185,13 @@ def fit_weights(log_probabilities: np.ndarray, labels: np.ndarray, people: np.nd
     return weights
 
 
-def fit_stacking(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
-                 test_people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_stacking(
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    test_people: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients (M,), biases (4,)) of a `LogLinearPool`, its strength of regularisation and its temperature chosen out
     of fold by person (Wolpert 1992, doi:10.1016/S0893-6080(05)80023-1).
 
@@ -171,22 +214,36 @@ def fit_stacking(log_probabilities: np.ndarray, labels: np.ndarray, people: np.n
     return coefficients / temperature, bias / temperature
 
 
-def fit_blending(log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
-                 test_people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_blending(
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    test_people: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients (M,), biases (4,)) of a `LogLinearPool` fitted once on one half of the held-out people, its
     temperature on the other half. Cheaper than `fit_stacking`, and it spends half of the people on each."""
     refuse_test_people(people, test_people, "A blended ensemble")
     z = np.asarray(log_probabilities, dtype=np.float64)
     first = _turns(labels, people) % 2 == 0
     if first.all() or not first.any():
-        raise StudyError(f"Blending needs people for two halves, not {len(np.unique(people))}: use stacking or uniform weights.")
+        raise StudyError(
+            f"Blending needs people for two halves, not {len(np.unique(people))}: use stacking or uniform weights."
+        )
     coefficients, bias = _fit_pool(z[:, first], labels[first], STRENGTHS[1])
     temperature = metrics.fit_temperature(_pooled(z[:, ~first], coefficients, bias), labels[~first])
     return coefficients / temperature, bias / temperature
 
 
-def build_ensemble(combiner: str, members: Mapping[str, nn.Module], log_probabilities: np.ndarray, labels: np.ndarray, people: np.ndarray,
-                   *, test_people: np.ndarray) -> Mixture | LogLinearPool:
+def build_ensemble(
+    combiner: str,
+    members: Mapping[str, nn.Module],
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    test_people: np.ndarray,
+) -> Mixture | LogLinearPool:
     """The members as one model in eval mode; what is fitted is fitted on the given validation rows.
 
     Args:
@@ -237,7 +294,9 @@ def _fit_pool(z: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.nd
     from scipy.optimize import minimize
 
     members, present = len(z), np.unique(labels)
-    owner = np.array([present[max(0, np.searchsorted(present, c, "right") - 1)] for c in range(len(CLASSES))])
+    owner = np.array(
+        [present[max(0, np.searchsorted(present, c, "right") - 1)] for c in range(len(CLASSES))]
+    )
     spread = (owner[:, None] == present).astype(float)  # (4, biases)
     weight, rows = _balance(labels), np.arange(len(labels))
 
@@ -247,11 +306,15 @@ def _fit_pool(z: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.nd
         slope = np.exp(answer) * weight[:, None]
         slope[rows, labels] -= weight
         pull = np.concatenate([a - 1 / members, b])
-        gradient = np.concatenate([np.tensordot(z, slope, axes=([1, 2], [0, 1])), spread.T @ slope.sum(0)])
+        gradient = np.concatenate(
+            [np.tensordot(z, slope, axes=([1, 2], [0, 1])), spread.T @ slope.sum(0)]
+        )
         return _loss(answer, labels) + strength / 2 * float(pull @ pull), gradient + strength * pull
 
     start = np.concatenate([np.full(members, 1 / members), np.zeros(len(present))])
-    bounds = [(0, None)] * members + [(None, None)] * len(present)  # a member is never believed the other way round
+    bounds = [(0, None)] * members + [(None, None)] * len(
+        present
+    )  # a member is never believed the other way round
     found = minimize(objective, start, jac=True, bounds=bounds, method="L-BFGS-B").x
     return found[:members], spread @ found[members:]
 
@@ -259,7 +322,9 @@ def _fit_pool(z: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.nd
 # -- how unlike the members are ---------------------------------------------------------------------------------------
 
 
-def diversity(logits: Mapping[str, np.ndarray], labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000) -> dict[str, dict]:
+def diversity(
+    logits: Mapping[str, np.ndarray], labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000
+) -> dict[str, dict]:
     """`"A / B"` → {"disagreement", "error_correlation"} of every pair of members, each with its interval over people.
 
     Disagreement is the share of images with different answers; error correlation is Pearson's between the two members'
@@ -271,17 +336,29 @@ def diversity(logits: Mapping[str, np.ndarray], labels: np.ndarray, people: np.n
     answers = {name: np.asarray(values).argmax(1) for name, values in logits.items()}
     names, found = list(answers), {}
     for k, first in enumerate(names):
-        for second in names[k + 1:]:
+        for second in names[k + 1 :]:
             a, b = answers[first], answers[second]
-            found[f"{first} / {second}"] = metrics.pair_scores(a != b, a != labels, b != labels, labels, people, n_boot=n_boot)
+            found[f"{first} / {second}"] = metrics.pair_scores(
+                a != b, a != labels, b != labels, labels, people, n_boot=n_boot
+            )
     return found
 
 
 # -- the relaxation of the original project -----------------------------------------------------------------------------
 
 
-def attack_separately(ensemble: Mixture | LogLinearPool, images: Tensor, labels: Tensor, eps: float, *, seed: int = 0, steps: int = 20,
-                      step_size: float | None = None, shared: Tensor | None = None, loss: str = "margin") -> Tensor:
+def attack_separately(
+    ensemble: Mixture | LogLinearPool,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    seed: int = 0,
+    steps: int = 20,
+    step_size: float | None = None,
+    shared: Tensor | None = None,
+    loss: str = "margin",
+) -> Tensor:
     """Logits (N, 4) of the ensemble when each member is shown its own image: PGD over all members' images together.
 
     Args:
@@ -291,7 +368,9 @@ def attack_separately(ensemble: Mixture | LogLinearPool, images: Tensor, labels:
     """
     relaxed = SeparateImages(ensemble)
     wide = images.expand(-1, len(ensemble.members), -1, -1).contiguous()
-    made = ATTACKS["pgd"](relaxed, wide, labels, eps, seed=seed, steps=steps, step_size=step_size, loss=loss)
+    made = ATTACKS["pgd"](
+        relaxed, wide, labels, eps, seed=seed, steps=steps, step_size=step_size, loss=loss
+    )
     with torch.no_grad():
         logits = relaxed(made)
         if shared is not None:
@@ -301,12 +380,30 @@ def attack_separately(ensemble: Mixture | LogLinearPool, images: Tensor, labels:
     return logits
 
 
-def attack_like_the_original_project(ensemble: Mixture | LogLinearPool, images: Tensor, labels: Tensor, eps: float, *, steps: int = 10,
-                                     step_size: float = 1e-4) -> Tensor:
+def attack_like_the_original_project(
+    ensemble: Mixture | LogLinearPool,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    steps: int = 10,
+    step_size: float = 1e-4,
+) -> Tensor:
     """Logits (N, 4) of the ensemble as the original project attacked it: each member alone is attacked with plain PGD of few
     steps (how many is not reported) of 0.0001, and shown its own image. Two errors at once: no single input does this, and
     `steps * step_size` never reaches the edge of the eps ball (0.001 of 0.005)."""
-    parts = [ATTACKS["pgd"](member, images, labels, eps, steps=steps, step_size=step_size, random_start=False, push=True)
-             for member in ensemble.members.values()]
+    parts = [
+        ATTACKS["pgd"](
+            member,
+            images,
+            labels,
+            eps,
+            steps=steps,
+            step_size=step_size,
+            random_start=False,
+            push=True,
+        )
+        for member in ensemble.members.values()
+    ]
     with torch.no_grad():
         return SeparateImages(ensemble)(torch.cat(parts, dim=1))

@@ -40,14 +40,51 @@ from matplotlib.figure import Figure
 from utils import data, figures, grad_cam, optuna_search, phantom, report, training
 from utils.attacks import ATTACKS, GroupedClasses
 from utils.backbones import load_model, save_half
-from utils.cohort import COMMITTED_COHORT, Cohort, cohort_for, find_raw, read_cohort, read_raw, write_cohort
+from utils.cohort import (
+    COMMITTED_COHORT,
+    Cohort,
+    cohort_for,
+    find_raw,
+    read_cohort,
+    read_raw,
+    write_cohort,
+)
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.metrics import correct, fit_temperature, probabilities, scored, to_half
-from utils.robustness import (VIEWS, Stage, SuiteResult, as_pixels, attack_images, evaluate_suite, fallen, headline_of,
-                              model_from_factory, other_norms_plan, predict_logits, sample_measures, suite_plan, verdict,
-                              view_labels, wrong_where_not_finite)
-from utils.utils_funcs import (CLASSES, MODELS, PROTOCOLS, ROOT, StudyError, atomic_path, choose_device, environment, git_state, hardware,
-                               read_json, result_root, say, write_json)
+from utils.robustness import (
+    VIEWS,
+    Stage,
+    SuiteResult,
+    as_pixels,
+    attack_images,
+    evaluate_suite,
+    fallen,
+    headline_of,
+    model_from_factory,
+    other_norms_plan,
+    predict_logits,
+    sample_measures,
+    suite_plan,
+    verdict,
+    view_labels,
+    wrong_where_not_finite,
+)
+from utils.utils_funcs import (
+    CLASSES,
+    MODELS,
+    PROTOCOLS,
+    ROOT,
+    StudyError,
+    atomic_path,
+    choose_device,
+    environment,
+    git_state,
+    hardware,
+    read_json,
+    result_root,
+    say,
+    write_json,
+)
 
 #: The grid's order: what readers need most comes first.
 GRID_MODELS = ("Resnet", "Resnet_atk", "Efficientnet", "Efficientnet_atk", "Dinov2", "Dinov2_atk")
@@ -69,7 +106,13 @@ class Study:
         return self.root / "dataset" / "dataset_variables"
 
     def checkpoint(self, config: RunConfig) -> Path:
-        return self.root / "checkpoints" / config.model / config.protocol / f"{config.unit}.safetensors"
+        return (
+            self.root
+            / "checkpoints"
+            / config.model
+            / config.protocol
+            / f"{config.unit}.safetensors"
+        )
 
     def weights(self, config: RunConfig) -> Path | None:
         """The unit's checkpoint, or else the fp16 copy of it that git keeps; None where neither is on this machine."""
@@ -94,13 +137,21 @@ class Unit:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: bool = False, records: bool = False) -> Study:
+def open_study(
+    profile: str = "demo",
+    raw: str | Path | None = None,
+    *,
+    again: bool = False,
+    records: bool = False,
+) -> Study:
     """Finds the data, prepares the tensors of both protocols where they are missing or of other data (or `again`), and says
     what it found. Without any data it draws the phantom cohort, and everything it touches says `data: phantom`; or, with
     `records` and where the repository holds some of this profile, it goes without images and shows these."""
     found = find_raw(raw or None)
     if found is None and records and _holds_records(profile):
-        print(f"data: real · profile: {profile} · no images here, so what the committed records hold is shown")
+        print(
+            f"data: real · profile: {profile} · no images here, so what the committed records hold is shown"
+        )
         return Study(ROOT, "real", profile, None, data.file_sha256(COMMITTED_COHORT))
     kind: Literal["real", "phantom"] = "real" if found else "phantom"
     root = result_root(profile, kind)
@@ -110,14 +161,18 @@ def open_study(profile: str = "demo", raw: str | Path | None = None, *, again: b
     prepared = read_json(sets / "prepared.json") if (sets / "prepared.json").is_file() else {}
     if again or prepared.get("source") != source:
         prepared = _prepare(folder, sets, root, source)
-    print(f"data: {kind} · profile: {profile} · {prepared['images']:,} images, {prepared['people']} people · results under "
-          f"{'the repository' if root == result_root('cpu', 'real') else root.name}")
+    print(
+        f"data: {kind} · profile: {profile} · {prepared['images']:,} images, {prepared['people']} people · results under "
+        f"{'the repository' if root == result_root('cpu', 'real') else root.name}"
+    )
     return Study(root, kind, profile, folder, prepared["cohort_sha256"])
 
 
 def _holds_records(profile: str) -> bool:
-    return profile != "demo" and any(entry.record["profile"] == profile and entry.model in MODELS
-                                     for entry in report.read_entries(ROOT).values())
+    return profile != "demo" and any(
+        entry.record["profile"] == profile and entry.model in MODELS
+        for entry in report.read_entries(ROOT).values()
+    )
 
 
 def _phantom_folder(root: Path) -> Path:
@@ -140,25 +195,45 @@ def _prepare(folder: Path, sets: Path, root: Path, source: list) -> dict:
     folds = data.folds_for(cohort, sets / "folds.csv")
     write_cohort(cohort, sets / "cohort.csv")
     data.prepare(raw, cohort, folds, sets)
-    prepared = {"source": source, "images": len(cohort.label), "people": len(data.people_of(cohort)[0]),
-                "cohort_sha256": data.file_sha256(sets / "cohort.csv")}
-    write_json(sets / "prepared.json", prepared)  # last: its presence says that everything above is whole
+    prepared = {
+        "source": source,
+        "images": len(cohort.label),
+        "people": len(data.people_of(cohort)[0]),
+        "cohort_sha256": data.file_sha256(sets / "cohort.csv"),
+    }
+    write_json(
+        sets / "prepared.json", prepared
+    )  # last: its presence says that everything above is whole
     return prepared
 
 
 def load_sets(study: Study, config: RunConfig) -> dict[str, data.ImageSet]:
     """Training, validation and test set of a unit."""
-    return data.load_sets(study.sets, config.protocol, config.fold, max_train=config.max_train, max_test=config.max_test)
+    return data.load_sets(
+        study.sets,
+        config.protocol,
+        config.fold,
+        max_train=config.max_train,
+        max_test=config.max_test,
+    )
 
 
-def units_of(study: Study, model: str, seeds: tuple[int, ...] = (0,), *, run_missing: bool = True) -> list[RunConfig]:
+def units_of(
+    study: Study, model: str, seeds: tuple[int, ...] = (0,), *, run_missing: bool = True
+) -> list[RunConfig]:
     """The units of a model at the study's profile, `patient` first: all of them, or, without `run_missing`, those that its
     records hold already. Where no record holds any, all of them in either case."""
-    units = [make_config(study.profile, model, protocol=protocol, fold=fold, seed=seed)
-             for protocol in reversed(PROTOCOLS) for seed in seeds for fold in folds_of(study.profile, protocol)]
+    units = [
+        make_config(study.profile, model, protocol=protocol, fold=fold, seed=seed)
+        for protocol in reversed(PROTOCOLS)
+        for seed in seeds
+        for fold in folds_of(study.profile, protocol)
+    ]
     held = units if run_missing else [unit for unit in units if recorded(study, unit) is not None]
     if held and len(held) < len(units):
-        print(f"{len(units) - len(held)} of {len(units)} units are in no record yet and are left out here (run_missing = True runs them).")
+        print(
+            f"{len(units) - len(held)} of {len(units)} units are in no record yet and are left out here (run_missing = True runs them)."
+        )
     return held or units
 
 
@@ -172,14 +247,31 @@ def search(study: Study, config: RunConfig) -> RunConfig:
     """
     searched = config if config.profile == "paper" else dataclasses.replace(config, fold=0)
     folder = study.optuna(config.model)
-    if config.trials and recorded(study, config) is None and not optuna_search.best_settings(folder, searched):
+    if (
+        config.trials
+        and recorded(study, config) is None
+        and not optuna_search.best_settings(folder, searched)
+    ):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise StudyError(f"{config.model} has no searched settings yet and several processes cannot search together: run `python -m "
-                             f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} "
-                             f"--fold {searched.fold} --trials {config.trials}` first, or train with --trials 0.")
+            raise StudyError(
+                f"{config.model} has no searched settings yet and several processes cannot search together: run `python -m "
+                f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} "
+                f"--fold {searched.fold} --trials {config.trials}` first, or train with --trials 0."
+            )
         sets = load_sets(study, searched)
-        optuna_search.search(sets["train"], sets["validation"], searched, folder, choose_device(), start=start_of(study, searched))
-    return dataclasses.replace(config, **optuna_search.best_settings(folder, searched)) if config.trials else config
+        optuna_search.search(
+            sets["train"],
+            sets["validation"],
+            searched,
+            folder,
+            choose_device(),
+            start=start_of(study, searched),
+        )
+    return (
+        dataclasses.replace(config, **optuna_search.best_settings(folder, searched))
+        if config.trials
+        else config
+    )
 
 
 def search_label(config: RunConfig) -> str:
@@ -197,8 +289,15 @@ def train(study: Study, config: RunConfig, *, retrain: bool = False) -> training
     path = study.checkpoint(config)
     if known is not None and not path.is_file():
         meta = known.meta
-        return training.Fit(path, meta["history"], meta["best_epoch"], meta["init"], meta["precision"], meta["wall_seconds"]["train"],
-                            meta["one_class"])
+        return training.Fit(
+            path,
+            meta["history"],
+            meta["best_epoch"],
+            meta["init"],
+            meta["precision"],
+            meta["wall_seconds"]["train"],
+            meta["one_class"],
+        )
     return _fit(study, config, retrain=retrain)
 
 
@@ -210,10 +309,22 @@ def _fit(study: Study, config: RunConfig, *, retrain: bool = False) -> training.
         _machines(study, config, anew=retrain)
     # Two shards may want the same clean model, one as its unit, one to start from: the second waits. (Several processes
     # of one training must not wait for each other.)
-    alone = contextlib.nullcontext() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else FileLock(path.with_suffix(".lock"))
+    alone = (
+        contextlib.nullcontext()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1
+        else FileLock(path.with_suffix(".lock"))
+    )
     with alone:
-        return training.fit(sets["train"], sets["validation"], config, path, choose_device(), retrain=retrain,
-                            logs=path.with_suffix("") / "logs", start=start)
+        return training.fit(
+            sets["train"],
+            sets["validation"],
+            config,
+            path,
+            choose_device(),
+            retrain=retrain,
+            logs=path.with_suffix("") / "logs",
+            start=start,
+        )
 
 
 def _machines(study: Study, config: RunConfig, *, anew: bool = False) -> str:
@@ -231,10 +342,18 @@ def start_of(study: Study, config: RunConfig) -> Path | None:
     git keeps; where there is neither, the clean twin is trained first. None without `warm_start`."""
     if not (config.adversarial and config.warm_start):
         return None
-    twin = make_config(config.profile, config.backbone, protocol=config.protocol, fold=config.fold, seed=config.seed)
+    twin = make_config(
+        config.profile,
+        config.backbone,
+        protocol=config.protocol,
+        fold=config.fold,
+        seed=config.seed,
+    )
     if (kept := study.weights(twin)) is not None:
         return kept
-    say(f"{config.model} {config.protocol} {config.unit} starts from the clean {twin.model}, which is trained first.")
+    say(
+        f"{config.model} {config.protocol} {config.unit} starts from the clean {twin.model}, which is trained first."
+    )
     return _fit(study, search(study, twin)).checkpoint
 
 
@@ -256,22 +375,56 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
     chosen = data.every_nth(test, config.attack_stride)
     attacked = test.pick(chosen)
     sources, masks, stages = attack_plan(study, config, model, attacked)
-    result = evaluate_suite(model, attacked.images, attacked.labels, attacked.people, config, state_dir=state, stages=stages,
-                            sources=sources, masks=masks, precision=fit.precision if config.attack_as_trained else "fp32")
+    result = evaluate_suite(
+        model,
+        attacked.images,
+        attacked.labels,
+        attacked.people,
+        config,
+        state_dir=state,
+        stages=stages,
+        sources=sources,
+        masks=masks,
+        precision=fit.precision if config.attack_as_trained else "fp32",
+    )
     clean = training.predict(model, test.images, choose_device()).numpy()
     rows, attacks = suite_rows(test, config, result, chosen, clean)
     measures = {}
     if config.suite != "quick":
-        measures = _kept_json(state / "measures.json", lambda: sample_measures(
-            model, attacked.images, attacked.labels.numpy(), attacked.people.numpy(), config.for_explanations()))
+        measures = _kept_json(
+            state / "measures.json",
+            lambda: sample_measures(
+                model,
+                attacked.images,
+                attacked.labels.numpy(),
+                attacked.people.numpy(),
+                config.for_explanations(),
+            ),
+        )
     if measures:
         measures |= {"rows": chosen[measures["rows"]].tolist()}
-    seconds = {"train": fit.seconds, "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values()))}
+    seconds = {
+        "train": fit.seconds,
+        "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values())),
+    }
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
-    return Unit(rows, {**describe(study, config), "hardware": _machines(study, config), "init": fit.init, "precision": fit.precision,
-                       "wall_seconds": seconds, "attacks": attacks, "sanity": result.sanity,
-                       "temperature": fit_temperature(validation, sets["validation"].labels.numpy()),
-                       "measures": measures, "history": fit.history, "best_epoch": fit.best_epoch, "one_class": fit.one_class})
+    return Unit(
+        rows,
+        {
+            **describe(study, config),
+            "hardware": _machines(study, config),
+            "init": fit.init,
+            "precision": fit.precision,
+            "wall_seconds": seconds,
+            "attacks": attacks,
+            "sanity": result.sanity,
+            "temperature": fit_temperature(validation, sets["validation"].labels.numpy()),
+            "measures": measures,
+            "history": fit.history,
+            "best_epoch": fit.best_epoch,
+            "one_class": fit.one_class,
+        },
+    )
 
 
 def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:
@@ -281,8 +434,9 @@ def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:
     return read_json(path)
 
 
-def attack_plan(study: Study, config: RunConfig, model: torch.nn.Module,
-                attacked: data.ImageSet) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor], list[Stage]]:
+def attack_plan(
+    study: Study, config: RunConfig, model: torch.nn.Module, attacked: data.ImageSet
+) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor], list[Stage]]:
     """(models that transfer attacks are made on, regions for Kryptonite, stages) of a unit's evaluation.
 
     The sources are the other models of the same protocol, fold and seed whose weights lie on this machine; the region
@@ -290,20 +444,41 @@ def attack_plan(study: Study, config: RunConfig, model: torch.nn.Module,
     """
     if config.suite == "quick":
         return {}, {}, suite_plan(config)
-    paths = {name: study.weights(dataclasses.replace(config, model=name)) for name in MODELS if name != config.model}
-    sources = {name: load_model(path).to(choose_device()) for name, path in paths.items() if path is not None}
+    paths = {
+        name: study.weights(dataclasses.replace(config, model=name))
+        for name in MODELS
+        if name != config.model
+    }
+    sources = {
+        name: load_model(path).to(choose_device())
+        for name, path in paths.items()
+        if path is not None
+    }
     maps = grad_cam.explain(model, data.pixels(attacked.images, choose_device())).flatten(1)
-    region = (maps >= maps.quantile(0.8, dim=1, keepdim=True)).float().view(attacked.images.shape).cpu()
+    region = (
+        (maps >= maps.quantile(0.8, dim=1, keepdim=True)).float().view(attacked.images.shape).cpu()
+    )
     stages = suite_plan(config, tuple(sources), ("gradcam",))
-    return sources, {"gradcam": region}, stages + (other_norms_plan(config) if config.suite == "full" else [])
+    return (
+        sources,
+        {"gradcam": region},
+        stages + (other_norms_plan(config) if config.suite == "full" else []),
+    )
 
 
 #: Largest difference of two probabilities that a copy of the weights in half precision may make (measured: 0.0016).
 SAME_WEIGHTS = 0.02
 
 
-def attack_again(study: Study, config: RunConfig, eps: tuple[str, ...], *, steps: int = 100, restarts: int = 2,
-                 attack_seed: int = 1) -> Unit:
+def attack_again(
+    study: Study,
+    config: RunConfig,
+    eps: tuple[str, ...],
+    *,
+    steps: int = 100,
+    restarts: int = 2,
+    attack_seed: int = 1,
+) -> Unit:
     """Attacks the slices that a run's record still holds robust, by margin PGD of a larger budget, in the views of four and
     of three classes.
 
@@ -321,12 +496,18 @@ def attack_again(study: Study, config: RunConfig, eps: tuple[str, ...], *, steps
     known = recorded_as(study, config.model, config)
     path = study.record(config.model, config.protocol)
     if known is None:
-        raise StudyError(f"{path} holds no {config.unit} of profile {config.profile} and this cohort: run it first.")
+        raise StudyError(
+            f"{path} holds no {config.unit} of profile {config.profile} and this cohort: run it first."
+        )
     if missing := [name for name in eps if name not in known.meta["attacks"]]:
-        raise StudyError(f"{path} holds no attacks at eps {', '.join(missing)}: give some of {', '.join(known.meta['attacks'])}.")
+        raise StudyError(
+            f"{path} holds no attacks at eps {', '.join(missing)}: give some of {', '.join(known.meta['attacks'])}."
+        )
     again = f"pgd{steps}_again" + (f"_seed{attack_seed}" if attack_seed != 1 else "")
     if done := [name for name in eps if again in known.meta["attacks"][name]]:
-        raise StudyError(f"{path} holds {again} at eps {', '.join(done)} already: give other steps or another attack seed.")
+        raise StudyError(
+            f"{path} holds {again} at eps {', '.join(done)} already: give other steps or another attack seed."
+        )
     test, (model, weights) = load_sets(study, config)["test"], _recorded_model(study, config)
     _check_same_run(known, model, test, path)
     budget = dict(steps=steps, restarts=restarts, seed=attack_seed)
@@ -345,9 +526,13 @@ def _recorded_model(study: Study, config: RunConfig) -> tuple[torch.nn.Module, s
     """A run's trained model and which of its weights these are: `checkpoint` or `fp16 copy`."""
     path = study.weights(config)
     if path is None:
-        raise StudyError(f"{study.checkpoint(config)} is not on this machine, nor is its fp16 copy: train the run again, or fetch "
-                         "its weights.")
-    return load_model(path).to(choose_device()), "checkpoint" if path == study.checkpoint(config) else "fp16 copy"
+        raise StudyError(
+            f"{study.checkpoint(config)} is not on this machine, nor is its fp16 copy: train the run again, or fetch "
+            "its weights."
+        )
+    return load_model(path).to(choose_device()), "checkpoint" if path == study.checkpoint(
+        config
+    ) else "fp16 copy"
 
 
 def _check_same_run(known: Unit, model: torch.nn.Module, test: data.ImageSet, path: Path) -> None:
@@ -355,16 +540,29 @@ def _check_same_run(known: Unit, model: torch.nn.Module, test: data.ImageSet, pa
     on another model, would be added to it."""
     digests = [bytes(digest).hex() for digest in known.rows["file_sha256"]]
     if digests != list(test.files):
-        raise StudyError(f"{path} was made with other test slices than these: prepare the data that it was made with.")
+        raise StudyError(
+            f"{path} was made with other test slices than these: prepare the data that it was made with."
+        )
     clean = training.predict(model, test.images, choose_device()).numpy()
-    difference = float(np.abs(probabilities(clean) - probabilities(known.rows["clean"].astype(np.float64))).max())
+    difference = float(
+        np.abs(probabilities(clean) - probabilities(known.rows["clean"].astype(np.float64))).max()
+    )
     if not difference <= SAME_WEIGHTS:
-        raise StudyError(f"The weights here are not those of {path}: a clean probability differs by {difference:.3f}, and a copy in "
-                         f"half precision makes no more than {SAME_WEIGHTS}; fetch the run's own weights.")
+        raise StudyError(
+            f"The weights here are not those of {path}: a clean probability differs by {difference:.3f}, and a copy in "
+            f"half precision makes no more than {SAME_WEIGHTS}; fetch the run's own weights."
+        )
 
 
-def _attack_robust_slices(known: Unit, model: torch.nn.Module, test: data.ImageSet, config: RunConfig, eps_text: str, view: str,
-                          budget: dict) -> tuple[np.ndarray, dict]:
+def _attack_robust_slices(
+    known: Unit,
+    model: torch.nn.Module,
+    test: data.ImageSet,
+    config: RunConfig,
+    eps_text: str,
+    view: str,
+    budget: dict,
+) -> tuple[np.ndarray, dict]:
     """(float16 logits (N, 4) of a new column, what was done) of margin PGD on a run's robust slices at one eps and view."""
     logits, robust = _misclassified_so_far(known, eps_text, view)
     attacked, started = np.flatnonzero(robust), time.perf_counter()
@@ -372,13 +570,34 @@ def _attack_robust_slices(known: Unit, model: torch.nn.Module, test: data.ImageS
         part = test.pick(attacked)
         pixels, labels, groups = as_pixels(part.images), part.labels.numpy(), VIEWS[view][0]
         viewed = model if groups is None else GroupedClasses(model, groups)
-        made = attack_images(viewed, pixels, view_labels(labels, view), "pgd", parse_eps(eps_text), batch=config.attack_batch,
-                             loss="margin", **budget)
-        logits[attacked] = wrong_where_not_finite(predict_logits(model, made, config.attack_batch).numpy(), labels)
-    meta = {"norm": "linf", "kind": "white-box", "view": view, "scope": "standing", "precision": "fp32", "loss": "margin", **budget,
-            "n_attacked": len(attacked), "n_set": int(scored(logits).sum()),
-            "misclassified": int(fallen(logits[attacked], known.rows["labels"][attacked].astype(np.int64), view).sum()),
-            "seconds": round(time.perf_counter() - started, 2)}
+        made = attack_images(
+            viewed,
+            pixels,
+            view_labels(labels, view),
+            "pgd",
+            parse_eps(eps_text),
+            batch=config.attack_batch,
+            loss="margin",
+            **budget,
+        )
+        logits[attacked] = wrong_where_not_finite(
+            predict_logits(model, made, config.attack_batch).numpy(), labels
+        )
+    meta = {
+        "norm": "linf",
+        "kind": "white-box",
+        "view": view,
+        "scope": "standing",
+        "precision": "fp32",
+        "loss": "margin",
+        **budget,
+        "n_attacked": len(attacked),
+        "n_set": int(scored(logits).sum()),
+        "misclassified": int(
+            fallen(logits[attacked], known.rows["labels"][attacked].astype(np.int64), view).sum()
+        ),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
     return to_half(logits), meta
 
 
@@ -390,7 +609,10 @@ def _misclassified_so_far(known: Unit, eps_text: str, view: str) -> tuple[np.nda
     logits = known.rows["clean"].astype(np.float64)
     robust = correct(logits, labels)[place]
     inside = np.zeros(len(labels), bool)
-    smaller = sorted((other for other in known.meta["attacks"] if parse_eps(other) <= parse_eps(eps_text)), key=parse_eps)
+    smaller = sorted(
+        (other for other in known.meta["attacks"] if parse_eps(other) <= parse_eps(eps_text)),
+        key=parse_eps,
+    )
     for other in smaller:
         for name, meta in known.meta["attacks"][other].items():
             if meta["norm"] != "linf":
@@ -409,18 +631,27 @@ def with_more_attacks(known: Unit, more: Unit) -> Unit:
     attacks = {**known.meta["attacks"]}
     for eps_text, added in more.meta["attacks"].items():
         attacks[eps_text] = {**attacks.get(eps_text, {}), **added}
-    seconds = sum(meta["seconds"] for added in more.meta["attacks"].values() for meta in added.values())
+    seconds = sum(
+        meta["seconds"] for added in more.meta["attacks"].values() for meta in added.values()
+    )
     wall = {**known.meta["wall_seconds"], "attack": known.meta["wall_seconds"]["attack"] + seconds}
-    return Unit({**known.rows, **more.rows}, {**known.meta, "attacks": attacks, "wall_seconds": wall})
+    return Unit(
+        {**known.rows, **more.rows}, {**known.meta, "attacks": attacks, "wall_seconds": wall}
+    )
 
 
 def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
     """The columns that say whose image each row of a prediction file is."""
     count = len(test)
     digests = np.frombuffer(bytes.fromhex("".join(test.files)), np.uint8).reshape(count, 32)
-    return {"labels": test.labels.numpy().astype(np.int8), "fold": np.full(count, config.fold, np.int8),
-            "seed": np.full(count, config.seed, np.int8), "patient_id": test.people.numpy().astype(np.int32),
-            "slice_index": test.slices.numpy().astype(np.int16), "file_sha256": digests}
+    return {
+        "labels": test.labels.numpy().astype(np.int8),
+        "fold": np.full(count, config.fold, np.int8),
+        "seed": np.full(count, config.seed, np.int8),
+        "patient_id": test.people.numpy().astype(np.int32),
+        "slice_index": test.slices.numpy().astype(np.int16),
+        "file_sha256": digests,
+    }
 
 
 def spread_out(logits: np.ndarray, chosen: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -430,8 +661,13 @@ def spread_out(logits: np.ndarray, chosen: np.ndarray, rest: np.ndarray) -> np.n
     return to_half(full)
 
 
-def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult, chosen: np.ndarray | None = None,
-               clean: np.ndarray | None = None) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+def suite_rows(
+    test: data.ImageSet,
+    config: RunConfig,
+    result: SuiteResult,
+    chosen: np.ndarray | None = None,
+    clean: np.ndarray | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
     """(rows of the predictions file, eps → attack → what it cost) of an evaluated suite.
 
     Args:
@@ -441,7 +677,10 @@ def suite_rows(test: data.ImageSet, config: RunConfig, result: SuiteResult, chos
     chosen = np.arange(len(test)) if chosen is None else chosen
     clean = np.full((len(test), len(CLASSES)), np.nan) if clean is None else clean
     rows = unit_rows(test, config) | {"clean": spread_out(result.clean_logits, chosen, clean)}
-    rows |= {f"{eps}:{name}": spread_out(logits, chosen, np.full_like(clean, np.nan)) for (eps, name), logits in result.logits.items()}
+    rows |= {
+        f"{eps}:{name}": spread_out(logits, chosen, np.full_like(clean, np.nan))
+        for (eps, name), logits in result.logits.items()
+    }
     attacks: dict[str, dict] = {}
     for (eps, name), meta in result.meta.items():
         attacks.setdefault(eps, {})[name] = meta
@@ -452,10 +691,22 @@ def describe(study: Study, config: RunConfig) -> dict:
     """What a record says of how a unit came about."""
     label = search_label(config)
     people = _fold0_validation_people(study) if label.startswith("fold0") else []
-    return {"model": config.model, "regime": config.regime, "protocol": config.protocol, "data": study.data, "profile": config.profile,
-            "search": label, "search_people": people, "fold": config.fold, "seed": config.seed, "cohort_sha256": study.cohort_sha256,
-            "config": json.loads(json.dumps(dataclasses.asdict(config))), "environment": environment(), "hardware": hardware(),
-            **git_state()}
+    return {
+        "model": config.model,
+        "regime": config.regime,
+        "protocol": config.protocol,
+        "data": study.data,
+        "profile": config.profile,
+        "search": label,
+        "search_people": people,
+        "fold": config.fold,
+        "seed": config.seed,
+        "cohort_sha256": study.cohort_sha256,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "environment": environment(),
+        "hardware": hardware(),
+        **git_state(),
+    }
 
 
 def _fold0_validation_people(study: Study) -> list[int]:
@@ -464,8 +715,16 @@ def _fold0_validation_people(study: Study) -> list[int]:
 
 
 #: The attacks whose images are shown, with their budgets; the eps is the headline one, or the L2 and L0 one given.
-SHOWN_ATTACKS = {"noise": {}, "fgsm": {}, "pgd": dict(steps=20), "apgd_t": dict(steps=20), "kryptonite": dict(steps=20),
-                 "square": dict(queries=500), "pgd_l2": dict(steps=20, eps="0.5"), "few_pixel": dict(pixels=5, eps="1")}
+SHOWN_ATTACKS = {
+    "noise": {},
+    "fgsm": {},
+    "pgd": dict(steps=20),
+    "apgd_t": dict(steps=20),
+    "kryptonite": dict(steps=20),
+    "square": dict(queries=500),
+    "pgd_l2": dict(steps=20, eps="0.5"),
+    "few_pixel": dict(pixels=5, eps="1"),
+}
 
 
 def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> Path:
@@ -473,30 +732,52 @@ def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> P
 
     A picture that is there already stays, but for that of another run (a rehearsal) whose place fold 0 of this one takes."""
     path = study.root / "assets" / config.model / f"attacks_{config.protocol}.png"
-    taken = path.is_file() and not retrain and (config.fold != 0 or recorded(study, config) is not None)
+    taken = (
+        path.is_file() and not retrain and (config.fold != 0 or recorded(study, config) is not None)
+    )
     if taken or not study.checkpoint(config).is_file():
         return path
     test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
     few = test.pick(data.spread(test, len(CLASSES)))
-    right = (training.predict(model, few.images, choose_device()).argmax(1) == few.labels).nonzero().flatten().tolist()
+    right = (
+        (training.predict(model, few.images, choose_device()).argmax(1) == few.labels)
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     one = few.pick(np.array([right[0] if right else 0]))
     clean, shown = data.pixels(one.images), {}
     for name, budget in SHOWN_ATTACKS.items():
         eps = str(budget.get("eps", headline_of(config)))
-        made = attack_images(model, clean, one.labels.numpy(), name, parse_eps(eps), seed=config.seed,
-                             **{key: value for key, value in budget.items() if key != "eps"})
+        made = attack_images(
+            model,
+            clean,
+            one.labels.numpy(),
+            name,
+            parse_eps(eps),
+            seed=config.seed,
+            **{key: value for key, value in budget.items() if key != "eps"},
+        )
         probability = predict_logits(model, made).softmax(1)[0]
         norm = {"l2": "L2 ", "l0": "5 pixels"}.get(ATTACKS[name].norm, "")
         called = f"{CLASSES[int(probability.argmax())]} {probability.max():.0%}"
         shown[f"{name}, {norm}{'' if norm == '5 pixels' else eps}"] = made[0, 0].numpy(), called
     answer = training.predict(model, one.images, choose_device()).softmax(1)[0]
     title = f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} ({answer.max():.0%}) before the attack"
-    report.save_figure(figures.attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)), path, dpi=90,
-                       colours=32)
+    report.save_figure(
+        figures.attacked_images_figure(
+            clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)
+        ),
+        path,
+        dpi=90,
+        colours=32,
+    )
     return path
 
 
-def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = False) -> tuple[Path, dict]:
+def explain(
+    study: Study, config: RunConfig, *, count: int = 4, retrain: bool = False
+) -> tuple[Path, dict]:
     """Draws Grad-CAM of a few test slices into `assets/<Model>/grad_cam_<protocol>.png` and measures the maps.
 
     The slices are the same for every model: one of each class, the middle of the stack. Returns (figure, figures of merit).
@@ -506,7 +787,9 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     known = None if retrain else recorded(study, config)
     drawn = figure_path.is_file() or config.fold != 0  # the slices shown are fold 0's
     if drawn and (known is not None or numbers_path.is_file() and not retrain):
-        return figure_path, known.meta["explanation"] if known is not None else read_json(numbers_path)
+        return figure_path, known.meta["explanation"] if known is not None else read_json(
+            numbers_path
+        )
     if not study.checkpoint(config).is_file():
         return figure_path, known.meta["explanation"] if known is not None else {}
     test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
@@ -514,30 +797,70 @@ def explain(study: Study, config: RunConfig, *, count: int = 4, retrain: bool = 
     sample = config.for_explanations().sample
     few, more = (test.pick(data.spread(test, size)) for size in (count, sample))
     few = few.pick(few.labels.argsort(stable=True))
-    images, probabilities = data.pixels(few.images, choose_device()), training.predict(model, few.images, choose_device()).softmax(1)
+    images, probabilities = (
+        data.pixels(few.images, choose_device()),
+        training.predict(model, few.images, choose_device()).softmax(1),
+    )
     maps = grad_cam.explain(model, images)
-    dear = range(min(len(more), max(2, sample // 4)))  # slices for the measures that need many passes each
-    pixels, shown = data.pixels(more.images), config.eps if config.suite != "quick" else (headline_of(config),)
-    attacked = {eps: attack_images(model, pixels, more.labels.numpy(), "pgd", parse_eps(eps), steps=config.pgd_steps, seed=config.seed)
-                for eps in shown}
-    measures = grad_cam.explanation_measures(model, pixels.to(choose_device()), methods=("gradcam",), sample=dear,
-                                             adversarial={eps: images.to(choose_device()) for eps, images in attacked.items()})
+    dear = range(
+        min(len(more), max(2, sample // 4))
+    )  # slices for the measures that need many passes each
+    pixels, shown = (
+        data.pixels(more.images),
+        config.eps if config.suite != "quick" else (headline_of(config),),
+    )
+    attacked = {
+        eps: attack_images(
+            model,
+            pixels,
+            more.labels.numpy(),
+            "pgd",
+            parse_eps(eps),
+            steps=config.pgd_steps,
+            seed=config.seed,
+        )
+        for eps in shown
+    }
+    measures = grad_cam.explanation_measures(
+        model,
+        pixels.to(choose_device()),
+        methods=("gradcam",),
+        sample=dear,
+        adversarial={eps: images.to(choose_device()) for eps, images in attacked.items()},
+    )
     numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
     if config.fold == 0:  # the figures show one model on the same slices, whichever folds follow
-        figure = grad_cam.overlay_figure(images, maps, probabilities, few.labels, title=label_of(study, config))
+        figure = grad_cam.overlay_figure(
+            images, maps, probabilities, few.labels, title=label_of(study, config)
+        )
         report.save_figure(figure, figure_path, dpi=100, colours=192)
-        _keep_explained(few, maps, probabilities, report.explained_path(study.record(config.model, config.protocol)))
+        _keep_explained(
+            few,
+            maps,
+            probabilities,
+            report.explained_path(study.record(config.model, config.protocol)),
+        )
     if config.suite != "quick" and config.fold == 0:
-        _through_a_person(test, model, figure_path.with_name(f"person_{config.protocol}"), label_of(study, config))
+        _through_a_person(
+            test, model, figure_path.with_name(f"person_{config.protocol}"), label_of(study, config)
+        )
     write_json(numbers_path, numbers)
     return figure_path, numbers
 
 
-def _keep_explained(few: data.ImageSet, maps: torch.Tensor, probabilities: torch.Tensor, path: Path) -> None:
+def _keep_explained(
+    few: data.ImageSet, maps: torch.Tensor, probabilities: torch.Tensor, path: Path
+) -> None:
     """The few slices that the comparison of all models shows, with this model's maps, 8 bits each."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, images=few.images[:, 0].numpy(), maps=(255 * maps.cpu()).round().byte().numpy(),
-                            probabilities=probabilities.cpu().numpy(), labels=few.labels.numpy(), files=np.array(few.files))
+        np.savez_compressed(
+            file,
+            images=few.images[:, 0].numpy(),
+            maps=(255 * maps.cpu()).round().byte().numpy(),
+            probabilities=probabilities.cpu().numpy(),
+            labels=few.labels.numpy(),
+            files=np.array(few.files),
+        )
 
 
 def _through_a_person(test: data.ImageSet, model: torch.nn.Module, path: Path, label: str) -> None:
@@ -547,9 +870,16 @@ def _through_a_person(test: data.ImageSet, model: torch.nn.Module, path: Path, l
     own = test.pick(np.flatnonzero(test.people.numpy() == person))
     own = own.pick(own.slices.argsort())
     images = data.pixels(own.images, choose_device())
-    maps, probabilities = grad_cam.explain(model, images), training.predict(model, own.images, choose_device()).softmax(1)
-    report.save_figure(grad_cam.person_strip(images, maps, probabilities, int(own.labels[0]), title=label), path.with_suffix(".png"),
-                       dpi=90, colours=192)
+    maps, probabilities = (
+        grad_cam.explain(model, images),
+        training.predict(model, own.images, choose_device()).softmax(1),
+    )
+    report.save_figure(
+        grad_cam.person_strip(images, maps, probabilities, int(own.labels[0]), title=label),
+        path.with_suffix(".png"),
+        dpi=90,
+        colours=192,
+    )
     grad_cam.person_gif(images, maps, path.with_suffix(".gif"), side=128)
 
 
@@ -571,8 +901,17 @@ def recorded(study: Study, config: RunConfig) -> Unit | None:
 def recorded_as(study: Study, model: str, config: RunConfig) -> Unit | None:
     """What the record of `model` (one of them, Ensemble or Sequence) holds of this fold and seed at this profile and of this
     cohort; None where it holds nothing."""
-    return _held(study, {"model": model, "protocol": config.protocol, "fold": config.fold, "seed": config.seed, "profile": config.profile,
-                         "cohort_sha256": study.cohort_sha256})
+    return _held(
+        study,
+        {
+            "model": model,
+            "protocol": config.protocol,
+            "fold": config.fold,
+            "seed": config.seed,
+            "profile": config.profile,
+            "cohort_sha256": study.cohort_sha256,
+        },
+    )
 
 
 def _held(study: Study, wanted: dict) -> Unit | None:
@@ -586,10 +925,14 @@ def _held(study: Study, wanted: dict) -> Unit | None:
 
 def _check_recorded(found: dict, config: RunConfig, path: Path) -> None:
     """A record of other training settings is an error, not a match; settings that a search chose are its own affair."""
-    different = training.different_settings(found, config, optuna_search.SPACE if config.trials else ())
+    different = training.different_settings(
+        found, config, optuna_search.SPACE if config.trials else ()
+    )
     if different:
-        raise StudyError(f"{path} holds {config.unit} trained with {'; '.join(different[:4])}: run with these settings, or with retrain "
-                         "to replace it.")
+        raise StudyError(
+            f"{path} holds {config.unit} trained with {'; '.join(different[:4])}: run with these settings, or with retrain "
+            "to replace it."
+        )
 
 
 def save(study: Study, unit: Unit, grow: Callable[[Unit, Unit], Unit] | None = None) -> dict:
@@ -613,9 +956,13 @@ def save(study: Study, unit: Unit, grow: Callable[[Unit, Unit], Unit] | None = N
             if grow is not None and (known := _held(study, meta)) is not None:
                 unit = grow(known, unit)
                 meta = unit.meta
-            units = [known for known in old["units"] if known["profile"] == meta["profile"]
-                     and known["cohort_sha256"] == meta["cohort_sha256"]
-                     and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])]
+            units = [
+                known
+                for known in old["units"]
+                if known["profile"] == meta["profile"]
+                and known["cohort_sha256"] == meta["cohort_sha256"]
+                and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])
+            ]
             rows = rows_of(report.read_predictions(path), units)
         rows = _pool(rows, unit.rows)
         units = sorted([*units, meta], key=lambda known: (known["seed"], known["fold"]))
@@ -638,7 +985,10 @@ def _pool(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[s
         return second
     pooled = {}
     for name in {**first, **second}:
-        parts = [rows[name] if name in rows else np.full((len(rows["labels"]), 4), np.nan, np.float16) for rows in (first, second)]
+        parts = [
+            rows[name] if name in rows else np.full((len(rows["labels"]), 4), np.nan, np.float16)
+            for rows in (first, second)
+        ]
         pooled[name] = np.concatenate(parts)
     return pooled
 
@@ -681,8 +1031,13 @@ def results_root(profile: str, raw: str | Path | None = None) -> Path:
 def balance_text(study: Study, units: list[RunConfig]) -> str:
     """People and slices of each set of the first unit of each protocol."""
     first = {unit.protocol: unit for unit in reversed(units)}
-    return _balance_table({f"{protocol} {config.unit} {name}": balance
-                           for protocol, config in first.items() for name, balance in _balances(study, config).items()})
+    return _balance_table(
+        {
+            f"{protocol} {config.unit} {name}": balance
+            for protocol, config in first.items()
+            for name, balance in _balances(study, config).items()
+        }
+    )
 
 
 def _balances(study: Study, config: RunConfig) -> dict[str, dict[str, tuple[int, int]]]:
@@ -690,23 +1045,40 @@ def _balances(study: Study, config: RunConfig) -> dict[str, dict[str, tuple[int,
     if study.raw is not None:
         return {name: part.balance() for name, part in load_sets(study, config).items()}
     table, folds = read_cohort(COMMITTED_COHORT), data.read_folds(data.COMMITTED_FOLDS)
-    rows = data.split_slices(table) if config.protocol == "slice" else data.split_people(table, folds, config.fold)
-    return {name: data.balance(table.label[own], table.patient_id[own]) for name, own in rows.items()}
+    rows = (
+        data.split_slices(table)
+        if config.protocol == "slice"
+        else data.split_people(table, folds, config.fold)
+    )
+    return {
+        name: data.balance(table.label[own], table.patient_id[own]) for name, own in rows.items()
+    }
 
 
 def _balance_table(balances: dict[str, dict[str, tuple[int, int]]]) -> str:
     lines = [f"{'':<32}" + "".join(f"{name:>20}" for name in CLASSES)]
     for title, balance in balances.items():
-        lines.append(f"{title:<32}" + "".join(f"{f'{people} people, {slices:,}':>20}" for people, slices in balance.values()))
+        lines.append(
+            f"{title:<32}"
+            + "".join(
+                f"{f'{people} people, {slices:,}':>20}" for people, slices in balance.values()
+            )
+        )
     return "\n".join(lines)
 
 
 def protocols_text(study: Study) -> str:
     """People and slices of each set of both protocols, all folds, by class."""
-    return _balance_table({f"{protocol}{f' fold {fold}' if folds > 1 else ''} {name}":
-                           data.load_set(study.sets, protocol, fold, name).balance()
-                           for protocol, folds in (("slice", 1), ("patient", data.N_FOLDS))
-                           for fold in range(folds) for name in data.SETS})
+    return _balance_table(
+        {
+            f"{protocol}{f' fold {fold}' if folds > 1 else ''} {name}": data.load_set(
+                study.sets, protocol, fold, name
+            ).balance()
+            for protocol, folds in (("slice", 1), ("patient", data.N_FOLDS))
+            for fold in range(folds)
+            for name in data.SETS
+        }
+    )
 
 
 def cohort_text(table: Cohort) -> str:
@@ -717,13 +1089,21 @@ def cohort_text(table: Cohort) -> str:
         counts = np.bincount(table.label[table.kind == kind], minlength=4)
         lines.append(f"{kind:<12}" + "".join(f"{count:>12,}" for count in (*counts, counts.sum())))
     counts = np.bincount(label, minlength=4)
-    return "\n".join([*lines, f"{'people':<12}" + "".join(f"{count:>12,}" for count in (*counts, counts.sum()))])
+    return "\n".join(
+        [*lines, f"{'people':<12}" + "".join(f"{count:>12,}" for count in (*counts, counts.sum()))]
+    )
 
 
-def example_images(study: Study, table: Cohort, columns: int = 8) -> tuple[list[np.ndarray], list[str], int]:
+def example_images(
+    study: Study, table: Cohort, columns: int = 8
+) -> tuple[list[np.ndarray], list[str], int]:
     """(images, titles, columns): slices of the first person of each class from the top of the head down, then synthetic ones."""
     folders = [data.load_set(study.sets, "slice", 0, name) for name in data.SETS]
-    image_of = {file: image for part in folders for file, image in zip(part.files, part.images[:, 0].numpy())}
+    image_of = {
+        file: image
+        for part in folders
+        for file, image in zip(part.files, part.images[:, 0].numpy())
+    }
     images, titles = [], []
     people, label = data.people_of(table)
     for value in np.unique(label):
@@ -733,7 +1113,9 @@ def example_images(study: Study, table: Cohort, columns: int = 8) -> tuple[list[
         for row in rows[np.linspace(0, len(rows) - 1, columns).round().astype(int)]:
             images.append(image_of[table.file_sha256[row]])
             titles.append(f"{CLASSES[value]} · slice {table.slice_index[row]}")
-    for row in np.flatnonzero(table.kind == "synthetic")[:: max(1, (table.kind == "synthetic").sum() // columns)][:columns]:
+    for row in np.flatnonzero(table.kind == "synthetic")[
+        :: max(1, (table.kind == "synthetic").sum() // columns)
+    ][:columns]:
         images.append(image_of[table.file_sha256[row]])
         titles.append(f"{CLASSES[table.label[row]]} · synthetic")
     return images, titles, columns
@@ -741,17 +1123,31 @@ def example_images(study: Study, table: Cohort, columns: int = 8) -> tuple[list[
 
 def _searches(study: Study, units: list[RunConfig]) -> list[tuple[RunConfig, optuna.Study]]:
     """Every search that these units rest on and this machine holds; as in `search`, only `paper` searches inside every fold."""
-    configs = [unit if unit.profile == "paper" else dataclasses.replace(unit, fold=0) for unit in units if unit.trials]
-    distinct = {optuna_search.study_paths(study.optuna(config.model), config): config for config in configs}
-    found = [(config, optuna_search.known_study(study.optuna(config.model), config)) for config in distinct.values()]
+    configs = [
+        unit if unit.profile == "paper" else dataclasses.replace(unit, fold=0)
+        for unit in units
+        if unit.trials
+    ]
+    distinct = {
+        optuna_search.study_paths(study.optuna(config.model), config): config for config in configs
+    }
+    found = [
+        (config, optuna_search.known_study(study.optuna(config.model), config))
+        for config in distinct.values()
+    ]
     return [(config, known) for config, known in found if known is not None]
 
 
 def search_text(study: Study, units: list[RunConfig]) -> str:
     """The trials of every search that these units rest on, best first."""
-    texts = [f"{config.protocol} fold {config.fold} ({search_label(config)})\n{optuna_search.trials_table(known)}"
-             for config, known in _searches(study, units)]
-    return "\n\n".join(texts) or f"no search in profile {study.profile}, or its trials are on another machine"
+    texts = [
+        f"{config.protocol} fold {config.fold} ({search_label(config)})\n{optuna_search.trials_table(known)}"
+        for config, known in _searches(study, units)
+    ]
+    return (
+        "\n\n".join(texts)
+        or f"no search in profile {study.profile}, or its trials are on another machine"
+    )
 
 
 def search_figures(study: Study, units: list[RunConfig]) -> list[Figure]:
@@ -769,27 +1165,41 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
         return f"No study of training defaults was run for {model}."
     study = read_json(path)
     if data not in (None, study["data"]):
-        return (f"The training defaults were chosen on the {study['data']} cohort (assets/{model}/defaults.json); this run is on "
-                f"{data} data.")
+        return (
+            f"The training defaults were chosen on the {study['data']} cohort (assets/{model}/defaults.json); this run is on "
+            f"{data} data."
+        )
     finished = [row for row in study["rows"].values() if "best" in row]
     present = {name: size for name, size in study["validation"].items() if size[1]}
     size = f"{study['input_size']} px" if study["input_size"] else "at native size"
-    machines = dict.fromkeys(f"{row.get('hardware', study['hardware'])}, threads: {row.get('threads', study['threads'])}"
-                             for row in study["rows"].values())
-    lines = [f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
-             f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {'; '.join(machines)}",
-             f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
-             f"{study['n_validation']:,} slices; bal.acc.: balanced accuracy over the {len(present)} classes present "
-             f"({', '.join(present)}), loss: cross-entropy averaged over them (nats)"]
+    machines = dict.fromkeys(
+        f"{row.get('hardware', study['hardware'])}, threads: {row.get('threads', study['threads'])}"
+        for row in study["rows"].values()
+    )
+    lines = [
+        f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
+        f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {'; '.join(machines)}",
+        f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
+        f"{study['n_validation']:,} slices; bal.acc.: balanced accuracy over the {len(present)} classes present "
+        f"({', '.join(present)}), loss: cross-entropy averaged over them (nats)",
+    ]
     attacked = any("adversarial_validation_loss" in row["best"] for row in finished)
     if attacked:
         eps = max(row["last"]["train_eps"] for row in finished)
-        lines.append(f"attacked: bal.acc. under PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
-                     + (f"one in {study['slice_stride']} slices of each person" if "slice_stride" in study
-                        else "a part of each person's slices"))
+        lines.append(
+            f"attacked: bal.acc. under PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
+            + (
+                f"one in {study['slice_stride']} slices of each person"
+                if "slice_stride" in study
+                else "a part of each person's slices"
+            )
+        )
     scores = {"bal.acc.": "validation_balanced_accuracy", "loss": "validation_loss"}
     if attacked:
-        scores |= {"attacked": "adversarial_validation_balanced_accuracy", "attacked loss": "adversarial_validation_loss"}
+        scores |= {
+            "attacked": "adversarial_validation_balanced_accuracy",
+            "attacked loss": "adversarial_validation_loss",
+        }
     wide = max(map(len, study["rows"]))
     lines += ["", f"{'':<{wide}}  best epoch  " + "  ".join(scores) + "  seconds"]
     for name, row in study["rows"].items():
@@ -798,14 +1208,19 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
             continue
         cells = "  ".join(f"{row['best'][key]:>{len(title)}.3f}" for title, key in scores.items())
         epoch = f"{row['best_epoch']} of {study['epochs']}"
-        lines.append(f"{name:<{wide}}  {epoch:>10}  {cells}  {row['seconds']:>7,.0f}"
-                     + ("  ANSWERED ONE CLASS" if row["one_class"] else ""))
+        lines.append(
+            f"{name:<{wide}}  {epoch:>10}  {cells}  {row['seconds']:>7,.0f}"
+            + ("  ANSWERED ONE CLASS" if row["one_class"] else "")
+        )
     return "\n".join(lines)
 
 
 def sanity_text(unit: Unit) -> str:
     """The sanity checks of one evaluation with their verdicts."""
-    return "\n".join(f"{'ok' if check['passed'] else 'LOOK':>4}  {check['check']:<28} {check['note']}" for check in unit.meta["sanity"])
+    return "\n".join(
+        f"{'ok' if check['passed'] else 'LOOK':>4}  {check['check']:<28} {check['note']}"
+        for check in unit.meta["sanity"]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -836,15 +1251,24 @@ def run(arguments: list[str]) -> None:
     first.add_argument("--model", default="Resnet")
     first.add_argument("--protocol", default="patient")
     named = first.parse_known_args(arguments)[0]
-    command = tyro.cli(RunCommand, args=arguments, default=RunCommand(make_config(named.profile, named.model, protocol=named.protocol)),
-                       prog="python -m utils.experiment run")
+    command = tyro.cli(
+        RunCommand,
+        args=arguments,
+        default=RunCommand(make_config(named.profile, named.model, protocol=named.protocol)),
+        prog="python -m utils.experiment run",
+    )
     study = open_study(command.config.profile, command.raw)
     if record := run_unit(study, command.config, retrain=command.retrain):
         print(report.results_text([record]))
 
 
-def train_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0,
-                  profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None) -> None:
+def train_command(
+    model: str,
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    profile: Literal["demo", "cpu", "paper"] = "cpu",
+    raw: str | None = None,
+) -> None:
     """Trains a model, or goes on, and leaves its weights under checkpoints/: evaluates nothing and changes no record. For the
     weights of a unit that a record holds already."""
     study = open_study(profile, raw)
@@ -852,8 +1276,14 @@ def train_command(model: str, protocol: Literal["slice", "patient"] = "patient",
     print(f"{model} {protocol} {config.unit}: {_fit(study, config)}")
 
 
-def grid(profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None, shard: str = "1/1",
-         models: tuple[str, ...] = GRID_MODELS, protocols: tuple[str, ...] = ("patient", "slice"), seeds: tuple[int, ...] = (0,)) -> None:
+def grid(
+    profile: Literal["demo", "cpu", "paper"] = "cpu",
+    raw: str | None = None,
+    shard: str = "1/1",
+    models: tuple[str, ...] = GRID_MODELS,
+    protocols: tuple[str, ...] = ("patient", "slice"),
+    seeds: tuple[int, ...] = (0,),
+) -> None:
     """Runs every unit of the grid that no record holds yet; `--shard i/n` takes every n-th, starting from the i-th."""
     study = open_study(profile, raw)
     for config in shard_of(grid_units(profile, models, protocols, seeds), shard):
@@ -863,10 +1293,17 @@ def grid(profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = Non
         run_unit(study, config)
 
 
-def grid_units(profile: str, models: tuple[str, ...], protocols: tuple[str, ...], seeds: tuple[int, ...]) -> list[RunConfig]:
+def grid_units(
+    profile: str, models: tuple[str, ...], protocols: tuple[str, ...], seeds: tuple[int, ...]
+) -> list[RunConfig]:
     """All units, most valuable first: protocol, then model, then fold."""
-    return [make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
-            for seed in seeds for protocol in protocols for model in models for fold in folds_of(profile, protocol)]
+    return [
+        make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
+        for seed in seeds
+        for protocol in protocols
+        for model in models
+        for fold in folds_of(profile, protocol)
+    ]
 
 
 def shard_of(units: list[RunConfig], shard: str) -> list[RunConfig]:
@@ -874,12 +1311,19 @@ def shard_of(units: list[RunConfig], shard: str) -> list[RunConfig]:
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
         raise StudyError(f"--shard {shard!r} is not of the form i/n with 1 ≤ i ≤ n, as 3/8.")
-    return units[int(index) - 1::int(count)]
+    return units[int(index) - 1 :: int(count)]
 
 
-def search_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0,
-                   profile: Literal["demo", "cpu", "paper"] = "paper", trials: int = 40, storage: str | None = None, enqueue: int = 0,
-                   raw: str | None = None) -> None:
+def search_command(
+    model: str,
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    profile: Literal["demo", "cpu", "paper"] = "paper",
+    trials: int = 40,
+    storage: str | None = None,
+    enqueue: int = 0,
+    raw: str | None = None,
+) -> None:
     """Searches a model's settings; start it several times for several workers. A killed worker is simply started again.
 
     Args:
@@ -890,16 +1334,30 @@ def search_command(model: str, protocol: Literal["slice", "patient"] = "patient"
     study = open_study(profile, raw)
     config = make_config(profile, model, protocol=protocol, fold=fold, trials=trials)
     if enqueue:
-        optuna_search.enqueue(optuna_search.open_study(study.optuna(model), config, storage), enqueue)
+        optuna_search.enqueue(
+            optuna_search.open_study(study.optuna(model), config, storage), enqueue
+        )
         print(f"{enqueue} trials of {model}, {protocol} fold {fold}, are enqueued.")
         return
     sets = load_sets(study, config)
-    done = optuna_search.search(sets["train"], sets["validation"], config, study.optuna(model), choose_device(), storage=storage,
-                                start=start_of(study, config))
+    done = optuna_search.search(
+        sets["train"],
+        sets["validation"],
+        config,
+        study.optuna(model),
+        choose_device(),
+        storage=storage,
+        start=start_of(study, config),
+    )
     print(optuna_search.trials_table(done))
 
 
-def export(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, profile: Literal["cpu", "paper"] = "cpu") -> None:
+def export(
+    model: str,
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    profile: Literal["cpu", "paper"] = "cpu",
+) -> None:
     """Writes a trained unit's weights beside its checkpoint as `<unit>_fp16.safetensors`, the one kind that git keeps."""
     study = open_study(profile)
     path = study.checkpoint(make_config(profile, model, protocol=protocol, fold=fold))
@@ -908,9 +1366,15 @@ def export(model: str, protocol: Literal["slice", "patient"] = "patient", fold: 
     print(f"{half.relative_to(study.root).as_posix()}: {half.stat().st_size / 1e6:.1f} MB")
 
 
-def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, eps: tuple[str, ...] = ("4/255",),
-                   profile: Literal["demo", "cpu", "paper"] = "demo", suite: Literal["quick", "standard", "full"] = "standard",
-                   raw: str | None = None) -> None:
+def attack_command(
+    model: str,
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    eps: tuple[str, ...] = ("4/255",),
+    profile: Literal["demo", "cpu", "paper"] = "demo",
+    suite: Literal["quick", "standard", "full"] = "standard",
+    raw: str | None = None,
+) -> None:
     """Attacks a trained model and prints the table and the checks that say whether to believe it.
 
     Args:
@@ -921,26 +1385,65 @@ def attack_command(model: str, protocol: Literal["slice", "patient"] = "patient"
     if ":" in model:
         test, network = _everything_in(raw), model_from_factory(model)
         config = make_config(profile, "Resnet", eps=eps, headline_eps=eps[0], suite=suite)
-        origin = {"model": model, "protocol": "all images", "data": "your images", "init": "yours", "search": "none", "cohort_sha256": ""}
+        origin = {
+            "model": model,
+            "protocol": "all images",
+            "data": "your images",
+            "init": "yours",
+            "search": "none",
+            "cohort_sha256": "",
+        }
     elif model in MODELS:
         study = open_study(profile, raw)
-        config = make_config(profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite)
-        test, network = load_sets(study, config)["test"], load_model(study.weights(config) or study.checkpoint(config))
-        origin = {"model": model, "protocol": protocol, "data": study.data, "init": network.init, "search": "none",
-                  "cohort_sha256": study.cohort_sha256}
+        config = make_config(
+            profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite
+        )
+        test, network = (
+            load_sets(study, config)["test"],
+            load_model(study.weights(config) or study.checkpoint(config)),
+        )
+        origin = {
+            "model": model,
+            "protocol": protocol,
+            "data": study.data,
+            "init": network.init,
+            "search": "none",
+            "cohort_sha256": study.cohort_sha256,
+        }
     else:
-        raise StudyError(f"Unknown model {model!r}: expected one of {', '.join(MODELS)}, or your own as module:function.")
-    result = evaluate_suite(network.to(choose_device()), test.images, test.labels, test.people, config)
+        raise StudyError(
+            f"Unknown model {model!r}: expected one of {', '.join(MODELS)}, or your own as module:function."
+        )
+    result = evaluate_suite(
+        network.to(choose_device()), test.images, test.labels, test.people, config
+    )
     rows, attacks = suite_rows(test, config, result)
-    meta = {**origin, "regime": config.regime, "profile": profile, "fold": config.fold, "seed": config.seed, "attacks": attacks,
-            "sanity": result.sanity, "config": dataclasses.asdict(config)}
+    meta = {
+        **origin,
+        "regime": config.regime,
+        "profile": profile,
+        "fold": config.fold,
+        "seed": config.seed,
+        "attacks": attacks,
+        "sanity": result.sanity,
+        "config": dataclasses.asdict(config),
+    }
     print(report.attacks_text(report.summarise(rows, [meta])))
     print(f"{sanity_text(Unit(rows, meta))}\n\n{verdict(result.sanity)}")
 
 
-def attack_again_command(model: str, protocol: Literal["slice", "patient"] = "patient", fold: int = 0, seed: int = 0,
-                         eps: tuple[str, ...] = ("0.5/255", "1/255"), steps: int = 100, restarts: int = 2, attack_seed: int = 1,
-                         profile: Literal["demo", "cpu", "paper"] = "cpu", raw: str | None = None) -> None:
+def attack_again_command(
+    model: str,
+    protocol: Literal["slice", "patient"] = "patient",
+    fold: int = 0,
+    seed: int = 0,
+    eps: tuple[str, ...] = ("0.5/255", "1/255"),
+    steps: int = 100,
+    restarts: int = 2,
+    attack_seed: int = 1,
+    profile: Literal["demo", "cpu", "paper"] = "cpu",
+    raw: str | None = None,
+) -> None:
     """Attacks what a recorded run still holds robust, by PGD with more steps, and adds the result to its record.
 
     Args:
@@ -950,28 +1453,48 @@ def attack_again_command(model: str, protocol: Literal["slice", "patient"] = "pa
     """
     study = open_study(profile, raw)
     config = make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
-    again = attack_again(study, config, eps, steps=steps, restarts=restarts, attack_seed=attack_seed)
+    again = attack_again(
+        study, config, eps, steps=steps, restarts=restarts, attack_seed=attack_seed
+    )
     save(study, again, grow=with_more_attacks)
     for eps_text, attacks in again.meta["attacks"].items():
         for name, meta in attacks.items():
-            print(f"{model} {protocol} {config.unit}, {name} at {eps_text} ({meta['weights']}): {meta['misclassified']} of "
-                  f"{meta['n_attacked']} robust slices misclassified, {meta['n_set']} slices in all")
+            print(
+                f"{model} {protocol} {config.unit}, {name} at {eps_text} ({meta['weights']}): {meta['misclassified']} of "
+                f"{meta['n_attacked']} robust slices misclassified, {meta['n_set']} slices in all"
+            )
 
 
 def _everything_in(raw: str | None) -> data.ImageSet:
     """Every image of a folder as one set; nobody's person is known, so each image stands for itself in the intervals."""
     folder = find_raw(raw)
     if folder is None:
-        raise StudyError("Your own model needs images: give a folder or zip of class folders with --raw.")
+        raise StudyError(
+            "Your own model needs images: give a folder or zip of class folders with --raw."
+        )
     images = read_raw(folder)
     nobody = torch.arange(len(images))
-    return data.ImageSet(data.stack_images(images), torch.from_numpy(images.label), nobody, torch.zeros_like(nobody),
-                         list(images.file_sha256), "your images")
+    return data.ImageSet(
+        data.stack_images(images),
+        torch.from_numpy(images.label),
+        nobody,
+        torch.zeros_like(nobody),
+        list(images.file_sha256),
+        "your images",
+    )
 
 
 def main() -> None:
-    commands = {"prepare": prepare, "search": search_command, "run": run, "train": train_command, "grid": grid, "export": export,
-                "attack": attack_command, "attack-again": attack_again_command}
+    commands = {
+        "prepare": prepare,
+        "search": search_command,
+        "run": run,
+        "train": train_command,
+        "grid": grid,
+        "export": export,
+        "attack": attack_command,
+        "attack-again": attack_again_command,
+    }
     try:
         if sys.argv[1:2] == ["run"]:
             run(sys.argv[2:])

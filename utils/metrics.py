@@ -23,7 +23,15 @@ from functools import lru_cache
 
 import numpy as np
 
-METRICS = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "auroc", "macro_f1", "qwk", "ece")
+METRICS = (
+    "balanced_accuracy_3",
+    "balanced_accuracy",
+    "accuracy",
+    "auroc",
+    "macro_f1",
+    "qwk",
+    "ece",
+)
 #: Mild and Moderate merged (a clinical rating of 1 or more): the headline decision, since Moderate is two people.
 THREE = np.array([0, 1, 2, 2])
 ECE_BINS = 15
@@ -36,6 +44,7 @@ Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 # ------------------------------------------------------------------------------------------------- decisions
 
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax in float64, shape (N, 4); rows of NaN stay NaN."""
     shifted = np.asarray(logits, dtype=np.float64)
@@ -45,7 +54,9 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 def merge_classes(probability: np.ndarray) -> np.ndarray:
     """(N, 4) → (N, 3): the probabilities of Mild and Moderate summed."""
-    return np.column_stack([probability[:, 0], probability[:, 1], probability[:, 2] + probability[:, 3]])
+    return np.column_stack(
+        [probability[:, 0], probability[:, 1], probability[:, 2] + probability[:, 3]]
+    )
 
 
 def scored(logits: np.ndarray) -> np.ndarray:
@@ -80,7 +91,7 @@ def to_half(logits: np.ndarray) -> np.ndarray:
     logits = np.asarray(logits, dtype=np.float64)
     rows = scored(logits)
     half = np.full(logits.shape, np.nan, dtype=np.float16)
-    shifted = np.clip(logits[rows] - logits[rows].max(axis=1, keepdims=True), -6e4, -2.0**-24)
+    shifted = np.clip(logits[rows] - logits[rows].max(axis=1, keepdims=True), -6e4, -(2.0**-24))
     shifted[np.arange(len(shifted)), logits[rows].argmax(axis=1)] = 0
     half[rows] = shifted
     return half
@@ -90,11 +101,16 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Counts, shape (4, 4): rows are true classes, columns the four-class decisions. NaN rows are left out."""
     rows = scored(logits)
     matrix = np.zeros((4, 4), dtype=np.int64)
-    np.add.at(matrix, (np.asarray(labels, dtype=np.int64)[rows], np.asarray(logits)[rows].argmax(axis=1)), 1)
+    np.add.at(
+        matrix,
+        (np.asarray(labels, dtype=np.int64)[rows], np.asarray(logits)[rows].argmax(axis=1)),
+        1,
+    )
     return matrix
 
 
 # --------------------------------------------------------------------------------------------- sums by person
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -133,14 +149,18 @@ def tally(logits: np.ndarray, labels: np.ndarray, people: np.ndarray) -> Tally:
     confidence = probability.max(axis=1, initial=0)
     bins = np.zeros((len(identity), ECE_BINS))
     np.add.at(bins, (person, _bin(confidence, ECE_BINS)), (decision == labels) - confidence)
-    return Tally(four, three, _wins(disease_margin(logits), labels > 0, person, len(identity)), bins)
+    return Tally(
+        four, three, _wins(disease_margin(logits), labels > 0, person, len(identity)), bins
+    )
 
 
 def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
-def _wins(margin: np.ndarray, diseased: np.ndarray, person: np.ndarray, n_people: int) -> np.ndarray:
+def _wins(
+    margin: np.ndarray, diseased: np.ndarray, person: np.ndarray, n_people: int
+) -> np.ndarray:
     wins = np.zeros((n_people, n_people))
     if diseased.all():
         return wins
@@ -149,17 +169,24 @@ def _wins(margin: np.ndarray, diseased: np.ndarray, person: np.ndarray, n_people
     owners, starts = np.unique(person[~diseased][order], return_index=True)
     for owner, scores in zip(owners, np.split(margin[~diseased][order], starts[1:]), strict=True):
         scores = np.sort(scores)
-        beaten = (np.searchsorted(scores, high, "left") + np.searchsorted(scores, high, "right")) / 2
+        beaten = (
+            np.searchsorted(scores, high, "left") + np.searchsorted(scores, high, "right")
+        ) / 2
         wins[owner] = np.bincount(columns, beaten, n_people)
     return wins
 
 
 # ------------------------------------------------------------------------------------- scores of weighted sums
 
+
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Element-wise quotient, NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan),
-                     where=denominator > 0)
+    return np.divide(
+        numerator,
+        denominator,
+        out=np.full(np.broadcast(numerator, denominator).shape, np.nan),
+        where=denominator > 0,
+    )
 
 
 def _mean_present(values: np.ndarray) -> np.ndarray:
@@ -214,10 +241,12 @@ def _statistic(sums: Tally) -> Statistic:
             "ece": _ratio(np.abs(weights @ sums.bins).sum(axis=1), weights @ of_patients),
         }
         return {name: found[name] for name in METRICS}
+
     return scores
 
 
 # ----------------------------------------------------------------------------------------------- exact bounds
+
 
 def exact_interval(hits: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """Exact 95 % interval (low, high), in [0, 1], of a share of slices that come in patients.
@@ -238,7 +267,11 @@ def exact_interval(hits: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     from scipy.stats import beta  # here, since reading records needs no scipy
 
     low = beta.ppf(TAIL, share * number, (1 - share) * number + 1) if hits.any() else 0.0
-    high = beta.ppf(1 - TAIL, share * number + 1, (1 - share) * number) if (hits < counts).any() else 1.0
+    high = (
+        beta.ppf(1 - TAIL, share * number + 1, (1 - share) * number)
+        if (hits < counts).any()
+        else 1.0
+    )
     return float(low), float(high)
 
 
@@ -349,13 +382,23 @@ def _view_widths(view: _View, weights: np.ndarray) -> Widths:
         # Where no decision is right, other wrong decisions may be unseen just as right ones are.
         to_wrong = down / share if share > 0 else up
         moves = [(to_right, view.right[row]), *((to_wrong, cell) for cell in view.wrong(row))]
-        _add(total, _class_widths(point, [view.scores(view.moved(row, min(moved, 1.0), cell)[None])
-                                          for moved, cell in moves if moved > 0]))
+        _add(
+            total,
+            _class_widths(
+                point,
+                [
+                    view.scores(view.moved(row, min(moved, 1.0), cell)[None])
+                    for moved, cell in moves
+                    if moved > 0
+                ],
+            ),
+        )
     return total
 
 
-def _difference_excess(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray],
-                       weights: np.ndarray) -> tuple[float, float, float]:
+def _difference_excess(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], weights: np.ndarray
+) -> tuple[float, float, float]:
     """A difference of two shares of the same patients, and what exact bounds add to it: (value, down, up).
 
     The difference is the mean of its positive parts minus that of its negative parts; each has an exact
@@ -380,21 +423,28 @@ def _difference_excess(first: tuple[np.ndarray, np.ndarray], second: tuple[np.nd
 def _difference_widths(first: _View, second: _View, weights: np.ndarray) -> Widths:
     """`_view_widths` of first minus second: pairs of decisions on the same patients are moved."""
     total: Widths = {}
-    scores = _difference(lambda view: first.scores(view[None]), lambda view: second.scores(view[None]))
+    scores = _difference(
+        lambda view: first.scores(view[None]), lambda view: second.scores(view[None])
+    )
     point = scores(first.counts.sum(axis=0), second.counts.sum(axis=0))
     for row in range(first.counts.shape[1]):
         value, down, up = _difference_excess(first.of_class(row), second.of_class(row), weights)
         higher = min(up / (1 - value), 1.0) if value < 1 else 0.0
         lower = min(down / (1 + value), 1.0) if value > -1 else 0.0
-        moved = [scores(first.moved(row, higher, first.right[row]), second.moved(row, higher, cell))
-                 for cell in second.wrong(row)]
-        moved += [scores(first.moved(row, lower, cell), second.moved(row, lower, second.right[row]))
-                  for cell in first.wrong(row)]
+        moved = [
+            scores(first.moved(row, higher, first.right[row]), second.moved(row, higher, cell))
+            for cell in second.wrong(row)
+        ]
+        moved += [
+            scores(first.moved(row, lower, cell), second.moved(row, lower, second.right[row]))
+            for cell in first.wrong(row)
+        ]
         _add(total, _class_widths(point, moved))
     return total
 
 
 # ---------------------------------------------------------------------------------------------------- intervals
+
 
 @lru_cache(maxsize=8)
 def _weights(classes: bytes, n_boot: int, seed: int) -> np.ndarray:
@@ -441,11 +491,17 @@ def _intervals(problem: _Problem, n_boot: int, seed: int, *, test: bool = False)
         test: whether to add "p", the two-sided p-value of the value 0.
     """
     patients = len(problem.patient_class)
-    point = {name: float(values[0]) for name, values in problem.statistic(np.ones((1, patients))).items()}
+    point = {
+        name: float(values[0]) for name, values in problem.statistic(np.ones((1, patients))).items()
+    }
     undefined = {"value": None, "ci": None, "n": problem.n}
     if n_boot == 0:
-        return {name: undefined if np.isnan(value) else {"value": round(value, 6), "ci": None, "exact": True}
-                for name, value in point.items()}
+        return {
+            name: undefined
+            if np.isnan(value)
+            else {"value": round(value, 6), "ci": None, "exact": True}
+            for name, value in point.items()
+        }
     weights = _weights(problem.patient_class.astype(np.int64).tobytes(), n_boot, seed)
     drawn = problem.statistic(weights)
     widths = problem.widths(weights) if patients else {}
@@ -456,16 +512,26 @@ def _intervals(problem: _Problem, n_boot: int, seed: int, *, test: bool = False)
         if np.isnan(value) or not len(draws):
             result[name] = dict(undefined)
             continue
-        low, high = _widened(_resampled_interval(draws, value), value, widths.get(name, np.zeros(2)),
-                             problem.ranges.get(name, (0.0, 1.0)), problem.units.get(name, smallest))
+        low, high = _widened(
+            _resampled_interval(draws, value),
+            value,
+            widths.get(name, np.zeros(2)),
+            problem.ranges.get(name, (0.0, 1.0)),
+            problem.units.get(name, smallest),
+        )
         result[name] = {"value": round(value, 6), "ci": [round(low, 6), round(high, 6)]}
         if test:
             result[name]["p"] = round(_p_value(draws, value, low, high), 6)
     return result
 
 
-def _widened(interval: tuple[float, float], value: float, widths: np.ndarray, limits: tuple[float, float],
-             patients: int) -> tuple[float, float]:
+def _widened(
+    interval: tuple[float, float],
+    value: float,
+    widths: np.ndarray,
+    limits: tuple[float, float],
+    patients: int,
+) -> tuple[float, float]:
     """A resampled interval with its extra half-widths, inside the score's range.
 
     An interval that still has no width gets the share of the way to both ends of the range that the exact
@@ -500,7 +566,9 @@ def _p_value(draws: np.ndarray, value: float, low: float, high: float) -> float:
 
 def _views(sums: Tally) -> tuple[_View, _View]:
     """The three-class and the four-class decisions as views."""
-    return _View(sums.three, np.arange(3), _merged_scores), _View(sums.four, np.arange(4), _confusion_scores)
+    return _View(sums.three, np.arange(3), _merged_scores), _View(
+        sums.four, np.arange(4), _confusion_scores
+    )
 
 
 def _patient_pairs(sums: Tally) -> int:
@@ -520,18 +588,29 @@ def _auroc_widths(sums: Tally) -> np.ndarray:
 
 def _with_ece(widths: Widths) -> Widths:
     """ECE differs by at most the share of slices whose decision differs, in either direction."""
-    return widths | {"ece": np.full(2, widths["accuracy"].max())} if "accuracy" in widths else widths
+    return (
+        widths | {"ece": np.full(2, widths["accuracy"].max())} if "accuracy" in widths else widths
+    )
 
 
 def _score_problem(sums: Tally) -> _Problem:
     def widths(weights: np.ndarray) -> Widths:
         three, four = (_view_widths(view, weights) for view in _views(sums))
         return _with_ece(three | four) | {"auroc": _auroc_widths(sums)}
-    return _Problem(_statistic(sums), widths, sums.person_class, sums.slices, {"qwk": (-1.0, 1.0)},
-                    {"auroc": _patient_pairs(sums)})
+
+    return _Problem(
+        _statistic(sums),
+        widths,
+        sums.person_class,
+        sums.slices,
+        {"qwk": (-1.0, 1.0)},
+        {"auroc": _patient_pairs(sums)},
+    )
 
 
-def score(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0) -> Scores:
+def score(
+    logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0
+) -> Scores:
     """Every score in `METRICS` with its interval.
 
     Args:
@@ -548,16 +627,22 @@ def score(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot:
     return _intervals(_score_problem(tally(logits, labels, people)), n_boot, seed)
 
 
-def by_person(logits: np.ndarray, labels: np.ndarray, people: np.ndarray,
-              seeds: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def by_person(
+    logits: np.ndarray, labels: np.ndarray, people: np.ndarray, seeds: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One row per person and training seed: (log of the mean slice probability (M, 4), label (M,), person (M,)).
 
     Seeds are kept apart because their mean would be an ensemble that nobody evaluated.
     """
     rows = scored(logits)
-    seeds = np.zeros(len(rows), dtype=np.int64) if seeds is None else np.asarray(seeds, dtype=np.int64)
-    keys, group = np.unique(np.column_stack([np.asarray(people, dtype=np.int64)[rows], seeds[rows]]), axis=0,
-                            return_inverse=True)
+    seeds = (
+        np.zeros(len(rows), dtype=np.int64) if seeds is None else np.asarray(seeds, dtype=np.int64)
+    )
+    keys, group = np.unique(
+        np.column_stack([np.asarray(people, dtype=np.int64)[rows], seeds[rows]]),
+        axis=0,
+        return_inverse=True,
+    )
     group = group.reshape(-1)
     mean, of_class = np.zeros((len(keys), 4)), np.zeros((len(keys), 4))
     np.add.at(mean, group, probabilities(np.asarray(logits)[rows]))
@@ -566,16 +651,25 @@ def by_person(logits: np.ndarray, labels: np.ndarray, people: np.ndarray,
     return np.log(np.maximum(mean, 1e-300)), of_class.argmax(axis=1), keys[:, 0]
 
 
-def score_people(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, seeds: np.ndarray | None = None,
-                 n_boot: int = 2000, seed: int = 0) -> Scores:
+def score_people(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    seeds: np.ndarray | None = None,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """`score` with one decision a person: the mean of the person's slice probabilities."""
     return score(*by_person(logits, labels, people, seeds), n_boot=n_boot, seed=seed)
 
 
 def _share_scores(four: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of (slices with the flag, slices without) by class: sums (B, 4, 2) to two scores, each (B,)."""
-    return {"balanced_accuracy": _mean_present(_ratio(four[..., 0], four.sum(axis=-1))),
-            "accuracy": _ratio(four[..., 0].sum(axis=-1), four.sum(axis=(-2, -1)))}
+    return {
+        "balanced_accuracy": _mean_present(_ratio(four[..., 0], four.sum(axis=-1))),
+        "accuracy": _ratio(four[..., 0].sum(axis=-1), four.sum(axis=(-2, -1))),
+    }
 
 
 def _merged_share_scores(three: np.ndarray) -> dict[str, np.ndarray]:
@@ -583,32 +677,40 @@ def _merged_share_scores(three: np.ndarray) -> dict[str, np.ndarray]:
     return {"balanced_accuracy_3": _mean_present(_ratio(three[..., 0], three.sum(axis=-1)))}
 
 
-def _flag_counts(flags: np.ndarray, labels: np.ndarray, patient: np.ndarray,
-                 size: tuple[int, int]) -> np.ndarray:
+def _flag_counts(
+    flags: np.ndarray, labels: np.ndarray, patient: np.ndarray, size: tuple[int, int]
+) -> np.ndarray:
     """(P, K, 2): the sum of flags in [0, 1], and of what they lack to 1, by patient and class."""
     counts = np.zeros((*size, 2))
     np.add.at(counts, (patient, labels), np.column_stack([flags, 1.0 - flags]))
     return counts
 
 
-def _flag_views(four: np.ndarray, three: np.ndarray, labels: np.ndarray,
-                people: np.ndarray) -> tuple[_View, _View]:
+def _flag_views(
+    four: np.ndarray, three: np.ndarray, labels: np.ndarray, people: np.ndarray
+) -> tuple[_View, _View]:
     """The views of three and four classes of flags in [0, 1], each (N,); a flag is the right decision (0)."""
     labels = np.asarray(labels, dtype=np.int64)
     identity, patient = np.unique(np.asarray(people), return_inverse=True)
-    merged = _flag_counts(np.asarray(three, dtype=np.float64), THREE[labels], patient, (len(identity), 3))
+    merged = _flag_counts(
+        np.asarray(three, dtype=np.float64), THREE[labels], patient, (len(identity), 3)
+    )
     counts = _flag_counts(np.asarray(four, dtype=np.float64), labels, patient, (len(identity), 4))
-    return (_View(merged, np.zeros(3, dtype=np.int64), _merged_share_scores),
-            _View(counts, np.zeros(4, dtype=np.int64), _share_scores))
+    return (
+        _View(merged, np.zeros(3, dtype=np.int64), _merged_share_scores),
+        _View(counts, np.zeros(4, dtype=np.int64), _share_scores),
+    )
 
 
 def _view_statistic(*views: _View) -> Statistic:
     """All scores of several views from resampling weights."""
+
     def scores(weights: np.ndarray) -> dict[str, np.ndarray]:
         found = {}
         for view in views:
             found |= view.scores(np.tensordot(weights, view.counts, axes=1))
         return found
+
     return scores
 
 
@@ -617,8 +719,15 @@ def _patient_class(view: _View) -> np.ndarray:
     return view.counts.sum(axis=2).argmax(axis=1)
 
 
-def score_standing(four: np.ndarray, three: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
-                   n_boot: int = 2000, seed: int = 0) -> Scores:
+def score_standing(
+    four: np.ndarray,
+    three: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """Worst-case scores from flags: whether each image's four-class and three-class decision withstood every attack.
 
     Args:
@@ -639,29 +748,45 @@ def score_standing(four: np.ndarray, three: np.ndarray, labels: np.ndarray, peop
 def _flag_problem(views: tuple[_View, _View], n: int) -> _Problem:
     def widths(weights: np.ndarray) -> Widths:
         return _view_widths(views[0], weights) | _view_widths(views[1], weights)
+
     return _Problem(_view_statistic(*views), widths, _patient_class(views[1]), n, {})
 
 
-def _mean_scores(four: np.ndarray, three: np.ndarray, labels: np.ndarray, people: np.ndarray, n_boot: int,
-                 seed: int) -> Scores:
+def _mean_scores(
+    four: np.ndarray,
+    three: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    n_boot: int,
+    seed: int,
+) -> Scores:
     """`score_standing` of numbers: a mean is a sum as a share is, but its range is that of the numbers."""
     views = _flag_views(four, three, labels, people)
     numbers = np.concatenate([four, three]).astype(np.float64)
     limits = (float(numbers.min()), float(numbers.max())) if len(numbers) else (0.0, 0.0)
     ranges = dict.fromkeys(("balanced_accuracy_3", "balanced_accuracy", "accuracy"), limits)
-    problem = _Problem(_view_statistic(*views), lambda weights: {}, _patient_class(views[1]), len(four),
-                       ranges)
+    problem = _Problem(
+        _view_statistic(*views), lambda weights: {}, _patient_class(views[1]), len(four), ranges
+    )
     return _intervals(problem, n_boot, seed)
 
 
-def share_by_class(flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000,
-                   seed: int = 0) -> list[dict]:
+def share_by_class(
+    flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0
+) -> list[dict]:
     """The share of true flags in each of the four classes with its interval, `n_slices` and `n_people`."""
     return _share_by_group(flags, np.asarray(labels), 4, labels, people, n_boot, seed)
 
 
-def recalls(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, groups: np.ndarray = THREE, *,
-            n_boot: int = 2000, seed: int = 0) -> list[dict]:
+def recalls(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    groups: np.ndarray = THREE,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> list[dict]:
     """The recall of each class: the share of its slices that are decided right.
 
     By patient instead of by slice: `recalls(*by_person(logits, labels, people))`.
@@ -684,31 +809,52 @@ def recalls(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, groups: 
     return _share_by_group(right, truth, len(member.T), labels, people, n_boot, seed)
 
 
-def _share_by_group(flags: np.ndarray, group: np.ndarray, n_groups: int, labels: np.ndarray,
-                    people: np.ndarray, n_boot: int, seed: int) -> list[dict]:
+def _share_by_group(
+    flags: np.ndarray,
+    group: np.ndarray,
+    n_groups: int,
+    labels: np.ndarray,
+    people: np.ndarray,
+    n_boot: int,
+    seed: int,
+) -> list[dict]:
     """`score_standing`'s accuracy within each group of rows, with `n_slices` and `n_people`."""
     flags, labels, people, shares = np.asarray(flags), np.asarray(labels), np.asarray(people), []
     for index in range(n_groups):
         rows = group == index
-        entry = score_standing(flags[rows], flags[rows], labels[rows], people[rows], n_boot=n_boot,
-                               seed=seed)["accuracy"]
-        shares.append({**entry, "n_slices": int(rows.sum()), "n_people": len(np.unique(people[rows]))})
+        entry = score_standing(
+            flags[rows], flags[rows], labels[rows], people[rows], n_boot=n_boot, seed=seed
+        )["accuracy"]
+        shares.append(
+            {**entry, "n_slices": int(rows.sum()), "n_people": len(np.unique(people[rows]))}
+        )
     return shares
 
 
 # ------------------------------------------------------------------------------------------------ differences
 
-def _difference(first: Callable[..., dict[str, np.ndarray]],
-                second: Callable[..., dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
+
+def _difference(
+    first: Callable[..., dict[str, np.ndarray]], second: Callable[..., dict[str, np.ndarray]]
+) -> Callable[..., dict[str, np.ndarray]]:
     """First minus second, each of its own argument, or both of the same where one is given."""
+
     def scores(*arguments: np.ndarray) -> dict[str, np.ndarray]:
         a, b = first(arguments[0]), second(arguments[-1])
         return {name: a[name] - b[name] for name in a}
+
     return scores
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
-                      n_boot: int = 2000, seed: int = 0) -> Scores:
+def paired_difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """First model minus second on the same images, every score with an interval over the *same* resampled
     patients.
 
@@ -722,25 +868,51 @@ def paired_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray,
         intervals.
     """
     rows = scored(first) & scored(second)
-    a, b = (tally(np.asarray(x)[rows], np.asarray(labels)[rows], np.asarray(people)[rows]) for x in (first, second))
+    a, b = (
+        tally(np.asarray(x)[rows], np.asarray(labels)[rows], np.asarray(people)[rows])
+        for x in (first, second)
+    )
 
     def widths(weights: np.ndarray) -> Widths:
-        three, four = (_difference_widths(*pair, weights) for pair in zip(_views(a), _views(b), strict=True))
+        three, four = (
+            _difference_widths(*pair, weights) for pair in zip(_views(a), _views(b), strict=True)
+        )
         return _with_ece(three | four) | {"auroc": _auroc_widths(a) + _auroc_widths(b)[::-1]}
+
     ranges = dict.fromkeys(METRICS, (-1.0, 1.0)) | {"qwk": (-2.0, 2.0)}
-    problem = _Problem(_difference(_statistic(a), _statistic(b)), widths, a.person_class, a.slices, ranges,
-                       {"auroc": _patient_pairs(a)})
+    problem = _Problem(
+        _difference(_statistic(a), _statistic(b)),
+        widths,
+        a.person_class,
+        a.slices,
+        ranges,
+        {"auroc": _patient_pairs(a)},
+    )
     return _intervals(problem, n_boot, seed, test=True)
 
 
-def paired_standing_difference(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray],
-                               labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0) -> Scores:
+def paired_standing_difference(
+    first: tuple[np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """`paired_difference` of worst-case scores; each model gives its (four, three) flags as in `score_standing`."""
-    return standing_difference((*first, labels, people), (*second, labels, people), n_boot=n_boot, seed=seed)
+    return standing_difference(
+        (*first, labels, people), (*second, labels, people), n_boot=n_boot, seed=seed
+    )
 
 
-def standing_difference(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...], *, n_boot: int = 2000,
-                        seed: int = 0) -> Scores:
+def standing_difference(
+    first: tuple[np.ndarray, ...],
+    second: tuple[np.ndarray, ...],
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """First minus second of the scores of `score_standing`, on images of the *same patients*, who are
     resampled in both at once; with "p" as in `paired_difference`.
 
@@ -752,12 +924,15 @@ def standing_difference(first: tuple[np.ndarray, ...], second: tuple[np.ndarray,
     """
     if not np.array_equal(np.unique(first[3]), np.unique(second[3])):
         raise ValueError("Differences are resampled over people, so both sides need the same ones.")
-    sides = [_flag_views(np.asarray(four, dtype=bool), np.asarray(three, dtype=bool), labels, people)
-             for four, three, labels, people in (first, second)]
+    sides = [
+        _flag_views(np.asarray(four, dtype=bool), np.asarray(three, dtype=bool), labels, people)
+        for four, three, labels, people in (first, second)
+    ]
 
     def widths(weights: np.ndarray) -> Widths:
         three, four = (_difference_widths(*pair, weights) for pair in zip(*sides, strict=True))
         return three | four
+
     statistic = _difference(*(_view_statistic(*views) for views in sides))
     ranges = dict.fromkeys(("balanced_accuracy_3", "balanced_accuracy", "accuracy"), (-1.0, 1.0))
     problem = _Problem(statistic, widths, _patient_class(sides[0][1]), len(first[2]), ranges)
@@ -789,7 +964,10 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 # --------------------------------------------------------------------------------------------------- calibration
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0)) -> float:
+
+def fit_temperature(
+    logits: np.ndarray, labels: np.ndarray, bounds: tuple[float, float] = (0.05, 20.0)
+) -> float:
     """The temperature that minimises cross-entropy of logits / temperature (Guo et al. 2017, arXiv:1706.04599).
 
     Cross-entropy is convex in 1/temperature, so its slope is bisected; on a separable set the search ends where the
@@ -799,7 +977,10 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float,
         logits: (N, 4) on *validation* images: a temperature chosen on test images would be fitted to them.
     """
     rows = scored(logits)
-    logits, labels = np.asarray(logits, dtype=np.float64)[rows], np.asarray(labels, dtype=np.int64)[rows]
+    logits, labels = (
+        np.asarray(logits, dtype=np.float64)[rows],
+        np.asarray(labels, dtype=np.int64)[rows],
+    )
     truth = logits[np.arange(len(labels)), labels]
 
     def slope(inverse: float) -> float:
@@ -812,8 +993,15 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, bounds: tuple[float,
     return 1 / (low * high) ** 0.5
 
 
-def calibration_curve(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, bins: int = 10,
-                      n_boot: int = 2000, seed: int = 0) -> list[dict]:
+def calibration_curve(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    bins: int = 10,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> list[dict]:
     """The filled confidence bins from low to high, each {"confidence", "accuracy", "ci", "n_slices"}.
 
     `confidence` is the bin's mean top probability; the interval of `accuracy` resamples the patients with
@@ -828,8 +1016,14 @@ def calibration_curve(logits: np.ndarray, labels: np.ndarray, people: np.ndarray
         inside = of_bin == index
         right = logits[inside].argmax(axis=1) == labels[inside]
         found = share(right, labels[inside], people[inside], n_boot=n_boot, seed=seed)
-        curve.append({"confidence": float(confidence[inside].mean()), "accuracy": found["value"],
-                      "ci": found["ci"], "n_slices": int(inside.sum())})
+        curve.append(
+            {
+                "confidence": float(confidence[inside].mean()),
+                "accuracy": found["value"],
+                "ci": found["ci"],
+                "n_slices": int(inside.sum()),
+            }
+        )
     return curve
 
 
@@ -848,8 +1042,16 @@ def _error_correlation(outcomes: np.ndarray) -> dict[str, np.ndarray]:
     return {"error_correlation": _ratio(n * both - first * second, spread)}
 
 
-def pair_scores(differ: np.ndarray, first_wrong: np.ndarray, second_wrong: np.ndarray, labels: np.ndarray,
-                people: np.ndarray, *, n_boot: int = 2000, seed: int = 0) -> Scores:
+def pair_scores(
+    differ: np.ndarray,
+    first_wrong: np.ndarray,
+    second_wrong: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """Disagreement of two models and the correlation of their errors (Pearson's of two flags), with intervals
     over patients.
 
@@ -862,21 +1064,36 @@ def pair_scores(differ: np.ndarray, first_wrong: np.ndarray, second_wrong: np.nd
     counts = np.zeros((len(identity), 4, 4))
     np.add.at(counts, (patient, labels, outcome), 1)
     view = _View(counts, np.full(4, NEITHER), _error_correlation)
-    problem = _Problem(_view_statistic(view), lambda weights: _view_widths(view, weights),
-                       _patient_class(view), len(labels), {"error_correlation": (-1.0, 1.0)})
-    return {"disagreement": share(differ, labels, people, n_boot=n_boot, seed=seed),
-            **_intervals(problem, n_boot, seed)}
+    problem = _Problem(
+        _view_statistic(view),
+        lambda weights: _view_widths(view, weights),
+        _patient_class(view),
+        len(labels),
+        {"error_correlation": (-1.0, 1.0)},
+    )
+    return {
+        "disagreement": share(differ, labels, people, n_boot=n_boot, seed=seed),
+        **_intervals(problem, n_boot, seed),
+    }
 
 
-def share(flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0) -> dict:
+def share(
+    flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0
+) -> dict:
     """The share of true flags among all rows with its interval over patients."""
     flags = np.asarray(flags, dtype=bool)
     return score_standing(flags, flags, labels, people, n_boot=n_boot, seed=seed)["accuracy"]
 
 
-def kept_shares(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray],
-                labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000,
-                seed: int = 0) -> Scores:
+def kept_shares(
+    first: tuple[np.ndarray, np.ndarray],
+    second: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
     """How much of what each of two abilities had on clean images it keeps under an attack, and the first's
     share minus the second's.
 
@@ -913,16 +1130,27 @@ def _kept_problem(first: _View, second: _View, patient_class: np.ndarray, n: int
 
     def widths(weights: np.ndarray) -> Widths:
         none = np.zeros(2)
-        return {"first": _view_widths(first, weights).get("kept", none),
-                "second": _view_widths(second, weights).get("kept", none),
-                "difference": _difference_widths(first, second, weights).get("kept", none)}
+        return {
+            "first": _view_widths(first, weights).get("kept", none),
+            "second": _view_widths(second, weights).get("kept", none),
+            "difference": _difference_widths(first, second, weights).get("kept", none),
+        }
+
     return _Problem(statistic, widths, patient_class, n, {"difference": (-1.0, 1.0)})
 
 
 # ------------------------------------------------------------------------------------- abstention and conformal sets
 
-def risk_coverage(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, coverages: np.ndarray | None = None,
-                  n_boot: int = 2000, seed: int = 0) -> list[dict]:
+
+def risk_coverage(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    coverages: np.ndarray | None = None,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> list[dict]:
     """Error among the most confident share of rows, for each share: {"coverage", "risk", "ci", "threshold", "n"}.
 
     The decision is the three-class one (`THREE`), the confidence its probability (El-Yaniv and Wiener 2010, JMLR 11). The
@@ -937,20 +1165,40 @@ def risk_coverage(logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *,
     for coverage in np.linspace(0.1, 1, 10) if coverages is None else coverages:
         count = max(1, round(float(coverage) * len(confidence)))
         threshold = np.sort(confidence)[::-1][count - 1]
-        curve.append({"coverage": float(coverage),
-                      **selective_risk(wrong, confidence, threshold, labels, people, n_boot=n_boot, seed=seed)})
+        curve.append(
+            {
+                "coverage": float(coverage),
+                **selective_risk(
+                    wrong, confidence, threshold, labels, people, n_boot=n_boot, seed=seed
+                ),
+            }
+        )
     return curve
 
 
-def selective_risk(wrong: np.ndarray, confidence: np.ndarray, threshold: float, labels: np.ndarray, people: np.ndarray, *,
-                   n_boot: int = 2000, seed: int = 0) -> dict:
+def selective_risk(
+    wrong: np.ndarray,
+    confidence: np.ndarray,
+    threshold: float,
+    labels: np.ndarray,
+    people: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> dict:
     """Error among rows at least as confident as `threshold`: {"risk", "ci", "threshold", "n", "answered"}; under attack give
     the wrong answers and confidences of the attacked images and the threshold of the clean ones."""
     kept = np.asarray(confidence) >= threshold
     entry = {"threshold": float(threshold), "n": int(kept.sum()), "answered": float(kept.mean())}
     if not kept.any():
         return {"risk": None, "ci": None, **entry}
-    found = share(np.asarray(wrong)[kept], np.asarray(labels)[kept], np.asarray(people)[kept], n_boot=n_boot, seed=seed)
+    found = share(
+        np.asarray(wrong)[kept],
+        np.asarray(labels)[kept],
+        np.asarray(people)[kept],
+        n_boot=n_boot,
+        seed=seed,
+    )
     return {"risk": found["value"], "ci": found["ci"], **entry}
 
 
@@ -962,7 +1210,9 @@ def conformal_threshold(logits: np.ndarray, labels: np.ndarray, alpha: float) ->
         logits, labels: of people that took part in no other choice; their labels must be exchangeable with those tested.
     """
     probability = merge_classes(probabilities(logits))
-    nonconformity = np.sort(1 - probability[np.arange(len(labels)), THREE[np.asarray(labels, dtype=np.int64)]])
+    nonconformity = np.sort(
+        1 - probability[np.arange(len(labels)), THREE[np.asarray(labels, dtype=np.int64)]]
+    )
     place = math.ceil((len(labels) + 1) * (1 - alpha))
     return float(nonconformity[place - 1]) if place <= len(labels) else 1.0
 
@@ -972,7 +1222,9 @@ def conformal_sets(logits: np.ndarray, threshold: float | np.ndarray) -> np.ndar
     return 1 - merge_classes(probabilities(logits)) <= np.asarray(threshold).reshape(-1, 1) + 1e-12
 
 
-def cross_conformal(logits: np.ndarray, labels: np.ndarray, fold: np.ndarray, alpha: float, seed: int = 0) -> np.ndarray:
+def cross_conformal(
+    logits: np.ndarray, labels: np.ndarray, fold: np.ndarray, alpha: float, seed: int = 0
+) -> np.ndarray:
     """A conformal threshold for each row (N,), calibrated on the *other half* of its own fold's test people.
 
     These people took part in no training, search or choice of epoch, and nobody is in the half that judges them. Halves are
@@ -984,7 +1236,9 @@ def cross_conformal(logits: np.ndarray, labels: np.ndarray, fold: np.ndarray, al
     generator, half = np.random.default_rng(seed), np.zeros(len(labels), dtype=np.int64)
     for own in np.unique(fold):
         for label in np.unique(THREE[np.asarray(labels)]):
-            rows = generator.permutation(np.flatnonzero((fold == own) & (THREE[np.asarray(labels)] == label)))
+            rows = generator.permutation(
+                np.flatnonzero((fold == own) & (THREE[np.asarray(labels)] == label))
+            )
             half[rows] = (np.arange(len(rows)) + generator.integers(2)) % 2
     thresholds = np.ones(len(labels))
     for own in np.unique(fold):

@@ -73,7 +73,9 @@ def known_study(folder: Path, config: RunConfig) -> optuna.Study | None:
     if not database.is_file():
         return None
     with contextlib.suppress(KeyError):  # the file may hold the studies of other folds alone
-        return optuna.load_study(study_name=study_name(config), storage=f"sqlite:///{database.as_posix()}")
+        return optuna.load_study(
+            study_name=study_name(config), storage=f"sqlite:///{database.as_posix()}"
+        )
     return None
 
 
@@ -84,9 +86,14 @@ def open_study(folder: Path, config: RunConfig, storage: str | None = None) -> o
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     beating = dict(heartbeat_interval=HEARTBEAT, grace_period=GRACE) if storage else {}
     return optuna.create_study(
-        study_name=study_name(config), direction="minimize",
-        storage=optuna.storages.RDBStorage(storage or f"sqlite:///{database.as_posix()}", **beating), load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=1))
+        study_name=study_name(config),
+        direction="minimize",
+        storage=optuna.storages.RDBStorage(
+            storage or f"sqlite:///{database.as_posix()}", **beating
+        ),
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=1),
+    )
 
 
 def enqueue(study: optuna.Study, trials: int) -> None:
@@ -95,8 +102,16 @@ def enqueue(study: optuna.Study, trials: int) -> None:
         study.enqueue_trial({})
 
 
-def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Path, device: torch.device, *,
-           storage: str | None = None, start: Path | None = None) -> optuna.Study:
+def search(
+    train: ImageSet,
+    validation: ImageSet,
+    config: RunConfig,
+    folder: Path,
+    device: torch.device,
+    *,
+    storage: str | None = None,
+    start: Path | None = None,
+) -> optuna.Study:
     """Works on the study until none of its trials waits or runs, and writes the best settings beside it. On one machine it
     enqueues `config.trials` trials itself, and one for each that failed, as long as no more failed than were asked for.
 
@@ -111,18 +126,31 @@ def search(train: ImageSet, validation: ImageSet, config: RunConfig, folder: Pat
     """
     study = open_study(folder, config, storage)
     if storage is not None and not study.get_trials(deepcopy=False):
-        raise StudyError(f"No trial is enqueued in {study.study_name}: enqueue them once with `python -m utils.experiment search "
-                         "--enqueue N`, then start as many workers as you like.")
+        raise StudyError(
+            f"No trial is enqueued in {study.study_name}: enqueue them once with `python -m utils.experiment search "
+            "--enqueue N`, then start as many workers as you like."
+        )
     workplace = folder / "trials" / study.study_name
-    take = _local_trials(study, workplace, config.trials) if storage is None else _shared_trials(study)
+    take = (
+        _local_trials(study, workplace, config.trials) if storage is None else _shared_trials(study)
+    )
     for trial in take:
         _work(study, trial, train, validation, config, device, workplace / f"{trial.number}", start)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
-        raise StudyError(f"All {len(study.trials)} trials of {study.study_name} failed: run one training by hand to see why.")
-    write_json(study_paths(folder, config)[1],
-               {"study": study.study_name, "trials": len(complete), "value": study.best_value, "trial": study.best_trial.number,
-                "settings": study.best_trial.params})
+        raise StudyError(
+            f"All {len(study.trials)} trials of {study.study_name} failed: run one training by hand to see why."
+        )
+    write_json(
+        study_paths(folder, config)[1],
+        {
+            "study": study.study_name,
+            "trials": len(complete),
+            "value": study.best_value,
+            "trial": study.best_trial.number,
+            "settings": study.best_trial.params,
+        },
+    )
     return study
 
 
@@ -134,11 +162,16 @@ def _local_trials(study: optuna.Study, workplace: Path, trials: int) -> Iterator
         with FileLock(workplace / "queue.lock"):
             failed = len(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
             enqueue(study, trials + min(failed, trials))
-        open_trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        open_trials = study.get_trials(
+            deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)
+        )
         if not open_trials:
             return
         for waiting in open_trials:
-            with contextlib.suppress(Timeout), FileLock(workplace / f"{waiting.number}.lock", timeout=0):
+            with (
+                contextlib.suppress(Timeout),
+                FileLock(workplace / f"{waiting.number}.lock", timeout=0),
+            ):
                 if not study.trials[waiting.number].state.is_finished():
                     _claim(study, waiting._trial_id)
                     yield _begin(study, waiting)
@@ -151,7 +184,9 @@ def _shared_trials(study: optuna.Study) -> Iterator[optuna.Trial]:
     """Trials for this worker, one at a time; those of workers that gave no sign of life are failed on the way."""
     while True:
         optuna.storages.fail_stale_trials(study)
-        open_trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        open_trials = study.get_trials(
+            deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)
+        )
         if not open_trials:
             return
         for waiting in (trial for trial in open_trials if trial.state == TrialState.WAITING):
@@ -176,7 +211,9 @@ def _claim(study: optuna.Study, trial_id: int) -> bool:
 def _begin(study: optuna.Study, waiting: optuna.trial.FrozenTrial) -> optuna.Trial:
     # Startup trials are random; a later one looks at all trials before it, whoever ran them.
     study.sampler = optuna.samplers.TPESampler(seed=10_007 + waiting.number, multivariate=True)
-    study._thread_local.cached_all_trials = None  # as `Study.ask` does: see what other workers wrote meanwhile
+    study._thread_local.cached_all_trials = (
+        None  # as `Study.ask` does: see what other workers wrote meanwhile
+    )
     return optuna.Trial(study, waiting._trial_id)
 
 
@@ -198,8 +235,16 @@ def _signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
         thread.join()
 
 
-def _work(study: optuna.Study, trial: optuna.Trial, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device,
-          folder: Path, start: Path | None) -> None:
+def _work(
+    study: optuna.Study,
+    trial: optuna.Trial,
+    train: ImageSet,
+    validation: ImageSet,
+    config: RunConfig,
+    device: torch.device,
+    folder: Path,
+    start: Path | None,
+) -> None:
     """Runs one trial and tells the study how it ended, unless others gave it up meanwhile (a machine that slept); its
     checkpoints live in `folder` while it runs."""
     value, state = None, None
@@ -214,13 +259,22 @@ def _work(study: optuna.Study, trial: optuna.Trial, train: ImageSet, validation:
         trial.set_user_attr("error", f"{type(error).__name__}: {error}"[:500])
         say(f"trial {trial.number} failed: {error}")
     if study.trials[trial.number].state.is_finished():
-        say(f"trial {trial.number} was given up by another worker, and what it came to here is left out: no sign of life for {GRACE} s")
+        say(
+            f"trial {trial.number} was given up by another worker, and what it came to here is left out: no sign of life for {GRACE} s"
+        )
     study.tell(trial, value, state=state, skip_if_finished=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def objective(trial: optuna.Trial, train: ImageSet, validation: ImageSet, config: RunConfig, device: torch.device, folder: Path,
-              start: Path | None = None) -> float:
+def objective(
+    trial: optuna.Trial,
+    train: ImageSet,
+    validation: ImageSet,
+    config: RunConfig,
+    device: torch.device,
+    folder: Path,
+    start: Path | None = None,
+) -> float:
     """Best validation score of a short training with the trial's settings; resumes what a killed worker left in `folder`."""
     settings = dataclasses.replace(config, **suggest(trial), epochs=config.search_epochs)
     reported = trial.study.trials[trial.number].intermediate_values
@@ -231,9 +285,21 @@ def objective(trial: optuna.Trial, train: ImageSet, validation: ImageSet, config
         if entry["epoch"] < settings.epochs and trial.should_prune():
             raise optuna.TrialPruned
 
-    fitted = fit(train, validation, settings, folder / "trial.safetensors", device, on_epoch=report, start=start)
+    fitted = fit(
+        train,
+        validation,
+        settings,
+        folder / "trial.safetensors",
+        device,
+        on_epoch=report,
+        start=start,
+    )
     # An epoch that answers one class is never the best.
-    return ONE_CLASS + fitted.history[-1]["score"] if fitted.one_class else fitted.history[fitted.best_epoch - 1]["score"]
+    return (
+        ONE_CLASS + fitted.history[-1]["score"]
+        if fitted.one_class
+        else fitted.history[fitted.best_epoch - 1]["score"]
+    )
 
 
 def best_settings(folder: Path, config: RunConfig) -> dict[str, object]:
@@ -247,14 +313,23 @@ def trials_table(study: optuna.Study) -> str:
     rows = sorted((t for t in study.trials if t.value is not None), key=lambda trial: trial.value)
     lines = [f"{'trial':>5} {'score':>8} {'state':>9}  settings"]
     for trial in rows:
-        settings = json.dumps({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in trial.params.items()})
-        lines.append(f"{trial.number:>5} {trial.value:>8.4f} {trial.state.name.lower():>9}  {settings}")
+        settings = json.dumps(
+            {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in trial.params.items()}
+        )
+        lines.append(
+            f"{trial.number:>5} {trial.value:>8.4f} {trial.state.name.lower():>9}  {settings}"
+        )
     return "\n".join(lines)
 
 
 #: What a figure calls the states of trials.
-STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed", TrialState.RUNNING: "running",
-          TrialState.WAITING: "waiting"}
+STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
 
 
 @styled
@@ -270,7 +345,12 @@ def search_figures(study: optuna.Study) -> StudyFigure:
 
 def _states_text(trials: list[FrozenTrial]) -> str:
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
-    return " · ".join([f"n = {len(trials)} trials", *(f"{count} {STATES[state]}" for state, count in counts.items() if count)])
+    return " · ".join(
+        [
+            f"n = {len(trials)} trials",
+            *(f"{count} {STATES[state]}" for state, count in counts.items() if count),
+        ]
+    )
 
 
 def _history_panel(panel: Axes, trials: list[FrozenTrial], colour: str) -> None:
@@ -283,20 +363,48 @@ def _history_panel(panel: Axes, trials: list[FrozenTrial], colour: str) -> None:
         return
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     learnt = [trial for trial in complete if trial.value < ONE_CLASS]
-    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.value is not None]
+    pruned = [
+        trial for trial in trials if trial.state == TrialState.PRUNED and trial.value is not None
+    ]
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    for those, face, label in ((learnt, colour, "complete"), (pruned, "none", "pruned (last epoch's)")):
+    for those, face, label in (
+        (learnt, colour, "complete"),
+        (pruned, "none", "pruned (last epoch's)"),
+    ):
         if those:
-            panel.scatter(*zip(*((trial.number, trial.value) for trial in those)), facecolors=face, edgecolors=colour, s=26, zorder=3,
-                          label=label)
+            panel.scatter(
+                *zip(*((trial.number, trial.value) for trial in those)),
+                facecolors=face,
+                edgecolors=colour,
+                s=26,
+                zorder=3,
+                label=label,
+            )
     if learnt:
         best = np.minimum.accumulate([trial.value for trial in learnt])
-        panel.step([*(trial.number for trial in learnt), len(trials) - 1], [*best, best[-1]], where="post", color=BASE, linewidth=1.2,
-                   label="best so far")
-    for those, marker, label in ((failed, "x", "failed"), ([t for t in complete if t.value >= ONE_CLASS], "^", "answered one class")):
+        panel.step(
+            [*(trial.number for trial in learnt), len(trials) - 1],
+            [*best, best[-1]],
+            where="post",
+            color=BASE,
+            linewidth=1.2,
+            label="best so far",
+        )
+    for those, marker, label in (
+        (failed, "x", "failed"),
+        ([t for t in complete if t.value >= ONE_CLASS], "^", "answered one class"),
+    ):
         if those:
-            panel.scatter([trial.number for trial in those], [0.97] * len(those), marker=marker, color=GREY, s=30, zorder=3, label=label,
-                          transform=panel.get_xaxis_transform())
+            panel.scatter(
+                [trial.number for trial in those],
+                [0.97] * len(those),
+                marker=marker,
+                color=GREY,
+                s=30,
+                zorder=3,
+                label=label,
+                transform=panel.get_xaxis_transform(),
+            )
     if not learnt and not pruned:
         panel.set_yticks([])
     panel.margins(y=0.15)
@@ -311,12 +419,17 @@ def _importance_panel(panel: Axes, study: optuna.Study, colour: str) -> None:
     panel.set_title(f"what puts a trial among the best, n = {complete}")
     importances = importances_of(study)
     if not importances:
-        _absent(panel, f"importances need at least {LEAST_FOR_IMPORTANCE} complete trials\nthat differ; this search has {complete} "
-                       "complete")
+        _absent(
+            panel,
+            f"importances need at least {LEAST_FOR_IMPORTANCE} complete trials\nthat differ; this search has {complete} "
+            "complete",
+        )
         return
     bars = panel.barh(list(importances)[::-1], list(importances.values())[::-1], color=colour)
     panel.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-    panel.set(xlabel="share of the importance of all settings", xlim=(0, 1.15 * max(importances.values())))
+    panel.set(
+        xlabel="share of the importance of all settings", xlim=(0, 1.15 * max(importances.values()))
+    )
     panel.grid(False, axis="y")
 
 
@@ -325,6 +438,10 @@ def importances_of(study: optuna.Study) -> dict[str, float]:
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < LEAST_FOR_IMPORTANCE:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot tell equal scores apart is said in the panel
+        warnings.simplefilter(
+            "ignore"
+        )  # that it cannot tell equal scores apart is said in the panel
         importances = optuna.importance.get_param_importances(study)
-    return importances if len(set(importances.values())) > 1 else {}  # all equal is what it answers where it found nothing
+    return (
+        importances if len(set(importances.values())) > 1 else {}
+    )  # all equal is what it answers where it found nothing

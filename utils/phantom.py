@@ -39,9 +39,18 @@ class PhantomCohort:
     split: list[str]
 
 
-def draw_cohort(*, people: Sequence[int] = (10, 7, 4, 2), slices: int | tuple[int, int] = 32,
-                size: int | Sequence[int] = 128, synthetic: int = 60, duplicates: int = 8, cross_duplicates: int = 0,
-                conflicts: int = 0, noise: float = 0.0, seed: int = 0) -> PhantomCohort:
+def draw_cohort(
+    *,
+    people: Sequence[int] = (10, 7, 4, 2),
+    slices: int | tuple[int, int] = 32,
+    size: int | Sequence[int] = 128,
+    synthetic: int = 60,
+    duplicates: int = 8,
+    cross_duplicates: int = 0,
+    conflicts: int = 0,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> PhantomCohort:
     """Draws a cohort of `uint8` images (size, size); equal arguments give equal pixels.
 
     Args:
@@ -64,7 +73,11 @@ def draw_cohort(*, people: Sequence[int] = (10, 7, 4, 2), slices: int | tuple[in
         stack = draw_person(rng, int(group), int(rng.integers(low, high + 1)), sides)
         held_out = _scatter_test(rng, len(stack))
         for position, image in enumerate(stack):
-            filed = min(group + 1, len(people) - 1) if who < conflicts and position >= len(stack) // 2 else group
+            filed = (
+                min(group + 1, len(people) - 1)
+                if who < conflicts and position >= len(stack) // 2
+                else group
+            )
             images.append(image)
             label.append(filed)
             person.append(who)
@@ -75,7 +88,9 @@ def draw_cohort(*, people: Sequence[int] = (10, 7, 4, 2), slices: int | tuple[in
     noisy = [_to_8_bits(rng, image, noise) for image in (*images, *blends)]
     training = np.flatnonzero(np.array(split) == "train")
     copied = rng.choice(training, min(duplicates + cross_duplicates, len(training)), replace=False)
-    copy_split = ["test"] * min(cross_duplicates, len(copied)) + ["train"] * max(0, len(copied) - cross_duplicates)
+    copy_split = ["test"] * min(cross_duplicates, len(copied)) + ["train"] * max(
+        0, len(copied) - cross_duplicates
+    )
     nobody, nothing = np.full(len(blends), -1), np.full(len(images) + len(blends), -1)
     return PhantomCohort(
         images=noisy + [noisy[i] for i in copied],
@@ -84,7 +99,8 @@ def draw_cohort(*, people: Sequence[int] = (10, 7, 4, 2), slices: int | tuple[in
         slice_index=np.concatenate([index, nobody, index[copied]]).astype(np.int64),
         kind=["real"] * len(images) + ["synthetic"] * len(blends) + ["duplicate"] * len(copied),
         duplicate_of=np.concatenate([nothing, copied]).astype(np.int64),
-        split=split + ["train"] * len(blends) + copy_split)
+        split=split + ["train"] * len(blends) + copy_split,
+    )
 
 
 def write_phantom(folder: Path | str, *, quality: int = 90, seed: int = 0, **options) -> Path:
@@ -107,14 +123,21 @@ def write_phantom(folder: Path | str, *, quality: int = 90, seed: int = 0, **opt
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         (folder / name).write_bytes(buffer.getvalue())
-    with atomic_path(folder / "people.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(folder / "people.csv") as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["path", "person", "slice_index", "kind"])
-        rows.writerows(sorted(zip(names, cohort.person.tolist(), cohort.slice_index.tolist(), cohort.kind)))
+        rows.writerows(
+            sorted(zip(names, cohort.person.tolist(), cohort.slice_index.tolist(), cohort.kind))
+        )
     return folder
 
 
-def draw_person(rng: np.random.Generator, group: int, slices: int, sides: Sequence[int]) -> list[np.ndarray]:
+def draw_person(
+    rng: np.random.Generator, group: int, slices: int, sides: Sequence[int]
+) -> list[np.ndarray]:
     """One person's neighbouring slices, `float32` (side, side) in [0, 255], the most superior first."""
     shape = _draw_shape(rng, group)
     side = sides[int(rng.integers(len(sides)))]
@@ -128,17 +151,25 @@ def draw_person(rng: np.random.Generator, group: int, slices: int, sides: Sequen
 
 
 def _draw_shape(rng: np.random.Generator, group: int) -> dict[str, float]:
-    return dict(ventricle=VENTRICLE_SCALE[group] + rng.normal(0, VENTRICLE_SPREAD), width=rng.normal(0.76, 0.02),
-                length=rng.normal(0.84, 0.02), tilt=rng.normal(0, 0.04), x=rng.normal(0, 0.012), y=rng.normal(0, 0.012),
-                slant=rng.normal(0.28, 0.05), gap=rng.normal(0.10, 0.008), bright=rng.normal(150, 8),
-                contrast=rng.normal(62, 5))
+    return dict(
+        ventricle=VENTRICLE_SCALE[group] + rng.normal(0, VENTRICLE_SPREAD),
+        width=rng.normal(0.76, 0.02),
+        length=rng.normal(0.84, 0.02),
+        tilt=rng.normal(0, 0.04),
+        x=rng.normal(0, 0.012),
+        y=rng.normal(0, 0.012),
+        slant=rng.normal(0.28, 0.05),
+        gap=rng.normal(0.10, 0.008),
+        bright=rng.normal(150, 8),
+        contrast=rng.normal(62, 5),
+    )
 
 
 def _folds_at(fields: np.ndarray, position: int) -> np.ndarray:
     """The folds' coarse field (22, 22) at one position: a moving average of independent fields, so that neighbours are
     alike and slices far apart are not."""
     offsets = np.arange(len(fields)) - position - 4
-    weights = np.exp(-(offsets / FOLD_LENGTH) ** 2 / 2).astype(np.float32)
+    weights = np.exp(-((offsets / FOLD_LENGTH) ** 2) / 2).astype(np.float32)
     return np.tensordot(weights / np.linalg.norm(weights), fields, 1)
 
 
@@ -153,14 +184,18 @@ def _draw_slice(shape: dict[str, float], folds: np.ndarray, height: float, side:
     texture = np.tanh(1.6 * (spread @ folds @ spread.T))
     # The cortex is folded, the middle is smoother: the texture fades towards the centre.
     tissue = shape["bright"] + shape["contrast"] * texture * np.clip(0.35 + 0.8 * radius, 0, 1)
-    tissue = tissue * (1 - 0.75 * np.exp(-(x / 0.018) ** 2) * (radius > 0.45))
-    size = float(shape["ventricle"] * np.exp(-((height - 0.55) / 0.28) ** 2))
+    tissue = tissue * (1 - 0.75 * np.exp(-((x / 0.018) ** 2)) * (radius > 0.45))
+    size = float(shape["ventricle"] * np.exp(-(((height - 0.55) / 0.28) ** 2)))
     inside = np.zeros_like(x)
     for sign in (-1, 1):
         u = sign * x - shape["gap"] - shape["slant"] * np.abs(y) * 0.6
-        inside = np.maximum(inside, _soft(1 - np.hypot(u / (0.095 * size + 1e-6), y / (0.34 * size + 1e-6)), 0.12))
+        inside = np.maximum(
+            inside, _soft(1 - np.hypot(u / (0.095 * size + 1e-6), y / (0.34 * size + 1e-6)), 0.12)
+        )
     image = tissue * (1 - 0.88 * inside)
-    return np.where(radius < 1, np.clip(image * _soft(1 - radius, 0.02), 0, 255), 0).astype(np.float32)
+    return np.where(radius < 1, np.clip(image * _soft(1 - radius, 0.02), 0, 255), 0).astype(
+        np.float32
+    )
 
 
 def _soft(distance: np.ndarray, width: float) -> np.ndarray:
@@ -172,7 +207,7 @@ def _soft(distance: np.ndarray, width: float) -> np.ndarray:
 def _spline(side: int, knots: int) -> np.ndarray:
     """Interpolation matrix (side, knots) that turns white noise on the knots into a smooth field of unit variance."""
     at = (np.arange(side) + 0.5) / side * (knots - 1)
-    weights = np.exp(-((at[:, None] - np.arange(knots)) / 0.75) ** 2 / 2)
+    weights = np.exp(-(((at[:, None] - np.arange(knots)) / 0.75) ** 2) / 2)
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -184,8 +219,14 @@ def _scatter_test(rng: np.random.Generator, slices: int) -> np.ndarray:
     return chosen
 
 
-def _draw_synthetic(rng: np.random.Generator, images: list[np.ndarray], label: np.ndarray, person: np.ndarray,
-                    index: np.ndarray, count: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _draw_synthetic(
+    rng: np.random.Generator,
+    images: list[np.ndarray],
+    label: np.ndarray,
+    person: np.ndarray,
+    index: np.ndarray,
+    count: int,
+) -> tuple[list[np.ndarray], np.ndarray]:
     groups = [group for group in np.unique(label) if group > 0] or [0]
     blends, labels = [], []
     for _ in range(count):
@@ -200,8 +241,12 @@ def _draw_synthetic(rng: np.random.Generator, images: list[np.ndarray], label: n
         second = rng.choice(others[level <= level.min() + 1])
         one, two, share = images[first], images[second], rng.uniform(0.4, 0.6)
         if two.shape != one.shape:
-            two = np.asarray(Image.fromarray(two).resize(one.shape[::-1], Image.Resampling.BILINEAR))
-        blends.append(np.maximum(share * one + (1 - share) * two, rng.integers(3, 9)).astype(np.float32))
+            two = np.asarray(
+                Image.fromarray(two).resize(one.shape[::-1], Image.Resampling.BILINEAR)
+            )
+        blends.append(
+            np.maximum(share * one + (1 - share) * two, rng.integers(3, 9)).astype(np.float32)
+        )
         labels.append(group)
     return blends, np.array(labels, np.int64)
 
@@ -216,7 +261,11 @@ def _file_names(rng: np.random.Generator, cohort: PhantomCohort) -> list[str]:
     names = [""] * len(cohort.images)
     for split in ("train", "test"):
         for group, title in enumerate(CLASSES):
-            members = [i for i in range(len(names)) if cohort.split[i] == split and cohort.label[i] == group]
+            members = [
+                i
+                for i in range(len(names))
+                if cohort.split[i] == split and cohort.label[i] == group
+            ]
             stem = f"{title.title().replace(' ', '_')}_Demented"
             for number, i in enumerate(rng.permutation(members), start=1):
                 names[int(i)] = f"{split}/{stem}/{stem}_{number}.jpg"

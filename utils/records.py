@@ -37,6 +37,7 @@ PERSON_UNDER_ATTACK = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "
 
 # ------------------------------------------------------------------------------------------------- predictions
 
+
 @dataclass(frozen=True)
 class Rows:
     """Who each row of a predictions file is: labels, people and training seeds, each (N,)."""
@@ -47,8 +48,11 @@ class Rows:
 
     @classmethod
     def of(cls, predictions: Arrays) -> Rows:
-        return cls(predictions["labels"].astype(np.int64), predictions["patient_id"].astype(np.int64),
-                   predictions["seed"].astype(np.int64))
+        return cls(
+            predictions["labels"].astype(np.int64),
+            predictions["patient_id"].astype(np.int64),
+            predictions["seed"].astype(np.int64),
+        )
 
     def take(self, rows: np.ndarray) -> Rows:
         return Rows(self.labels[rows], self.people[rows], self.seeds[rows])
@@ -59,8 +63,11 @@ class Rows:
 
 def variants_of(predictions: Arrays) -> list[str | None]:
     """The forms a predictions file holds, in file order; None is the plain one."""
-    return [name.removesuffix("clean").removesuffix("/") or None
-            for name in predictions if name == "clean" or name.endswith("/clean")]
+    return [
+        name.removesuffix("clean").removesuffix("/") or None
+        for name in predictions
+        if name == "clean" or name.endswith("/clean")
+    ]
 
 
 def attacks_of(predictions: Arrays, variant: str | None = None) -> dict[str, dict[str, np.ndarray]]:
@@ -79,7 +86,9 @@ def clean_of(predictions: Arrays, variant: str | None = None) -> np.ndarray:
     return predictions[f"{variant}/clean" if variant else "clean"]
 
 
-def standing(clean: np.ndarray, attacked: list[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, ...]:
+def standing(
+    clean: np.ndarray, attacked: list[np.ndarray], labels: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Whether each image's four-class and three-class decision is right on the clean image and under every attack that
     was run on it, and whether any was: three bool (N,) arrays. The minimum is taken per image, over the attacks."""
     four, three = metrics.correct(clean, labels)
@@ -87,7 +96,11 @@ def standing(clean: np.ndarray, attacked: list[np.ndarray], labels: np.ndarray) 
     for logits in attacked:
         run = metrics.scored(logits)
         right_four, right_three = metrics.correct(logits, labels)
-        four, three, covered = four & (right_four | ~run), three & (right_three | ~run), covered | run
+        four, three, covered = (
+            four & (right_four | ~run),
+            three & (right_three | ~run),
+            covered | run,
+        )
     return four, three, covered
 
 
@@ -97,21 +110,29 @@ def _most_wrong(clean: np.ndarray, attacked: list[np.ndarray], labels: np.ndarra
     for logits in attacked:
         run = metrics.scored(logits)
         further = run.copy()
-        further[run] = wrong[run] * (metrics.disease_margin(logits[run]) - metrics.disease_margin(worst[run])) > 0
+        further[run] = (
+            wrong[run] * (metrics.disease_margin(logits[run]) - metrics.disease_margin(worst[run]))
+            > 0
+        )
         worst[further] = logits[further]
     return worst
 
 
 # ------------------------------------------------------------------------------------------------------ scoring
 
+
 def score_rows(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
     """{"slice": scores, "person": scores, "n_slices", "n_people"} of the rows inside the declared set."""
     declared = metrics.scored(logits)
     who = rows.take(declared)
     options = {"n_boot": n_boot}
-    return {"slice": metrics.score(logits[declared], who.labels, who.people, **options),
-            "person": metrics.score_people(logits[declared], who.labels, who.people, seeds=who.seeds, **options),
-            **who.size()}
+    return {
+        "slice": metrics.score(logits[declared], who.labels, who.people, **options),
+        "person": metrics.score_people(
+            logits[declared], who.labels, who.people, seeds=who.seeds, **options
+        ),
+        **who.size(),
+    }
 
 
 def recalls_of(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
@@ -120,18 +141,29 @@ def recalls_of(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
     declared = metrics.scored(logits)
     who = rows.take(declared)
     by_person = metrics.by_person(logits[declared], who.labels, who.people, who.seeds)
-    return {"slice": metrics.recalls(logits[declared], who.labels, who.people, n_boot=n_boot),
-            "person": metrics.recalls(*by_person, n_boot=n_boot)}
+    return {
+        "slice": metrics.recalls(logits[declared], who.labels, who.people, n_boot=n_boot),
+        "person": metrics.recalls(*by_person, n_boot=n_boot),
+    }
 
 
 def _score_attack(logits: np.ndarray, rows: Rows, meta: dict, n_boot: int) -> dict:
     scores = score_rows(logits, rows, n_boot)
     person = {name: scores["person"][name] for name in PERSON_UNDER_ATTACK}
-    return {**scores["slice"], "person": person, "n_slices": scores["n_slices"], "n_people": scores["n_people"],
-            "n_attacked": scores["n_slices"], "norm": "linf", **{k: v for k, v in meta.items() if k != "n_slices"}}
+    return {
+        **scores["slice"],
+        "person": person,
+        "n_slices": scores["n_slices"],
+        "n_people": scores["n_people"],
+        "n_attacked": scores["n_slices"],
+        "norm": "linf",
+        **{k: v for k, v in meta.items() if k != "n_slices"},
+    }
 
 
-def score_worst_case(clean: np.ndarray, attacked: dict[str, np.ndarray], rows: Rows, n_boot: int) -> dict:
+def score_worst_case(
+    clean: np.ndarray, attacked: dict[str, np.ndarray], rows: Rows, n_boot: int
+) -> dict:
     """Worst case over `attacked` (name → logits, one norm and eps), on the images that any of them was run on.
 
     AUROC is given where a binary-margin attack (`*_binary`) ran: each image's score is then the most wrong one that any
@@ -139,7 +171,9 @@ def score_worst_case(clean: np.ndarray, attacked: dict[str, np.ndarray], rows: R
     """
     four, three, covered = standing(clean, list(attacked.values()), rows.labels)
     who = rows.take(covered)
-    result = metrics.score_standing(four[covered], three[covered], who.labels, who.people, n_boot=n_boot)
+    result = metrics.score_standing(
+        four[covered], three[covered], who.labels, who.people, n_boot=n_boot
+    )
     binary = [logits for name, logits in attacked.items() if name.endswith("_binary")]
     if binary:
         ranked = np.any([metrics.scored(logits) for logits in binary], axis=0)
@@ -151,22 +185,34 @@ def score_worst_case(clean: np.ndarray, attacked: dict[str, np.ndarray], rows: R
     return {**result, **who.size(), "attacks": sorted(attacked)}
 
 
-def _evaluate(predictions: Arrays, variant: str | None, rows: Rows, metas: list[dict], n_boot: int) -> dict:
+def _evaluate(
+    predictions: Arrays, variant: str | None, rows: Rows, metas: list[dict], n_boot: int
+) -> dict:
     """The `clean`, `attacks`, `worst_case` and `other_norms` blocks of one form of a model."""
     clean = clean_of(predictions, variant)
-    blocks: dict = {"clean": score_rows(clean, rows, n_boot) | {"recall_3": recalls_of(clean, rows, n_boot)},
-                    "attacks": {}, "worst_case": {}, "other_norms": {}}
+    blocks: dict = {
+        "clean": score_rows(clean, rows, n_boot) | {"recall_3": recalls_of(clean, rows, n_boot)},
+        "attacks": {},
+        "worst_case": {},
+        "other_norms": {},
+    }
     so_far: list[np.ndarray] = []
     for eps, attacks in attacks_of(predictions, variant).items():
         within: dict[str, np.ndarray] = {}
         for name, logits in attacks.items():
-            block = _score_attack(logits, rows, _merge_meta([meta.get(eps, {}).get(name, {}) for meta in metas]),
-                                  n_boot)
+            block = _score_attack(
+                logits,
+                rows,
+                _merge_meta([meta.get(eps, {}).get(name, {}) for meta in metas]),
+                n_boot,
+            )
             if block["norm"] == "linf":
                 within[name] = logits
                 blocks["attacks"].setdefault(eps, {})[name] = block
             else:
-                blocks["other_norms"].setdefault(block["norm"], {}).setdefault(eps, {})[name] = block
+                blocks["other_norms"].setdefault(block["norm"], {}).setdefault(eps, {})[name] = (
+                    block
+                )
         if not within:
             continue
         blocks["worst_case"][eps] = score_worst_case(clean, within, rows, n_boot)
@@ -174,9 +220,9 @@ def _evaluate(predictions: Arrays, variant: str | None, rows: Rows, metas: list[
         four, three, covered = standing(clean, so_far, rows.labels)
         who = rows.take(covered)
         # A smaller ball lies inside a larger one, so what fell there has fallen here: the curve that never rises.
-        blocks["worst_case"][eps]["union"] = metrics.score_standing(four[covered], three[covered], who.labels,
-                                                                    who.people,
-                                                                    n_boot=n_boot)
+        blocks["worst_case"][eps]["union"] = metrics.score_standing(
+            four[covered], three[covered], who.labels, who.people, n_boot=n_boot
+        )
     return blocks
 
 
@@ -199,6 +245,7 @@ def _joined(values: list) -> str:
 
 # ------------------------------------------------------------------------------------------------------ records
 
+
 def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> dict:
     """The record (DESIGN §6) of one (model, protocol) from its pooled predictions and its units' metadata.
 
@@ -218,25 +265,46 @@ def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> 
     rows = Rows.of(predictions)
     first = units[0]
     record = {
-        "schema_version": SCHEMA_VERSION, **{key: first.get(key) for key in AGREED[:-1]},
-        "init": _joined([unit["init"] for unit in units]), "search": _joined([unit.get("search") for unit in units]),
-        "folds": sorted({unit["fold"] for unit in units}), "seeds": sorted({unit["seed"] for unit in units}),
+        "schema_version": SCHEMA_VERSION,
+        **{key: first.get(key) for key in AGREED[:-1]},
+        "init": _joined([unit["init"] for unit in units]),
+        "search": _joined([unit.get("search") for unit in units]),
+        "folds": sorted({unit["fold"] for unit in units}),
+        "seeds": sorted({unit["seed"] for unit in units}),
         "cohort_sha256": first.get("cohort_sha256"),
-        "config": _merge_meta([{k: v for k, v in unit.get("config", {}).items() if k not in ("fold", "seed")}
-                               for unit in units]),
+        "config": _merge_meta(
+            [
+                {k: v for k, v in unit.get("config", {}).items() if k not in ("fold", "seed")}
+                for unit in units
+            ]
+        ),
         "environment": _merge_meta([unit.get("environment", {}) for unit in units]),
         "hardware": _joined([unit.get("hardware") for unit in units]),
-        "wall_seconds": {phase: round(sum(unit.get("wall_seconds", {}).get(phase, 0) for unit in units), 1)
-                         for phase in ("train", "attack")},
+        "wall_seconds": {
+            phase: round(sum(unit.get("wall_seconds", {}).get(phase, 0) for unit in units), 1)
+            for phase in ("train", "attack")
+        },
         "git_commit": _joined([unit.get("git_commit") for unit in units]),
         "git_dirty": any(unit.get("git_dirty", True) for unit in units),
     }
     for variant in variants_of(predictions):
-        metas = [(unit.get("variants", {}).get(variant, {}) if variant else unit).get("attacks", {}) for unit in units]
+        metas = [
+            (unit.get("variants", {}).get(variant, {}) if variant else unit).get("attacks", {})
+            for unit in units
+        ]
         blocks = _evaluate(predictions, variant, rows, metas, n_boot)
-        record.update(blocks if variant is None else {"variants": {**record.get("variants", {}), variant: {"variant": variant, **blocks}}})
-    record["sanity"] = [{**check, "fold": unit["fold"], "seed": unit["seed"]} for unit in units
-                        for check in unit.get("sanity", [])]
+        record.update(
+            blocks
+            if variant is None
+            else {
+                "variants": {**record.get("variants", {}), variant: {"variant": variant, **blocks}}
+            }
+        )
+    record["sanity"] = [
+        {**check, "fold": unit["fold"], "seed": unit["seed"]}
+        for unit in units
+        for check in unit.get("sanity", [])
+    ]
     if "clean" in predictions:
         record.update(_without_search_people(predictions, units, rows, n_boot))
         record.update(_calibrated(predictions, units, rows, n_boot))
@@ -256,13 +324,17 @@ def _check(predictions: Arrays, units: list[dict]) -> None:
     for key in AGREED:
         values = dict.fromkeys(str(unit.get(key)) for unit in units)
         if len(values) > 1:
-            raise StudyError(f"The units of one record differ in {key} ({', '.join(values)}); they cannot be pooled: "
-                             "run the missing folds with one setting, or remove the older units.")
+            raise StudyError(
+                f"The units of one record differ in {key} ({', '.join(values)}); they cannot be pooled: "
+                "run the missing folds with one setting, or remove the older units."
+            )
     have = {(unit["fold"], unit["seed"]) for unit in units}
     rows = set(zip(predictions["fold"].tolist(), predictions["seed"].tolist(), strict=True))
     if rows - have:
-        raise StudyError(f"Predictions hold rows of fold and seed {sorted(rows - have)} for which no unit tells how "
-                         "they were made; run these units again.")
+        raise StudyError(
+            f"Predictions hold rows of fold and seed {sorted(rows - have)} for which no unit tells how "
+            "they were made; run these units again."
+        )
 
 
 def _without_search_people(predictions: Arrays, units: list[dict], rows: Rows, n_boot: int) -> dict:
@@ -274,10 +346,16 @@ def _without_search_people(predictions: Arrays, units: list[dict], rows: Rows, n
     who, clean = rows.take(kept), predictions["clean"][kept]
     entry = score_rows(clean, who, n_boot) | {"n_people_left_out": len(people)}
     eps = units[0].get("config", {}).get("headline_eps", RunConfig.headline_eps)
-    norms = {name: meta.get("norm", "linf") for unit in units for name,
-             meta in unit.get("attacks", {}).get(eps, {}).items()}
-    within = {name: logits[kept] for name, logits in attacks_of(predictions).get(eps, {}).items()
-              if norms.get(name, "linf") == "linf"}
+    norms = {
+        name: meta.get("norm", "linf")
+        for unit in units
+        for name, meta in unit.get("attacks", {}).get(eps, {}).items()
+    }
+    within = {
+        name: logits[kept]
+        for name, logits in attacks_of(predictions).get(eps, {}).items()
+        if norms.get(name, "linf") == "linf"
+    }
     if within:
         entry["worst_case"] = {eps: score_worst_case(clean, within, who, n_boot)}
     return {"clean_without_search_people": entry}
@@ -288,19 +366,26 @@ def temperatures(predictions: Arrays, units: list[dict]) -> np.ndarray | None:
     fitted = {(unit["fold"], unit["seed"]): unit.get("temperature") for unit in units}
     if None in fitted.values():
         return None
-    return np.array([fitted[key]
-                     for key in zip(predictions["fold"].tolist(), predictions["seed"].tolist(), strict=True)])
+    return np.array(
+        [
+            fitted[key]
+            for key in zip(predictions["fold"].tolist(), predictions["seed"].tolist(), strict=True)
+        ]
+    )
 
 
 def _calibrated(predictions: Arrays, units: list[dict], rows: Rows, n_boot: int) -> dict:
     scale = temperatures(predictions, units)
     if scale is None:
         return {}
-    scores = metrics.score(predictions["clean"] / scale[:, None], rows.labels, rows.people, n_boot=n_boot)
+    scores = metrics.score(
+        predictions["clean"] / scale[:, None], rows.labels, rows.people, n_boot=n_boot
+    )
     return {"clean_calibrated": {"ece": scores["ece"], **rows.size()}}
 
 
 # ------------------------------------------------------------------------------------------------- reading back
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -339,7 +424,9 @@ def read_predictions(record: Path | str) -> Arrays:
     """The predictions beside the record at this path."""
     path = predictions_path(record)
     if not path.is_file():
-        raise StudyError(f"{record} has no {path.name} beside it; restore that file or run the model again.")
+        raise StudyError(
+            f"{record} has no {path.name} beside it; restore that file or run the model again."
+        )
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
@@ -356,15 +443,20 @@ def read_record(path: Path | str) -> dict:
     record = read_json(path)
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise StudyError(f"{path} has schema_version {version}, this version of the repository reads {SCHEMA_VERSION}; "
-                         "run the model again, or check out the version that wrote the record.")
+        raise StudyError(
+            f"{path} has schema_version {version}, this version of the repository reads {SCHEMA_VERSION}; "
+            "run the model again, or check out the version that wrote the record."
+        )
     return record
 
 
 def read_entries(root: Path | str) -> dict[tuple[str, str], Entry]:
     """(model, protocol) → entry, for every record under `root`/assets that exists, in the order of tables."""
-    paths = {(model, protocol): Path(root) / "assets" / model / f"{protocol}.json"
-             for model in RECORDED for protocol in PROTOCOLS}
+    paths = {
+        (model, protocol): Path(root) / "assets" / model / f"{protocol}.json"
+        for model in RECORDED
+        for protocol in PROTOCOLS
+    }
     return {key: Entry(path, read_record(path)) for key, path in paths.items() if path.is_file()}
 
 
@@ -403,10 +495,22 @@ class StudyRow:
     @property
     def _only_member(self) -> str:
         """What an ensemble is whose fitted weights all lie on one member: no ensemble, and its name says so."""
-        mixed = [unit["variants"][self.variant].get("weights", {}).get("weights", {}) for entry in self.entries.values()
-                 for unit in entry.record["units"] if self.variant in unit.get("variants", {})]
-        alone = [max(weights, key=weights.get) for weights in mixed if max(weights.values(), default=0) > ONLY_MEMBER]
-        return f" (all weight on {' or '.join(dict.fromkeys(alone))})" if mixed and len(alone) == len(mixed) else ""
+        mixed = [
+            unit["variants"][self.variant].get("weights", {}).get("weights", {})
+            for entry in self.entries.values()
+            for unit in entry.record["units"]
+            if self.variant in unit.get("variants", {})
+        ]
+        alone = [
+            max(weights, key=weights.get)
+            for weights in mixed
+            if max(weights.values(), default=0) > ONLY_MEMBER
+        ]
+        return (
+            f" (all weight on {' or '.join(dict.fromkeys(alone))})"
+            if mixed and len(alone) == len(mixed)
+            else ""
+        )
 
     @property
     def trained(self) -> bool:
@@ -419,12 +523,21 @@ class StudyRow:
 
     def checks(self, protocol: str) -> list[dict]:
         """The sanity checks of this row's evaluation, and of no other form in the same record."""
-        return [check for check in self.entries[protocol].record["sanity"] if self.variant is None or check.get("variant") == self.variant]
+        return [
+            check
+            for check in self.entries[protocol].record["sanity"]
+            if self.variant is None or check.get("variant") == self.variant
+        ]
 
     def folds(self, protocol: str) -> list[int]:
         """The folds that this row was scored on: a form may be missing from some of its record's."""
-        return sorted({unit["fold"] for unit in self.entries[protocol].record["units"]
-                       if self.variant is None or self.variant in unit.get("variants", {})})
+        return sorted(
+            {
+                unit["fold"]
+                for unit in self.entries[protocol].record["units"]
+                if self.variant is None or self.variant in unit.get("variants", {})
+            }
+        )
 
 
 def headline_eps(record: dict) -> str:
@@ -436,35 +549,55 @@ def _constant_blocks(entry: Entry) -> dict:
     scores = entry.control["slice"]
     size = {key: entry.control[key] for key in ("n_slices", "n_people")}
     worst = {**{name: scores[name] for name in PERSON_UNDER_ATTACK}, **size, "attacks": []}
-    return {"clean": entry.control, "attacks": {}, "worst_case": {headline_eps(entry.record): worst}, "other_norms": {}}
+    return {
+        "clean": entry.control,
+        "attacks": {},
+        "worst_case": {headline_eps(entry.record): worst},
+        "other_norms": {},
+    }
 
 
 def study_rows(entries: dict[tuple[str, str], Entry]) -> list[StudyRow]:
     """The constant answer, then every record and variant, numbered from 1 in the order of `RECORDED`."""
     if not entries:
         return []
-    largest = {protocol: max((e for e in entries.values() if e.protocol == protocol),
-                             key=lambda e: e.control["n_slices"])
-               for protocol in PROTOCOLS if any(name == protocol for _, name in entries)}
-    rows = [StudyRow(1, CONSTANT, None, {p: _constant_blocks(e) for p, e in largest.items()}, largest)]
+    largest = {
+        protocol: max(
+            (e for e in entries.values() if e.protocol == protocol),
+            key=lambda e: e.control["n_slices"],
+        )
+        for protocol in PROTOCOLS
+        if any(name == protocol for _, name in entries)
+    }
+    rows = [
+        StudyRow(1, CONSTANT, None, {p: _constant_blocks(e) for p, e in largest.items()}, largest)
+    ]
     for model in RECORDED:
         own = {protocol: entry for (name, protocol), entry in entries.items() if name == model}
-        forms = dict.fromkeys(form for entry in own.values()
-                              for form in ([None] if "clean" in entry.record
-                                           else []) + [*entry.record.get("variants", {})])
+        forms = dict.fromkeys(
+            form
+            for entry in own.values()
+            for form in ([None] if "clean" in entry.record else [])
+            + [*entry.record.get("variants", {})]
+        )
         for form in forms:
-            blocks = {protocol: entry.record["variants"][form] if form else entry.record for protocol,
-                      entry in own.items()
-                      if (form in entry.record.get("variants", {}) if form else "clean" in entry.record)}
+            blocks = {
+                protocol: entry.record["variants"][form] if form else entry.record
+                for protocol, entry in own.items()
+                if (form in entry.record.get("variants", {}) if form else "clean" in entry.record)
+            }
             rows.append(StudyRow(len(rows) + 1, model, form, blocks, {p: own[p] for p in blocks}))
     return rows
 
 
 def provenance(entries: list[Entry]) -> str:
     """What every figure and table must say: `data: real · profile cpu · random init`."""
+
     def distinct(key: str) -> str:
         return " + ".join(dict.fromkeys(str(entry.record[key]) for entry in entries))
 
     trained = [entry for entry in entries if entry.model != "Baselines"]
     init = " + ".join(dict.fromkeys(str(entry.record["init"]) for entry in trained))
-    return f"data: {distinct('data')} · profile {distinct('profile')}" + (f" · {init} init" if trained else "")
+    return f"data: {distinct('data')} · profile {distinct('profile')}" + (
+        f" · {init} init" if trained else ""
+    )

@@ -59,22 +59,28 @@ def gather_studies(values: Tensor, labels: Tensor, people: Tensor, slices: Tenso
         StudyError: a slice without a person, a person without slice order (a negative or doubled index) or with two labels.
     """
     if bool((people < 0).any()):
-        raise StudyError(f"{int((people < 0).sum())} slices belong to no known person: a study is made of real slices only.")
+        raise StudyError(
+            f"{int((people < 0).sum())} slices belong to no known person: a study is made of real slices only."
+        )
     identity = people.unique()
     own = [(people == person).nonzero().squeeze(1) for person in identity]
     own = [rows[slices[rows].argsort()] for rows in own]
     for person, rows in zip(identity.tolist(), own, strict=True):
         order = slices[rows]
         if bool((order < 0).any()) or len(order.unique()) < len(order):
-            raise StudyError(f"Person {person} has no slice order (an index is missing or doubled): recover it with `python -m "
-                             "utils.cohort`, or score this person slice by slice.")
+            raise StudyError(
+                f"Person {person} has no slice order (an index is missing or doubled): recover it with `python -m "
+                "utils.cohort`, or score this person slice by slice."
+            )
         if len(labels[rows].unique()) > 1:
-            raise StudyError(f"Person {person} has slices of {len(labels[rows].unique())} classes: a study has one label.")
+            raise StudyError(
+                f"Person {person} has slices of {len(labels[rows].unique())} classes: a study has one label."
+            )
     longest = max(map(len, own))
     gathered = values.new_zeros((len(identity), longest, *values.shape[1:]))
     mask = torch.zeros(len(identity), longest, dtype=torch.bool)
     for k, rows in enumerate(own):
-        gathered[k, :len(rows)], mask[k, :len(rows)] = values[rows], True
+        gathered[k, : len(rows)], mask[k, : len(rows)] = values[rows], True
     return Studies(gathered, mask, torch.stack([labels[rows[0]] for rows in own]), identity)
 
 
@@ -99,7 +105,11 @@ class AttentionPooling(nn.Module):
     def __init__(self, features: int, hidden: int = 64) -> None:
         super().__init__()
         self.reduce = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(0.25))
-        self.tanh, self.gate, self.score = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.tanh, self.gate, self.score = (
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, 1),
+        )
         self.head = nn.Linear(hidden, len(CLASSES))
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -120,12 +130,21 @@ class RecurrentReader(nn.Module):
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         # Packed, so that the backward direction starts at each person's own last slice, whoever else is in the batch.
-        order = (~mask).int().argsort(dim=1, stable=True)[..., None].expand_as(low := self.reduce(features))  # existing slices first
-        packed = nn.utils.rnn.pack_padded_sequence(low.gather(1, order), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        order = (
+            (~mask)
+            .int()
+            .argsort(dim=1, stable=True)[..., None]
+            .expand_as(low := self.reduce(features))
+        )  # existing slices first
+        packed = nn.utils.rnn.pack_padded_sequence(
+            low.gather(1, order), mask.sum(1).cpu(), batch_first=True, enforce_sorted=False
+        )
         # cuDNN has no backward pass through a recurrent network in eval mode, which an attack needs.
         with torch.backends.cudnn.flags(enabled=self.training):
             states = self.gru(packed)[0]
-        states, _ = nn.utils.rnn.pad_packed_sequence(states, batch_first=True, total_length=mask.shape[1])
+        states, _ = nn.utils.rnn.pad_packed_sequence(
+            states, batch_first=True, total_length=mask.shape[1]
+        )
         return self.head(states.sum(1) / mask.sum(1, keepdim=True))  # what is padded is 0
 
 
@@ -136,20 +155,34 @@ class SmallTransformer(nn.Module):
         super().__init__()
         self.hidden = hidden
         self.reduce = nn.Linear(features, hidden)
-        self.encoder = nn.TransformerEncoderLayer(hidden, nhead=4, dim_feedforward=2 * hidden, dropout=0.25, batch_first=True,
-                                                  norm_first=True)
+        self.encoder = nn.TransformerEncoderLayer(
+            hidden,
+            nhead=4,
+            dim_feedforward=2 * hidden,
+            dropout=0.25,
+            batch_first=True,
+            norm_first=True,
+        )
         self.head = nn.Linear(hidden, len(CLASSES))
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
         low = self.reduce(features)
         place = torch.arange(low.shape[1], device=low.device, dtype=low.dtype)[:, None]
-        pace = torch.exp(torch.arange(0, self.hidden, 2, device=low.device, dtype=low.dtype) * (-np.log(1e4) / self.hidden))
+        pace = torch.exp(
+            torch.arange(0, self.hidden, 2, device=low.device, dtype=low.dtype)
+            * (-np.log(1e4) / self.hidden)
+        )
         positions = torch.stack([(place * pace).sin(), (place * pace).cos()], dim=2).flatten(1)
         states = self.encoder(low + positions, src_key_padding_mask=~mask)
         return self.head((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
-_AGGREGATORS = {"mean": MeanProbability, "attention": AttentionPooling, "gru": RecurrentReader, "transformer": SmallTransformer}
+_AGGREGATORS = {
+    "mean": MeanProbability,
+    "attention": AttentionPooling,
+    "gru": RecurrentReader,
+    "transformer": SmallTransformer,
+}
 
 
 def build_aggregator(name: str, features: int) -> nn.Module:
@@ -167,7 +200,9 @@ class StudyModel(nn.Module):
         centre, scale: (D,), applied to the features before the aggregator (of training slices).
     """
 
-    def __init__(self, backbone: nn.Module, aggregator: nn.Module, centre: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, backbone: nn.Module, aggregator: nn.Module, centre: Tensor, scale: Tensor
+    ) -> None:
         super().__init__()
         self.backbone, self.aggregator = backbone, aggregator
         self.register_buffer("centre", centre)
@@ -194,8 +229,17 @@ class StudyModel(nn.Module):
 # -- training an aggregator on frozen features -------------------------------------------------------------------------
 
 
-def fit_aggregator(name: str, train: Studies, validation: Studies, *, epochs: int = 80, lr: float = 3e-3, weight_decay: float = 0.05,
-                   batch_size: int = 16, seed: int = 0) -> tuple[nn.Module, dict]:
+def fit_aggregator(
+    name: str,
+    train: Studies,
+    validation: Studies,
+    *,
+    epochs: int = 80,
+    lr: float = 3e-3,
+    weight_decay: float = 0.05,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> tuple[nn.Module, dict]:
     """An aggregator trained on standardised features, and the history of its training.
 
     The weights are those of the last epoch, where the schedule has annealed the learning rate to nothing. No epoch is
@@ -218,17 +262,23 @@ def fit_aggregator(name: str, train: Studies, validation: Studies, *, epochs: in
     """
     shared = np.intersect1d(train.people.numpy(), validation.people.numpy())
     if len(shared):
-        raise StudyError(f"Person {shared[0]} is in training and validation: keep people apart before a sequence model is fitted.")
+        raise StudyError(
+            f"Person {shared[0]} is in training and validation: keep people apart before a sequence model is fitted."
+        )
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(seed)  # weights and dropout
     torch.set_num_threads(1)
     try:
-        model, history = _fit_in_float64(name, _rounded(train), _rounded(validation), epochs, lr, weight_decay, batch_size, seed)
+        model, history = _fit_in_float64(
+            name, _rounded(train), _rounded(validation), epochs, lr, weight_decay, batch_size, seed
+        )
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
     if not np.isfinite(history[-1]["score"]):
-        raise StudyError(f"The {name} aggregator's validation loss is not finite: lower its learning rate.")
+        raise StudyError(
+            f"The {name} aggregator's validation loss is not finite: lower its learning rate."
+        )
     model.zero_grad()
     return model.float().eval(), {"history": history, "score": history[-1]["score"]}
 
@@ -237,13 +287,23 @@ def _rounded(part: Studies) -> Studies:
     return replace(part, values=part.values.half().double())
 
 
-def _fit_in_float64(name: str, train: Studies, validation: Studies, epochs: int, lr: float, weight_decay: float, batch_size: int,
-                    seed: int) -> tuple[nn.Module, list[dict]]:
+def _fit_in_float64(
+    name: str,
+    train: Studies,
+    validation: Studies,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[nn.Module, list[dict]]:
     generator = torch.Generator().manual_seed(seed)
     model = build_aggregator(name, train.values.shape[2]).double()
     weights = class_weights(train.labels).double()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=epochs * -(-len(train) // batch_size))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, lr, total_steps=epochs * -(-len(train) // batch_size)
+    )
     history = []
     for epoch in range(1, epochs + 1):
         model.train()
@@ -259,7 +319,9 @@ def _fit_in_float64(name: str, train: Studies, validation: Studies, epochs: int,
             schedule.step()
         model.eval()
         with torch.no_grad():
-            score = macro_cross_entropy(model(validation.values, validation.mask), validation.labels)
+            score = macro_cross_entropy(
+                model(validation.values, validation.mask), validation.labels
+            )
         history.append({"epoch": epoch, "train_loss": float(loss.detach()), "score": score})
     return model, history
 
@@ -295,9 +357,18 @@ class ScanAttack:
     push: bool = False
 
 
-def attack_scan(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, eps: float, attack: ScanAttack = ScanAttack(), *,
-                allowed: Tensor | None = None, candidates: Sequence[Tensor] = (),
-                seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+def attack_scan(
+    model: StudyModel,
+    pixels: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    eps: float,
+    attack: ScanAttack = ScanAttack(),
+    *,
+    allowed: Tensor | None = None,
+    candidates: Sequence[Tensor] = (),
+    seeds: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Changes all slices of each scan at once, within eps and [0, 1], towards another diagnosis of the patient, and keeps the
     best iterate. One patient at a time: 32 images fill a processor, and nobody's answer depends on the others'.
 
@@ -314,9 +385,20 @@ def attack_scan(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor,
     """
     changed = mask if allowed is None else mask & allowed
     with _evaluating(model), no_parameter_gradients(model):
-        parts = [_attack_one(model, pixels[k:k + 1], mask[k:k + 1], changed[k:k + 1], labels[k:k + 1], eps, attack,
-                             [found[k:k + 1] for found in candidates], 0 if seeds is None else int(seeds[k]))
-                 for k in range(len(labels))]
+        parts = [
+            _attack_one(
+                model,
+                pixels[k : k + 1],
+                mask[k : k + 1],
+                changed[k : k + 1],
+                labels[k : k + 1],
+                eps,
+                attack,
+                [found[k : k + 1] for found in candidates],
+                0 if seeds is None else int(seeds[k]),
+            )
+            for k in range(len(labels))
+        ]
     return torch.cat([made for made, _ in parts]), torch.cat([logits for _, logits in parts])
 
 
@@ -342,8 +424,17 @@ class _Best:
             self.scan, self.logits, self.margin, self.wrong = scan, logits, lowest, wrong
 
 
-def _attack_one(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, label: Tensor, eps: float, attack: ScanAttack,
-                candidates: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+def _attack_one(
+    model: StudyModel,
+    pixels: Tensor,
+    mask: Tensor,
+    changed: Tensor,
+    label: Tensor,
+    eps: float,
+    attack: ScanAttack,
+    candidates: Sequence[Tensor],
+    seed: int,
+) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         clean = model.features(pixels, mask)
         best = _Best(pixels, model.aggregator(clean, mask), label, attack.view)
@@ -351,7 +442,11 @@ def _attack_one(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor
             return best.scan, best.logits
         for found in candidates:
             best.offer(found, model.reread(found, mask, changed, clean))
-    order = best.grouped(best.logits).scatter(1, best.label[:, None], -torch.inf).argsort(1, descending=True)[0, :-1]
+    order = (
+        best.grouped(best.logits)
+        .scatter(1, best.label[:, None], -torch.inf)
+        .argsort(1, descending=True)[0, :-1]
+    )
     generator = torch.Generator().manual_seed(seed)
     for attempt in range(attack.attempts):
         if best.wrong and not attack.push:
@@ -367,8 +462,18 @@ def _random_scan(pixels: Tensor, changed: Tensor, eps: float, generator: torch.G
     return (pixels + noise * changed[..., None, None, None]).clamp(0, 1)
 
 
-def _climb(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, eps: float, attack: ScanAttack, best: _Best, clean: Tensor,
-           current: Tensor, aim: int | None) -> None:
+def _climb(
+    model: StudyModel,
+    pixels: Tensor,
+    mask: Tensor,
+    changed: Tensor,
+    eps: float,
+    attack: ScanAttack,
+    best: _Best,
+    clean: Tensor,
+    current: Tensor,
+    aim: int | None,
+) -> None:
     """One ascent from `current`; every iterate is offered to `best`."""
     lower, upper = (pixels - eps).clamp_min(0), (pixels + eps).clamp_max(1)
     truth, velocity = int(best.label), torch.zeros_like(pixels)
@@ -377,16 +482,22 @@ def _climb(model: StudyModel, pixels: Tensor, mask: Tensor, changed: Tensor, eps
         with torch.set_grad_enabled(step < attack.steps):
             logits = model.reread(current, mask, changed, clean)
             grouped = best.grouped(logits)
-            gap = margin(grouped, best.label) if aim is None else grouped[:, truth] - grouped[:, aim]
+            gap = (
+                margin(grouped, best.label) if aim is None else grouped[:, truth] - grouped[:, aim]
+            )
         best.offer(current.detach(), logits.detach())
         if step == attack.steps or best.wrong and not attack.push:
             return
         gradient = torch.autograd.grad(-gap.sum(), current)[0].nan_to_num(0.0, 0.0, 0.0)
         if attack.momentum is not None:
-            velocity = attack.momentum * velocity + gradient / gradient.abs().mean().clamp_min(1e-20)
+            velocity = attack.momentum * velocity + gradient / gradient.abs().mean().clamp_min(
+                1e-20
+            )
             gradient = velocity
         # Slices that may not change have no gradient here.
-        current = torch.clamp(current.detach() + (2.5 * eps / attack.steps) * gradient.sign(), lower, upper)
+        current = torch.clamp(
+            current.detach() + (2.5 * eps / attack.steps) * gradient.sign(), lower, upper
+        )
 
 
 @contextlib.contextmanager
@@ -416,7 +527,9 @@ def scan_labels(labels: Tensor, view: str) -> Tensor:
     return labels if groups is None else group_labels(labels, groups)
 
 
-def slice_gains(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, view: str = "three") -> Tensor:
+def slice_gains(
+    model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, view: str = "three"
+) -> Tensor:
     """What each slice offers an attacker of a view to first order: the L1 norm of the gradient of that view's margin (B, S),
     0 where there is no slice."""
     truth, found = scan_labels(labels, view), []
@@ -430,8 +543,20 @@ def slice_gains(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor,
     return torch.cat(found)
 
 
-def slice_budgets(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, eps: float, budgets: Sequence[int], *, steps: int = 20,
-                  choice: str = "gradient", view: str = "three", seed: int = 0, full: Tensor | None = None) -> Tensor:
+def slice_budgets(
+    model: StudyModel,
+    pixels: Tensor,
+    mask: Tensor,
+    labels: Tensor,
+    eps: float,
+    budgets: Sequence[int],
+    *,
+    steps: int = 20,
+    choice: str = "gradient",
+    view: str = "three",
+    seed: int = 0,
+    full: Tensor | None = None,
+) -> Tensor:
     """The least of `budgets` with which each patient's diagnosis in a view is flipped, int64 (B,): 0 for a clean error, −1
     where even the attack on every slice fails.
 
@@ -458,7 +583,9 @@ def slice_budgets(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tenso
     if choice == "gradient":
         rank = slice_gains(model, pixels[rows], mask[rows], labels[rows], view=view)
     else:  # drawn for everybody, so that nobody's ranks depend on who else was flipped
-        rank = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)[rows]
+        rank = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)[
+            rows
+        ]
     order = rank.masked_fill(~mask[rows], -1).argsort(1, descending=True).argsort(1)
     open_ = torch.ones_like(rows, dtype=torch.bool)
     for budget in [budget for budget in sorted(budgets) if 0 < budget < most]:
@@ -466,7 +593,9 @@ def slice_budgets(model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tenso
         if not len(here):
             break
         now = rows[here]
-        answers = attack_scan(model, pixels[now], mask[now], labels[now], eps, attack, allowed=order[here] < budget)[1]
+        answers = attack_scan(
+            model, pixels[now], mask[now], labels[now], eps, attack, allowed=order[here] < budget
+        )[1]
         flipped = scan_decisions(answers, view) != truth[now]
         least[now[flipped]] = budget
         open_[here[flipped]] = False

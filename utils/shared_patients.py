@@ -116,7 +116,9 @@ def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
 def _decoded(entries: Sequence[tuple]) -> tuple[list[str], list[np.ndarray]]:
     """Names and pixels, sorted by name, without hidden files."""
     names, images, unreadable = [], [], 0
-    for name, read in progress(sorted(entries, key=lambda entry: entry[0]), "reading the other set"):
+    for name, read in progress(
+        sorted(entries, key=lambda entry: entry[0]), "reading the other set"
+    ):
         if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             continue
         try:
@@ -126,7 +128,9 @@ def _decoded(entries: Sequence[tuple]) -> tuple[list[str], list[np.ndarray]]:
             continue
         names.append(name)
     if unreadable:
-        raise StudyError(f"{unreadable} files of the other set are no readable images: remove them.")
+        raise StudyError(
+            f"{unreadable} files of the other set are no readable images: remove them."
+        )
     return names, images
 
 
@@ -154,7 +158,7 @@ def head_square(image: np.ndarray) -> np.ndarray:
     bright = image > HEAD_LEVEL * image.max(initial=0)
     rows, columns = (np.flatnonzero(bright.sum(axis) > 1) for axis in (1, 0))
     if len(rows) and len(columns):
-        image = image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        image = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     size = (HEAD_SIDE, HEAD_SIDE)
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
@@ -265,8 +269,13 @@ def refined_correlation(head: np.ndarray, target: np.ndarray) -> float:
     return best
 
 
-def patient_correlations(own: Sequence[np.ndarray], vectors: np.ndarray, patient: np.ndarray,
-                         heads: Sequence[np.ndarray], other_patient: np.ndarray) -> np.ndarray:
+def patient_correlations(
+    own: Sequence[np.ndarray],
+    vectors: np.ndarray,
+    patient: np.ndarray,
+    heads: Sequence[np.ndarray],
+    other_patient: np.ndarray,
+) -> np.ndarray:
     """`float32` (P, M): the best refined correlation of each patient of this set with each of the other; -1
     where no image made the pair a candidate.
 
@@ -277,14 +286,16 @@ def patient_correlations(own: Sequence[np.ndarray], vectors: np.ndarray, patient
     result = np.full((patient.max() + 1, other_patient.max() + 1), -1, np.float32)
     members = members_of(patient)
     for start in range(0, len(heads), BLOCK):
-        correlations = vectors @ features(heads[start:start + BLOCK], SIDE).T
+        correlations = vectors @ features(heads[start : start + BLOCK], SIDE).T
         best = _per_patient(correlations, patient)
-        for column, head in enumerate(progress(heads[start:start + BLOCK], "comparing two sets")):
+        for column, head in enumerate(progress(heads[start : start + BLOCK], "comparing two sets")):
             whom = other_patient[start + column]
             for who in np.argsort(-best[:, column])[:CANDIDATES]:
                 rows = members[who]
                 closest = rows[np.argsort(-correlations[rows, column])[:SLICES]]
-                found = max(refined_correlation(np.float32(head), np.float32(own[row])) for row in closest)
+                found = max(
+                    refined_correlation(np.float32(head), np.float32(own[row])) for row in closest
+                )
                 result[who, whom] = max(result[who, whom], found)
     return result
 
@@ -333,7 +344,10 @@ def find_shared_gap(correlations: np.ndarray) -> tuple[float, float] | None:
         return None
     widest = int(np.argmax(steps))
     next_widest = max(np.delete(steps, widest), default=0.0)
-    if steps[widest] < max(GAP_LEAST, recovery.GAP_RATIO * next_widest) or sorted_best[widest] ** 2 < 0.5:
+    if (
+        steps[widest] < max(GAP_LEAST, recovery.GAP_RATIO * next_widest)
+        or sorted_best[widest] ** 2 < 0.5
+    ):
         return None
     return float(sorted_best[widest + 1]), float(sorted_best[widest])
 
@@ -354,7 +368,9 @@ def find_shared(raw: RawImages, cohort: Cohort, other: OtherSet) -> SharedPatien
     real = np.flatnonzero(cohort.kind == "real")
     ids, patient = np.unique(cohort.patient_id[real], return_inverse=True)
     if len(ids) < 2:
-        raise NoGapError("A likeness has to be compared with another patient's: the set needs two or more.")
+        raise NoGapError(
+            "A likeness has to be compared with another patient's: the set needs two or more."
+        )
     own = [head_square(raw.images[i]) for i in real]
     vectors = features(own, SIDE)
     heads = [head_square(image) for image in other.images]
@@ -411,7 +427,9 @@ def read_ages(path: Path, id_column: str = "ID", age_column: str = "Age") -> dic
         rows, columns = list(table), table.fieldnames or []
     for column in (id_column, age_column):
         if column not in columns:
-            raise StudyError(f"{path} has no column {column!r}; its columns are {', '.join(columns)}.")
+            raise StudyError(
+                f"{path} has no column {column!r}; its columns are {', '.join(columns)}."
+            )
     ages: dict[str, float] = {}
     for row in rows:
         if not (row[age_column] or "").strip():
@@ -421,12 +439,20 @@ def read_ages(path: Path, id_column: str = "ID", age_column: str = "Age") -> dic
         except ValueError:
             raise StudyError(f"{path} holds an age in {age_column!r} that is no number.") from None
         if ages.setdefault(row[id_column], age) != age:
-            raise StudyError(f"{path} gives two ages for one id: keep the row of the scan that is shown.")
+            raise StudyError(
+                f"{path} gives two ages for one id: keep the row of the scan that is shown."
+            )
     return ages
 
 
-def part_of_age(shared: SharedPatients, other: OtherSet, ages: dict[str, float], *,
-                age_from: float | None = None, age_to: float | None = None) -> AgePart:
+def part_of_age(
+    shared: SharedPatients,
+    other: OtherSet,
+    ages: dict[str, float],
+    *,
+    age_from: float | None = None,
+    age_to: float | None = None,
+) -> AgePart:
     """The found patients whose age in the other set's table lies in [age_from, age_to]."""
     if not any(name in ages for name in other.ids):
         raise StudyError(
@@ -437,7 +463,9 @@ def part_of_age(shared: SharedPatients, other: OtherSet, ages: dict[str, float],
     low = -np.inf if age_from is None else age_from
     high = np.inf if age_to is None else age_to
     inside = (age >= low) & (age <= high)
-    return AgePart(shared.patient_id[inside], age[inside], (age_from, age_to), int(np.isnan(age).sum()))
+    return AgePart(
+        shared.patient_id[inside], age[inside], (age_from, age_to), int(np.isnan(age).sum())
+    )
 
 
 def class_groups(counts: Sequence[int]) -> list[list[int]]:
@@ -457,8 +485,12 @@ def class_groups(counts: Sequence[int]) -> list[list[int]]:
     return groups if sum(counts) >= LEAST_GROUP else []
 
 
-def by_class(labels: np.ndarray, classes: Sequence[str], groups: Sequence[Sequence[int]],
-             age: np.ndarray | None = None) -> dict[str, dict]:
+def by_class(
+    labels: np.ndarray,
+    classes: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    age: np.ndarray | None = None,
+) -> dict[str, dict]:
     """Classes of each group → {"n", "age_mean", "age_sd"}, ages in years.
 
     Args:
@@ -476,8 +508,9 @@ def by_class(labels: np.ndarray, classes: Sequence[str], groups: Sequence[Sequen
     return result
 
 
-def counts_by_class(labels: np.ndarray, classes: Sequence[str],
-                    groups: Sequence[Sequence[int]]) -> dict[str, int | str]:
+def counts_by_class(
+    labels: np.ndarray, classes: Sequence[str], groups: Sequence[Sequence[int]]
+) -> dict[str, int | str]:
     """Classes of each group → how many patients (K,) are of it, or `FEWER`."""
     totals = {_group_name(group, classes): int(np.isin(labels, group).sum()) for group in groups}
     return {name: told(total) for name, total in totals.items()}
@@ -525,8 +558,14 @@ def _difference(tally: metrics.Tally, inside: np.ndarray, name: str, n_boot: int
     return {"value": value, "ci": [min(float(low), value), max(float(high), value)]}
 
 
-def _part_and_all(name: str, logits: np.ndarray, labels: np.ndarray, patients: np.ndarray, part: np.ndarray,
-                  n_boot: int) -> dict:
+def _part_and_all(
+    name: str,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    part: np.ndarray,
+    n_boot: int,
+) -> dict:
     """One score on the part, on everybody, and their difference; the first and last null where a class (for
     AUROC: Non or the rest) holds fewer than `LEAST_GROUP` patients of the part."""
     everybody = _rounded(metrics.score(logits, labels, patients, n_boot=n_boot)[name])
@@ -541,7 +580,9 @@ def _part_and_all(name: str, logits: np.ndarray, labels: np.ndarray, patients: n
     return {**_rounded(own), "everybody": everybody, "difference": _rounded(difference)}
 
 
-def part_scores(predictions: Arrays, variant: str | None, part: np.ndarray, n_boot: int = 2000) -> dict:
+def part_scores(
+    predictions: Arrays, variant: str | None, part: np.ndarray, n_boot: int = 2000
+) -> dict:
     """Scores of a model's clean answers on a part of the patients, beside those on everybody.
 
     Predictions are public, so a score without a handful of patients would tell who these are: where fewer
@@ -562,8 +603,11 @@ def part_scores(predictions: Arrays, variant: str | None, part: np.ndarray, n_bo
     inside = int(np.isin(ids, part).sum())
     for size, where in ((inside, "in"), (len(ids) - inside, "outside")):
         if size < LEAST_GROUP and not (size == 0 and where == "outside"):
-            return {"n_people": None, "n_people_everybody": len(ids),
-                    "reason": f"{FEWER} patients of this record are {where} the part"}
+            return {
+                "n_people": None,
+                "n_people_everybody": len(ids),
+                "reason": f"{FEWER} patients of this record are {where} the part",
+            }
     slices = (logits, rows.labels, rows.people)
     patients = metrics.by_person(*slices, rows.seeds)
     return {
@@ -575,9 +619,10 @@ def part_scores(predictions: Arrays, variant: str | None, part: np.ndarray, n_bo
     }
 
 
-def score_rows(entries: Iterable[Entry], part: np.ndarray, cohort_sha256: str,
-               n_boot: int = 2000) -> dict[str, dict]:
-    """"<Model>/<protocol>[/<variant>]" → `part_scores`, for every record and variant.
+def score_rows(
+    entries: Iterable[Entry], part: np.ndarray, cohort_sha256: str, n_boot: int = 2000
+) -> dict[str, dict]:
+    """ "<Model>/<protocol>[/<variant>]" → `part_scores`, for every record and variant.
 
     Raises:
         StudyError: a record is of another cohort, so that its patient ids are other patients; or the part is
@@ -645,12 +690,22 @@ def _label_of_patients(raw: RawImages, cohort: Cohort) -> dict[int, int]:
     """Patient id → the label of most of the patient's slices."""
     real = np.flatnonzero(cohort.kind == "real")
     ids = cohort.patient_id[real]
-    return {int(ids[rows[0]]): int(np.bincount(raw.label[real[rows]]).argmax()) for rows in members_of(ids)}
+    return {
+        int(ids[rows[0]]): int(np.bincount(raw.label[real[rows]]).argmax())
+        for rows in members_of(ids)
+    }
 
 
-def compare(raw: RawImages, cohort: Cohort, other: OtherSet, other_name: str,
-            ages: dict[str, float] | None = None, *, age_from: float | None = None,
-            age_to: float | None = None) -> tuple[Comparison, np.ndarray]:
+def compare(
+    raw: RawImages,
+    cohort: Cohort,
+    other: OtherSet,
+    other_name: str,
+    ages: dict[str, float] | None = None,
+    *,
+    age_from: float | None = None,
+    age_to: float | None = None,
+) -> tuple[Comparison, np.ndarray]:
     """The comparison, and the ids (K,) of the part's patients, which are for scoring in memory alone.
 
     Args:
@@ -661,18 +716,27 @@ def compare(raw: RawImages, cohort: Cohort, other: OtherSet, other_name: str,
         NoGapError: no patient stands out.
     """
     shared = find_shared(raw, cohort, other)
-    part = None if ages is None else part_of_age(shared, other, ages, age_from=age_from, age_to=age_to)
+    part = (
+        None if ages is None else part_of_age(shared, other, ages, age_from=age_from, age_to=age_to)
+    )
     patients = shared.patient_id if part is None else part.patient_id
     label_of = _label_of_patients(raw, cohort)
     of_part = np.array([label_of[who] for who in patients.tolist()], np.int64)
     groups = class_groups(np.bincount(of_part, minlength=len(raw.classes)).tolist())
     absent = set(label_of) - set(shared.patient_id.tolist())
     comparison = Comparison(
-        other_name, shared.n_patients, shared.n_other, len(shared.patient_id), len(patients), shared.repeats,
-        tuple(round(edge, 3) for edge in shared.gap), shared.orientation,
+        other_name,
+        shared.n_patients,
+        shared.n_other,
+        len(shared.patient_id),
+        len(patients),
+        shared.repeats,
+        tuple(round(edge, 3) for edge in shared.gap),
+        shared.orientation,
         by_class(of_part, raw.classes, groups, None if part is None else part.age),
         counts_by_class(np.array([label_of[who] for who in absent], np.int64), raw.classes, groups),
-        None if part is None else part.range_name, 0 if part is None else part.without_age,
+        None if part is None else part.range_name,
+        0 if part is None else part.without_age,
     )
     return comparison, patients
 
@@ -699,10 +763,15 @@ def _class_text(classes: dict[str, dict]) -> str:
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
     """Names and values of what the comparison found."""
     low, high = comparison.gap
-    sizes = f"{comparison.n_patients:,} in this set and {comparison.n_other:,} in {comparison.other}"
+    sizes = (
+        f"{comparison.n_patients:,} in this set and {comparison.n_other:,} in {comparison.other}"
+    )
     rows = [
         ("patients in both sets", f"{_count(comparison.n_found)} of {sizes}"),
-        ("gap", f"the strongest rejected pair correlates at {low:.3f}, the weakest accepted at {high:.3f}"),
+        (
+            "gap",
+            f"the strongest rejected pair correlates at {low:.3f}, the weakest accepted at {high:.3f}",
+        ),
         ("the other set's slices lie on this one's", _orientation_name(comparison.orientation)),
         ("further images of a patient already found", _count(comparison.repeats)),
     ]
@@ -728,13 +797,18 @@ def page_body(comparison: Comparison, rows: dict[str, dict] | None = None) -> li
     """The comparison as paragraphs and tables of HTML."""
     found = _count(comparison.n_found)
     verdict = f"{found} of {comparison.n_patients:,} patients are also in {comparison.other}."
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-                    for name, value in facts(comparison))
-    body = [f"<p class='verdict'>{html.escape(verdict)}</p>", f"<table>{table}</table>",
-            f"<p>{html.escape(explanation(comparison))}</p>",
-            "<p>A patient found is one whose likeness stands beyond an empty gap above every second-best "
-            f"likeness. Who is who was kept in memory alone; groups of {FEWER} patients are merged or not "
-            "told.</p>"]
+    table = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in facts(comparison)
+    )
+    body = [
+        f"<p class='verdict'>{html.escape(verdict)}</p>",
+        f"<table>{table}</table>",
+        f"<p>{html.escape(explanation(comparison))}</p>",
+        "<p>A patient found is one whose likeness stands beyond an empty gap above every second-best "
+        f"likeness. Who is who was kept in memory alone; groups of {FEWER} patients are merged or not "
+        "told.</p>",
+    ]
     if rows:
         body.append("<h2>Patient-level AUROC, Non against the rest</h2>" + _score_table(rows))
     return body
@@ -765,20 +839,25 @@ def _interval_text(score: dict | None) -> str:
     return f"{score['value']:.3f} [{score['ci'][0]:.3f}, {score['ci'][1]:.3f}]"
 
 
-def write_scores(path: Path, comparison: Comparison, rows: dict[str, dict], cohort_sha256: str) -> None:
+def write_scores(
+    path: Path, comparison: Comparison, rows: dict[str, dict], cohort_sha256: str
+) -> None:
     """Writes the aggregate atomically: counts, ages by class, the gap and scores; nothing about any one
     patient."""
-    write_json(path, {
-        "schema_version": SCHEMA_VERSION,
-        "other": comparison.other,
-        "age_range": comparison.age_range,
-        "n_patients": comparison.n_patients,
-        "n_other": comparison.n_other,
-        "n_found": told(comparison.n_found),
-        "n_part": told(comparison.n_part),
-        "by_class": comparison.classes,
-        "not_found_by_class": comparison.missing,
-        "gap": list(comparison.gap),
-        "rows": rows,
-        "cohort_sha256": cohort_sha256,
-    })
+    write_json(
+        path,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "other": comparison.other,
+            "age_range": comparison.age_range,
+            "n_patients": comparison.n_patients,
+            "n_other": comparison.n_other,
+            "n_found": told(comparison.n_found),
+            "n_part": told(comparison.n_part),
+            "by_class": comparison.classes,
+            "not_found_by_class": comparison.missing,
+            "gap": list(comparison.gap),
+            "rows": rows,
+            "cohort_sha256": cohort_sha256,
+        },
+    )

@@ -49,7 +49,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp", dir=path.parent
+        )
         os.close(handle)
         temporary = Path(name)
         os.chmod(name, 0o644)  # mkstemp makes it private to this user; a result is for everybody
@@ -60,8 +62,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except Exception as error:
         if not _tells_of_a_full_disk(error, path.parent):
             raise
-        raise StudyError(f"{path} could not be written: the disk is full ({error}); free some space and run the same command again, it "
-                         "goes on from what was saved before.") from error
+        raise StudyError(
+            f"{path} could not be written: the disk is full ({error}); free some space and run the same command again, it "
+            "goes on from what was saved before."
+        ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -72,7 +76,11 @@ def _tells_of_a_full_disk(error: Exception, folder: Path) -> bool:
     says nothing of the disk: there the room that is left decides."""
     if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
         return True
-    return isinstance(error, (OSError, RuntimeError)) and folder.exists() and shutil.disk_usage(folder).free <= FULL_DISK
+    return (
+        isinstance(error, (OSError, RuntimeError))
+        and folder.exists()
+        and shutil.disk_usage(folder).free <= FULL_DISK
+    )
 
 
 def write_json(path: Path | str, value: object) -> None:
@@ -86,7 +94,9 @@ def read_json(path: Path | str) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise StudyError(f"{path} is not valid JSON ({error}); delete it and run the command that makes it again.") from error
+        raise StudyError(
+            f"{path} is not valid JSON ({error}); delete it and run the command that makes it again."
+        ) from error
 
 
 def seed_everything(seed: int) -> None:
@@ -151,8 +161,19 @@ def environment() -> dict[str, str]:
     """Versions of what decides a number: Python and the packages that train, attack and explain."""
     from importlib.metadata import PackageNotFoundError, version
 
-    packages = ("torch", "torchvision", "timm", "transformers", "optuna", "torchattacks", "pyautoattack",
-                "adversarial-robustness-toolbox", "grad-cam", "scikit-learn", "numpy")
+    packages = (
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "optuna",
+        "torchattacks",
+        "pyautoattack",
+        "adversarial-robustness-toolbox",
+        "grad-cam",
+        "scikit-learn",
+        "numpy",
+    )
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -165,17 +186,35 @@ def environment() -> dict[str, str]:
 def print_environment() -> None:
     """The line that every notebook prints first: what it ran on."""
     versions = environment()
-    print(f"{hardware()} · device {choose_device()} · " + " · ".join(f"{k} {v}" for k, v in versions.items()))
+    print(
+        f"{hardware()} · device {choose_device()} · "
+        + " · ".join(f"{k} {v}" for k, v in versions.items())
+    )
 
 
 def git_state() -> dict[str, object]:
     """Commit and whether tracked files differ from it; `unknown` outside a clone (a downloaded archive)."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return {"git_commit": git("rev-parse", "HEAD"),
-                "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "utils", "models", "dataset"))}
+        return {
+            "git_commit": git("rev-parse", "HEAD"),
+            "git_dirty": bool(
+                git(
+                    "status",
+                    "--porcelain",
+                    "--untracked-files=no",
+                    "--",
+                    "utils",
+                    "models",
+                    "dataset",
+                )
+            ),
+        }
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "unknown", "git_dirty": True}
 
@@ -193,5 +232,13 @@ def progress(items: Iterable, description: str, total: int | None = None, **opti
     set by the headless runner: an executed notebook keeps figures and tables, not logs)."""
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=description, total=total, leave=False, file=sys.stderr, dynamic_ncols=True,
-                disable=bool(os.environ.get("ALZHEIMER_QUIET")), **options)
+    return tqdm(
+        items,
+        desc=description,
+        total=total,
+        leave=False,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        disable=bool(os.environ.get("ALZHEIMER_QUIET")),
+        **options,
+    )

@@ -28,7 +28,15 @@ from utils.attacks import ATTACKS  # noqa: E402
 from utils.backbones import load_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
 from utils.experiment import load_sets, open_study, recorded  # noqa: E402
-from utils.robustness import VIEWS, SuiteResult, as_pixels, evaluate_suite, fallen, headline_of, suite_plan  # noqa: E402
+from utils.robustness import (
+    VIEWS,
+    SuiteResult,
+    as_pixels,
+    evaluate_suite,
+    fallen,
+    headline_of,
+    suite_plan,
+)  # noqa: E402
 from utils.utils_funcs import hardware  # noqa: E402
 
 FLOAT32 = "apgd_t_float32"
@@ -36,31 +44,66 @@ FLOAT32 = "apgd_t_float32"
 
 def compared(name: str, view: str, fp32: np.ndarray, bf16: np.ndarray) -> str:
     """A line about which images stand, bool (N,), after each search."""
-    return (f"  {name:24} {view:7} {len(fp32):4}   {fp32.sum():4} / {bf16.sum():4}   only fp32 {(bf16 & ~fp32).sum():3}   "
-            f"only bf16 {(fp32 & ~bf16).sum():3}")
+    return (
+        f"  {name:24} {view:7} {len(fp32):4}   {fp32.sum():4} / {bf16.sum():4}   only fp32 {(bf16 & ~fp32).sum():3}   "
+        f"only bf16 {(fp32 & ~bf16).sum():3}"
+    )
 
 
 def stands(logits: list[np.ndarray], labels: np.ndarray, view: str) -> np.ndarray:
     return ~np.any([fallen(rows, labels, view) for rows in logits], axis=0)
 
 
-def lines(result: SuiteResult, rows: dict[str, np.ndarray], labels: np.ndarray, eps: str) -> list[str]:
-    shared = [name for at, name in result.logits if at == eps and f"{eps}:{name}" in rows and not name.endswith("_8bit")]
-    theirs, ours = {name: rows[f"{eps}:{name}"] for name in shared}, {name: result.logits[eps, name] for name in shared}
+def lines(
+    result: SuiteResult, rows: dict[str, np.ndarray], labels: np.ndarray, eps: str
+) -> list[str]:
+    shared = [
+        name
+        for at, name in result.logits
+        if at == eps and f"{eps}:{name}" in rows and not name.endswith("_8bit")
+    ]
+    theirs, ours = (
+        {name: rows[f"{eps}:{name}"] for name in shared},
+        {name: result.logits[eps, name] for name in shared},
+    )
     found = []
     for name in shared:
         view, asked = result.meta[eps, name]["view"], ~np.isnan(ours[name]).any(1)
-        found.append(compared(name, view, *(~fallen(logits[name][asked], labels[asked], view) for logits in (theirs, ours))))
-    added = {name: logits for (at, name), logits in result.logits.items() if at == eps and name.startswith(FLOAT32)}
+        found.append(
+            compared(
+                name,
+                view,
+                *(~fallen(logits[name][asked], labels[asked], view) for logits in (theirs, ours)),
+            )
+        )
+    added = {
+        name: logits
+        for (at, name), logits in result.logits.items()
+        if at == eps and name.startswith(FLOAT32)
+    }
     for view in VIEWS:
         fp32 = stands([*theirs.values()], labels, view)
-        found += [compared("worst case", view, fp32, stands([*ours.values()], labels, view)),
-                  compared("worst case, fp32 added", view, fp32, stands([*ours.values(), *added.values()], labels, view))]
+        found += [
+            compared("worst case", view, fp32, stands([*ours.values()], labels, view)),
+            compared(
+                "worst case, fp32 added",
+                view,
+                fp32,
+                stands([*ours.values(), *added.values()], labels, view),
+            ),
+        ]
     return found
 
 
-def ratio(attack: str, budget: dict, model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, eps: float,
-          rounds: int = 3) -> str:
+def ratio(
+    attack: str,
+    budget: dict,
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    eps: float,
+    rounds: int = 3,
+) -> str:
     """Processor seconds of both searches, taking turns."""
     seconds = {"fp32": [], "bf16": []}
     for _ in range(rounds):
@@ -69,17 +112,25 @@ def ratio(attack: str, budget: dict, model: torch.nn.Module, images: torch.Tenso
             ATTACKS[attack](model, images, labels, eps, precision=precision, **budget)
             spent.append(time.process_time() - started)
     medians = {precision: statistics.median(spent) for precision, spent in seconds.items()}
-    return (f"  {attack} {budget}, {len(images)} standing images, median of {rounds}: fp32 {medians['fp32']:.1f} s, "
-            f"bf16 {medians['bf16']:.1f} s, ratio {medians['fp32'] / medians['bf16']:.2f}")
+    return (
+        f"  {attack} {budget}, {len(images)} standing images, median of {rounds}: fp32 {medians['fp32']:.1f} s, "
+        f"bf16 {medians['bf16']:.1f} s, ratio {medians['fp32'] / medians['bf16']:.2f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--raw", required=True, help="folder or zip of the real cohort")
     parser.add_argument("--model", default="Dinov2")
     parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument("--weights", help="the unit's weights where they do not lie in checkpoints/")
-    parser.add_argument("--state", help="folder for finished batches, to go on after an interruption")
+    parser.add_argument(
+        "--weights", help="the unit's weights where they do not lie in checkpoints/"
+    )
+    parser.add_argument(
+        "--state", help="folder for finished batches, to go on after an interruption"
+    )
     options = parser.parse_args()
     study = open_study("cpu", options.raw)
     config: RunConfig = make_config("cpu", options.model, protocol="patient", fold=options.fold)
@@ -89,23 +140,56 @@ def main() -> None:
     labels = attacked.labels.numpy()
     config = make_config("cpu", options.model, protocol="patient", fold=options.fold, eps=(eps,))
     model = load_model(options.weights or study.checkpoint(config))
-    result = evaluate_suite(model, attacked.images, labels, attacked.people, config, stages=suite_plan(config), precision="bf16",
-                            state_dir=Path(options.state) if options.state else None)
-    rows = {name: values[chosen].astype(np.float32) for name, values in unit.rows.items() if name == "clean" or ":" in name}
+    result = evaluate_suite(
+        model,
+        attacked.images,
+        labels,
+        attacked.people,
+        config,
+        stages=suite_plan(config),
+        precision="bf16",
+        state_dir=Path(options.state) if options.state else None,
+    )
+    rows = {
+        name: values[chosen].astype(np.float32)
+        for name, values in unit.rows.items()
+        if name == "clean" or ":" in name
+    }
     # A record keeps logits in half precision, each image's largest at 0.
-    gap = np.abs(rows["clean"] - (result.clean_logits - result.clean_logits.max(1, keepdims=True))).max()
+    gap = np.abs(
+        rows["clean"] - (result.clean_logits - result.clean_logits.max(1, keepdims=True))
+    ).max()
     if gap > 0.01:
-        raise SystemExit(f"The weights' clean logits differ from the record's by {gap:.3f}: they are not that unit's weights.")
-    print(f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of {len(np.unique(attacked.people))} people; "
-          f"{torch.get_num_threads()} thread(s), {hardware()}, data: real, init: random\n"
-          f"  {'attack':24} {'view':7}    n   standing after fp32 / bf16")
+        raise SystemExit(
+            f"The weights' clean logits differ from the record's by {gap:.3f}: they are not that unit's weights."
+        )
+    print(
+        f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of {len(np.unique(attacked.people))} people; "
+        f"{torch.get_num_threads()} thread(s), {hardware()}, data: real, init: random\n"
+        f"  {'attack':24} {'view':7}    n   standing after fp32 / bf16"
+    )
     print("\n".join(lines(result, rows, labels, eps)))
-    print("  checks:", "; ".join(f"{row['check']} {row['figure']}" for row in result.sanity if not row["passed"]
-                                 or "float32" in row["check"]))
+    print(
+        "  checks:",
+        "; ".join(
+            f"{row['check']} {row['figure']}"
+            for row in result.sanity
+            if not row["passed"] or "float32" in row["check"]
+        ),
+    )
     standing = np.flatnonzero(~fallen(result.logits[eps, f"pgd{config.pgd_steps}"], labels))[:16]
     for attack, budget in (("apgd_t", dict(steps=5)), ("square", dict(queries=20))):
-        print(ratio(attack, budget, model, as_pixels(attacked.images)[standing], torch.as_tensor(labels[standing]), parse_eps(eps)),
-              flush=True)
+        print(
+            ratio(
+                attack,
+                budget,
+                model,
+                as_pixels(attacked.images)[standing],
+                torch.as_tensor(labels[standing]),
+                parse_eps(eps),
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -31,15 +31,28 @@ from utils.data import ImageSet, load_set  # noqa: E402
 from utils.experiment import open_study  # noqa: E402
 from utils.phantom import draw_cohort  # noqa: E402
 from utils.robustness import (  # noqa: E402
-    as_pixels, evaluate_suite, fallen, predict_logits, stratified_sample, suite_plan, worst_case)
+    as_pixels,
+    evaluate_suite,
+    fallen,
+    predict_logits,
+    stratified_sample,
+    suite_plan,
+    worst_case,
+)
 from utils.training import fit  # noqa: E402
 from utils.utils_funcs import hardware  # noqa: E402
 
 
 def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images uint8 (N, 1, size, size), labels and people, all classes equally."""
-    cohort = draw_cohort(people=(12, 12, 12, 12), slices=8, size=size, synthetic=0, duplicates=0, seed=seed)
-    return np.stack(cohort.images)[:, None], np.asarray(cohort.label, np.int64), np.asarray(cohort.person)
+    cohort = draw_cohort(
+        people=(12, 12, 12, 12), slices=8, size=size, synthetic=0, duplicates=0, seed=seed
+    )
+    return (
+        np.stack(cohort.images)[:, None],
+        np.asarray(cohort.label, np.int64),
+        np.asarray(cohort.person),
+    )
 
 
 def real_set(raw: str, part: str) -> ImageSet:
@@ -48,12 +61,18 @@ def real_set(raw: str, part: str) -> ImageSet:
         return load_set(open_study("cpu", raw).sets, "patient", 0, part)
 
 
-def robust_model(name: str, size: int, eps: float, epochs: int, raw: str | None = None) -> PixelClassifier:
+def robust_model(
+    name: str, size: int, eps: float, epochs: int, raw: str | None = None
+) -> PixelClassifier:
     """A model trained with two-step PGD on the training people of `patient` fold 0, or on the phantom; kept between runs."""
-    path = ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}{'_real' if raw else ''}.safetensors"
+    path = (
+        ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}{'_real' if raw else ''}.safetensors"
+    )
     if raw:
         sets = {part: real_set(raw, part) for part in ("train", "validation")}
-        config = make_config("cpu", name, input_size=size, epochs=epochs, train_eps=eps, slice_stride=2)
+        config = make_config(
+            "cpu", name, input_size=size, epochs=epochs, train_eps=eps, slice_stride=2
+        )
         return fit(sets["train"], sets["validation"], config, path, torch.device("cpu")).load()
     if path.is_file():
         return load_model(path)
@@ -73,12 +92,18 @@ def robust_model(name: str, size: int, eps: float, epochs: int, raw: str | None 
             loss.backward()
             optimiser.step()
             losses.append(float(loss.detach()))
-        print(f"  epoch {epoch + 1}/{epochs}: adversarial loss {np.mean(losses):.3f}", file=sys.stderr, flush=True)
+        print(
+            f"  epoch {epoch + 1}/{epochs}: adversarial loss {np.mean(losses):.3f}",
+            file=sys.stderr,
+            flush=True,
+        )
     save_model(model.eval(), path)
     return model.eval()
 
 
-def test_images(size: int, count: int, raw: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def test_images(
+    size: int, count: int, raw: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, labels and people: the same stratified test slices of `patient` fold 0, or of another phantom cohort."""
     if raw:
         test = real_set(raw, "test")
@@ -89,19 +114,33 @@ def test_images(size: int, count: int, raw: str | None) -> tuple[np.ndarray, np.
     return images[chosen], labels[chosen].astype(np.int64), people[chosen]
 
 
-def ours(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, people: np.ndarray,
-         config: RunConfig) -> np.ndarray:
+def ours(
+    model: PixelClassifier,
+    images: np.ndarray,
+    labels: np.ndarray,
+    people: np.ndarray,
+    config: RunConfig,
+) -> np.ndarray:
     """Who stands after the four-class part of suite `standard`."""
-    plan = [stage for stage in suite_plan(config) if stage.view == "four"
-            and stage.attack not in ("pgd_clinical", "kryptonite")]
+    plan = [
+        stage
+        for stage in suite_plan(config)
+        if stage.view == "four" and stage.attack not in ("pgd_clinical", "kryptonite")
+    ]
     result = evaluate_suite(model, images, labels, people, config, stages=plan)
     for (_, name), meta in result.meta.items():
-        print(f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, "
-              f"{meta['seconds']:7.1f} s")
-    return worst_case(result.logits, labels, config.headline_eps) & ~fallen(result.clean_logits, labels)
+        print(
+            f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, "
+            f"{meta['seconds']:7.1f} s"
+        )
+    return worst_case(result.logits, labels, config.headline_eps) & ~fallen(
+        result.clean_logits, labels
+    )
 
 
-def official(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps: float, batch: int) -> np.ndarray:
+def official(
+    model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps: float, batch: int
+) -> np.ndarray:
     """Who stands after AutoAttack `standard` as its authors run it, with three target classes."""
     from pyautoattack import AutoAttack
 
@@ -109,34 +148,59 @@ def official(model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 3
     pixels, truth = as_pixels(images), torch.as_tensor(labels)
     found = attack.run_standard_evaluation(pixels, truth, batch_size=batch)[0]
-    return torch.stack([predict_logits(model, x).argmax(1) == truth for x in (pixels, found)]).all(0).numpy()
+    return (
+        torch.stack([predict_logits(model, x).argmax(1) == truth for x in (pixels, found)])
+        .all(0)
+        .numpy()
+    )
 
 
 def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> None:
     images, labels, people = test_images(options.size, count, options.raw)
-    config = make_config("cpu", "Resnet_atk", suite="standard", eps=(options.eps,), headline_eps=options.eps, attack_batch=options.batch)
+    config = make_config(
+        "cpu",
+        "Resnet_atk",
+        suite="standard",
+        eps=(options.eps,),
+        headline_eps=options.eps,
+        attack_batch=options.batch,
+    )
     answers = predict_logits(model, as_pixels(images)).argmax(1).numpy()
     seen = f", seen at {model.input_size} px" if model.input_size else ""
-    print(f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = "
-          f"{len(labels)} of "
-          f"{len(np.unique(people))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
-          f"clean accuracy {(answers == labels).mean():.1%}, answers by class: {np.bincount(answers, minlength=4).tolist()}", flush=True)
+    print(
+        f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = "
+        f"{len(labels)} of "
+        f"{len(np.unique(people))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
+        f"clean accuracy {(answers == labels).mean():.1%}, answers by class: {np.bincount(answers, minlength=4).tolist()}",
+        flush=True,
+    )
     wall, cpu = time.perf_counter(), time.process_time()
     ours_standing = ours(model, images, labels, people, config)
     our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)", flush=True)
+    print(
+        f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)",
+        flush=True,
+    )
     wall, cpu = time.perf_counter(), time.process_time()
     official_standing = official(model, images, labels, parse_eps(options.eps), options.batch)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)")
-    print(f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
-          f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}")
-    print(f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)",
-          flush=True)
+    print(
+        f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)"
+    )
+    print(
+        f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
+        f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}"
+    )
+    print(
+        f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, nargs="+", default=[128])
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--eps", default="4/255")
@@ -146,8 +210,13 @@ def main() -> None:
     parser.add_argument("--raw", help="folder or zip of the real cohort; the phantom without it")
     options = parser.parse_args()
     os.environ["ALZHEIMER_QUIET"] = "1"
-    model = (load_model(options.checkpoint) if options.checkpoint
-             else robust_model("Resnet_atk", options.size, parse_eps(options.eps), options.epochs, options.raw))
+    model = (
+        load_model(options.checkpoint)
+        if options.checkpoint
+        else robust_model(
+            "Resnet_atk", options.size, parse_eps(options.eps), options.epochs, options.raw
+        )
+    )
     for count in options.n:
         compare(model, count, options)
 

@@ -34,10 +34,18 @@ def make_features(raw: str | None, path: Path) -> None:
         from utils.phantom import write_phantom
 
         raw = str(
-            write_phantom(path.parent / "phantom", people=(100, 70, 28, 2), size=64, synthetic=4937, duplicates=182)
+            write_phantom(
+                path.parent / "phantom",
+                people=(100, 70, 28, 2),
+                size=64,
+                synthetic=4937,
+                duplicates=182,
+            )
         )
     images = c.read_raw(raw).images
-    kept = c.first_of_each(np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images]))[0]
+    kept = c.first_of_each(
+        np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    )[0]
     images = [images[i] for i in kept]
     np.savez(path, vectors=c.features(images), levels=c.background(images))
 
@@ -46,8 +54,14 @@ def draw(raw: Path, multiple: int) -> None:
     """A drawn cohort `multiple` times the size of the real one."""
     from utils.phantom import write_phantom
 
-    write_phantom(raw, people=tuple(multiple * count for count in (100, 70, 28, 2)), size=128, synthetic=4937 * multiple,
-                  duplicates=182 * multiple, seed=1)
+    write_phantom(
+        raw,
+        people=tuple(multiple * count for count in (100, 70, 28, 2)),
+        size=128,
+        synthetic=4937 * multiple,
+        duplicates=182 * multiple,
+        seed=1,
+    )
 
 
 def measure(path: Path, multiple: int) -> dict:
@@ -56,7 +70,9 @@ def measure(path: Path, multiple: int) -> dict:
     rng = np.random.default_rng(0)
     many = np.empty((multiple * len(vectors), vectors.shape[1]), np.float32)
     for k in range(multiple):
-        many[k * len(vectors):(k + 1) * len(vectors)] = vectors[:, rng.permutation(vectors.shape[1])]
+        many[k * len(vectors) : (k + 1) * len(vectors)] = vectors[
+            :, rng.permutation(vectors.shape[1])
+        ]
     del vectors
     start, cpu = time.monotonic(), time.process_time()
     people = c.find_people(many, np.tile(levels, multiple))
@@ -76,25 +92,37 @@ def whole(multiple: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
         # In a process of its own, like all that is large here: a child inherits its parent's peak memory.
-        subprocess.run([sys.executable, __file__, "--draw", str(raw), "--whole", str(multiple)], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--draw", str(raw), "--whole", str(multiple)], check=True
+        )
         out, start = Path(folder) / "cohort.csv", time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "utils.cohort", str(raw), "--out", str(out)], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[2])
+        process = subprocess.Popen(
+            [sys.executable, "-m", "utils.cohort", str(raw), "--out", str(out)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).resolve().parents[2],
+        )
         _, status, usage = os.wait4(process.pid, 0)  # of this child alone
         seconds = time.monotonic() - start
         if status:
-            raise SystemExit(f"python -m utils.cohort ended with {os.waitstatus_to_exitcode(status)}")
+            raise SystemExit(
+                f"python -m utils.cohort ended with {os.waitstatus_to_exitcode(status)}"
+            )
         truth = {row["path"]: row for row in _rows(raw / "people.csv")}
         found = _rows(out)
         groups: dict[str, set[str]] = {}
         for path, row in zip(sorted(truth), found, strict=True):
             if truth[path]["kind"] == "real":
                 groups.setdefault(truth[path]["person"], set()).add(row["patient_id"])
-        whole_people = [next(iter(ids)) for ids in groups.values() if len(ids) == 1 and "" not in ids]
+        whole_people = [
+            next(iter(ids)) for ids in groups.values() if len(ids) == 1 and "" not in ids
+        ]
     gib = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-    return (f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: {seconds:,.0f} s, peak {gib:.2f} GiB; "
-            f"{len(set(whole_people)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} "
-            "found beyond them")
+    return (
+        f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: {seconds:,.0f} s, peak {gib:.2f} GiB; "
+        f"{len(set(whole_people)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} "
+        "found beyond them"
+    )
 
 
 def _rows(path: Path) -> list[dict]:
@@ -104,7 +132,9 @@ def _rows(path: Path) -> list[dict]:
 
 def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
     # Processor seconds: other work on the machine does not lengthen them.
-    size, seconds, memory = (np.array([row[name] for row in rows]) for name in ("images", "cpu_seconds", "gib"))
+    size, seconds, memory = (
+        np.array([row[name] for row in rows]) for name in ("images", "cpu_seconds", "gib")
+    )
     lines = [
         "times |  images | people |  seconds | processor seconds | peak GiB |",
         "-----:|--------:|-------:|---------:|------------------:|---------:|---------",
@@ -156,7 +186,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.npz"
         subprocess.run(
-            [sys.executable, __file__, "--features", str(path), *(["--raw", options.raw] if options.raw else [])],
+            [
+                sys.executable,
+                __file__,
+                "--features",
+                str(path),
+                *(["--raw", options.raw] if options.raw else []),
+            ],
             check=True,
         )
         rows = []
@@ -166,8 +202,9 @@ def main() -> None:
             rows.append(json.loads(done.stdout))
             print(rows[-1], file=sys.stderr, flush=True)
     threads = os.environ.get("OMP_NUM_THREADS", "as many")
-    text = f"{os.cpu_count()} cores, threads: {threads}; the search for people alone, features given\n\n" + table(
-        rows, options.extrapolate, rows[0]["images"] // options.multiples[0]
+    text = (
+        f"{os.cpu_count()} cores, threads: {threads}; the search for people alone, features given\n\n"
+        + table(rows, options.extrapolate, rows[0]["images"] // options.multiples[0])
     )
     if options.whole:
         text += f"\n\n{whole(options.whole)}"

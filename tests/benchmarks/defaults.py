@@ -24,7 +24,14 @@ sys.path.insert(0, str(ROOT))
 
 from utils import data, experiment, training  # noqa: E402
 from utils.config import make_config  # noqa: E402
-from utils.utils_funcs import StudyError, choose_device, environment, hardware, read_json, write_json  # noqa: E402
+from utils.utils_funcs import (
+    StudyError,
+    choose_device,
+    environment,
+    hardware,
+    read_json,
+    write_json,
+)  # noqa: E402
 
 ADVERSARIAL = {
     "PGD-AT, 2 steps, eps ramp": {},
@@ -51,15 +58,28 @@ FROM_TWIN = {
     "PGD-AT from random weights": {},
     "PGD-AT from the clean twin": {"warm_start": True},
     "half clean, half adversarial, from the clean twin": {"warm_start": True, "clean_weight": 0.5},
-    "TRADES, beta 2, from the clean twin": {"warm_start": True, "method": "trades", "trades_beta": 2.0},
-    "TRADES, beta 6, from the clean twin": {"warm_start": True, "method": "trades", "trades_beta": 6.0},
+    "TRADES, beta 2, from the clean twin": {
+        "warm_start": True,
+        "method": "trades",
+        "trades_beta": 2.0,
+    },
+    "TRADES, beta 6, from the clean twin": {
+        "warm_start": True,
+        "method": "trades",
+        "trades_beta": 6.0,
+    },
 }
 #: Model → (lines, what all of them share).
-STUDIES = {"Resnet_atk": (ADVERSARIAL, dict(epochs=8, input_size=64, slice_stride=2)),
-           "Resnet": (CLEAN, dict(epochs=12, input_size=64, slice_stride=4)),
-           "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2)),
-           "Efficientnet_atk": (FROM_TWIN, dict(epochs=8, input_size=None, slice_stride=4, method="pgd", warm_start=False)),
-           "Dinov2_atk": (FROM_TWIN, dict(epochs=12, input_size=126, slice_stride=4, lr=1e-4))}
+STUDIES = {
+    "Resnet_atk": (ADVERSARIAL, dict(epochs=8, input_size=64, slice_stride=2)),
+    "Resnet": (CLEAN, dict(epochs=12, input_size=64, slice_stride=4)),
+    "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2)),
+    "Efficientnet_atk": (
+        FROM_TWIN,
+        dict(epochs=8, input_size=None, slice_stride=4, method="pgd", warm_start=False),
+    ),
+    "Dinov2_atk": (FROM_TWIN, dict(epochs=12, input_size=126, slice_stride=4, lr=1e-4)),
+}
 
 
 def main() -> None:
@@ -76,24 +96,51 @@ def main() -> None:
     sets = {name: data.load_set(study.sets, "patient", 0, name) for name in ("train", "validation")}
     machine = {"hardware": hardware(), "threads": torch.get_num_threads()}
     for row in done["rows"].values():
-        row |= {key: row.get(key, done[key]) for key in machine}  # lines of before may come from another machine
+        row |= {
+            key: row.get(key, done[key]) for key in machine
+        }  # lines of before may come from another machine
     for name, changes in lines.items():
         if name in done["rows"]:
             continue
         config = make_config("cpu", options.model, **{"lr": 3e-4, **shared, **changes})
         with tempfile.TemporaryDirectory() as folder:
             try:
-                fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "line.safetensors", choose_device(),
-                                   start=experiment.start_of(study, config))
+                fit = training.fit(
+                    sets["train"],
+                    sets["validation"],
+                    config,
+                    Path(folder) / "line.safetensors",
+                    choose_device(),
+                    start=experiment.start_of(study, config),
+                )
                 best = {key: value for key, value in fit.history[fit.best_epoch - 1].items()}
-                done["rows"][name] = {"changes": changes, "best_epoch": fit.best_epoch, "one_class": fit.one_class, "best": best,
-                                      "last": fit.history[-1], "seconds": fit.seconds, "init": fit.init,
-                                      "precision": fit.precision, **machine}
+                done["rows"][name] = {
+                    "changes": changes,
+                    "best_epoch": fit.best_epoch,
+                    "one_class": fit.one_class,
+                    "best": best,
+                    "last": fit.history[-1],
+                    "seconds": fit.seconds,
+                    "init": fit.init,
+                    "precision": fit.precision,
+                    **machine,
+                }
             except StudyError as error:
                 done["rows"][name] = {"changes": changes, "failed": str(error), **machine}
-        done |= {"model": options.model, "protocol": "patient", "fold": 0, "data": study.data, "profile": "cpu",
-                 **shared, "train": sets["train"].balance(), "validation": sets["validation"].balance(),
-                 "n_validation": len(sets["validation"]), "cohort_sha256": study.cohort_sha256, **machine, "environment": environment()}
+        done |= {
+            "model": options.model,
+            "protocol": "patient",
+            "fold": 0,
+            "data": study.data,
+            "profile": "cpu",
+            **shared,
+            "train": sets["train"].balance(),
+            "validation": sets["validation"].balance(),
+            "n_validation": len(sets["validation"]),
+            "cohort_sha256": study.cohort_sha256,
+            **machine,
+            "environment": environment(),
+        }
         write_json(output, done)
         print(json.dumps({name: done["rows"][name].get("best", done["rows"][name])}), flush=True)
 

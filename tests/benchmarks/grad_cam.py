@@ -37,7 +37,13 @@ LIMIT, SIDE = 3.0, 128
 
 def passes(model: PixelClassifier, images: torch.Tensor, batch: int, *, to_pixels: bool) -> None:
     """One forward pass and one backward pass of the predicted logit, to the explained layer or on to the pixels."""
-    hook = None if to_pixels else target_layer(model).register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_())
+    hook = (
+        None
+        if to_pixels
+        else target_layer(model).register_forward_hook(
+            lambda _m, _i, output: output.detach().requires_grad_()
+        )
+    )
     try:
         for part in images.split(batch):
             logits = model(part.clone().requires_grad_(to_pixels))
@@ -56,27 +62,45 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def fresh(name: str) -> PixelClassifier:
-    return build_model(name, pretrained=False).to(choose_device()).requires_grad_(False)  # no weight gradients in any of the three
+    return (
+        build_model(name, pretrained=False).to(choose_device()).requires_grad_(False)
+    )  # no weight gradients in any of the three
 
 
 def time_row(name: str, method: str, count: int, batch: int, rounds: int) -> tuple[str, float]:
     """A printed row and the ratio of a map set to the passes it needs: medians over rounds, the ratio taken within each."""
-    model, images = fresh(name), torch.rand(count, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(choose_device())
-    kinds = {"needed": lambda part: passes(model, part, batch, to_pixels=False),
-             "full": lambda part: passes(model, part, batch, to_pixels=True),
-             "maps": lambda part: explain(model, part, method=method, batch_size=batch)}
+    model, images = (
+        fresh(name),
+        torch.rand(count, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).to(
+            choose_device()
+        ),
+    )
+    kinds = {
+        "needed": lambda part: passes(model, part, batch, to_pixels=False),
+        "full": lambda part: passes(model, part, batch, to_pixels=True),
+        "maps": lambda part: explain(model, part, method=method, batch_size=batch),
+    }
     for work in kinds.values():
         work(images[:batch])  # allocations and kernel choices of the first call belong to none
-    times = [{kind: seconds(lambda: work(images)) for kind, work in kinds.items()} for _ in range(rounds)]
+    times = [
+        {kind: seconds(lambda: work(images)) for kind, work in kinds.items()} for _ in range(rounds)
+    ]
     each = {kind: 1000 * statistics.median(row[kind] for row in times) / count for kind in kinds}
-    needed, full = (statistics.median(row["maps"] / row[kind] for row in times) for kind in ("needed", "full"))
-    return f"{name:<14}{method:<11}{each['needed']:>10.1f}{each['full']:>10.1f}{each['maps']:>10.1f}{needed:>14.2f}{full:>12.2f}", needed
+    needed, full = (
+        statistics.median(row["maps"] / row[kind] for row in times) for kind in ("needed", "full")
+    )
+    return (
+        f"{name:<14}{method:<11}{each['needed']:>10.1f}{each['full']:>10.1f}{each['maps']:>10.1f}{needed:>14.2f}{full:>12.2f}",
+        needed,
+    )
 
 
 def peak_mib(name: str, method: str, count: int, batch: int) -> float:
     """Peak MiB that explaining takes above the model, the images and the maps returned (Linux or a GPU; else NaN)."""
     model, images = fresh(name), torch.rand(count, 1, SIDE, SIDE).to(choose_device())
-    explain(model, images[:1], method=method)  # what is imported and set up once is no matter of the batch
+    explain(
+        model, images[:1], method=method
+    )  # what is imported and set up once is no matter of the batch
     returned = count * SIDE**2 * 4 / 2**20
     if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -93,46 +117,78 @@ def peak_mib(name: str, method: str, count: int, batch: int) -> float:
 
 
 def resident(field: str) -> float:
-    line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) / 1024
 
 
 def memory_table(name: str, method: str, batches: list[int]) -> str:
-    lines = [f"{name}, {method}: peak MiB above model, images and maps", f"{'batch':>8}{'2 batches':>14}{'6 batches':>14}"]
+    lines = [
+        f"{name}, {method}: peak MiB above model, images and maps",
+        f"{'batch':>8}{'2 batches':>14}{'6 batches':>14}",
+    ]
     for batch in batches:
         peaks = []
         for count in (2 * batch, 6 * batch):
             command = [sys.executable, __file__, "--measure", name, method, str(count), str(batch)]
-            peaks.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+            peaks.append(
+                float(
+                    subprocess.run(
+                        command, check=True, capture_output=True, text=True
+                    ).stdout.split()[-1]
+                )
+            )
         lines.append(f"{batch:>8}{peaks[0]:>14.0f}{peaks[1]:>14.0f}")
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=1279)
     parser.add_argument("--models", nargs="+", default=["Resnet"], choices=BACKBONES)
-    parser.add_argument("--methods", nargs="+", default=["gradcam"], choices=("gradcam", "gradcam++", "layercam"))
+    parser.add_argument(
+        "--methods", nargs="+", default=["gradcam"], choices=("gradcam", "gradcam++", "layercam")
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, nargs="*", default=[8, 16, 32, 64], help="batch sizes of the memory table; none skips it")
-    parser.add_argument("--measure", nargs=4, metavar=("MODEL", "METHOD", "IMAGES", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="*",
+        default=[8, 16, 32, 64],
+        help="batch sizes of the memory table; none skips it",
+    )
+    parser.add_argument(
+        "--measure", nargs=4, metavar=("MODEL", "METHOD", "IMAGES", "BATCH"), help=argparse.SUPPRESS
+    )
     chosen = parser.parse_args()
     if chosen.measure:
         name, method, count, batch = chosen.measure
         print(peak_mib(name, method, int(count), int(batch)))
         return 0
-    print(f"{hardware()}, {torch.get_num_threads()} threads, {chosen.images} images of {SIDE} px, batch {chosen.batch}, float32, "
-          f"median of {chosen.rounds} rounds, random weights")
-    print(f"{'backbone':<14}{'method':<11}{'needed':>10}{'full':>10}{'maps':>10}{'maps/needed':>14}{'maps/full':>12}   (first three: ms "
-          "per image)")
+    print(
+        f"{hardware()}, {torch.get_num_threads()} threads, {chosen.images} images of {SIDE} px, batch {chosen.batch}, float32, "
+        f"median of {chosen.rounds} rounds, random weights"
+    )
+    print(
+        f"{'backbone':<14}{'method':<11}{'needed':>10}{'full':>10}{'maps':>10}{'maps/needed':>14}{'maps/full':>12}   (first three: ms "
+        "per image)"
+    )
     ratios = []
     for name in chosen.models:
         for method in chosen.methods:
             row, ratio = time_row(name, method, chosen.images, chosen.batch, chosen.rounds)
             print(row, flush=True)
             ratios.append(ratio)
-    print(f"limit: maps/needed at most {LIMIT:g}: {'holds' if max(ratios) <= LIMIT else 'DOES NOT HOLD'}", flush=True)
+    print(
+        f"limit: maps/needed at most {LIMIT:g}: {'holds' if max(ratios) <= LIMIT else 'DOES NOT HOLD'}",
+        flush=True,
+    )
     for name in chosen.models if chosen.batches else []:
         print("\n" + memory_table(name, chosen.methods[0], chosen.batches), flush=True)
     return int(max(ratios) > LIMIT)

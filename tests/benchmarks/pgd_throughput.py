@@ -42,23 +42,48 @@ def timed(attack: Callable[[], Tensor]) -> tuple[Tensor, float]:
     return found, time.process_time() - started
 
 
-def compare(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float, batch: int, rounds: int, precision: Precision) -> str:
+def compare(
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    eps: float,
+    batch: int,
+    rounds: int,
+    precision: Precision,
+) -> str:
     def ours() -> Tensor:
         parts = zip(pixels.split(batch), labels.split(batch), strict=True)
-        return torch.cat([ATTACKS["pgd"](model, x, y, eps, steps=STEPS, step_size=eps / 4, precision=precision) for x, y in parts])
+        return torch.cat(
+            [
+                ATTACKS["pgd"](
+                    model, x, y, eps, steps=STEPS, step_size=eps / 4, precision=precision
+                )
+                for x, y in parts
+            ]
+        )
 
     def theirs() -> Tensor:
         attack = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=STEPS)
-        return torch.cat([attack(x, y) for x, y in zip(pixels.split(batch), labels.split(batch), strict=True)])
+        return torch.cat(
+            [attack(x, y) for x, y in zip(pixels.split(batch), labels.split(batch), strict=True)]
+        )
 
     turns = [(timed(ours), timed(theirs)) for _ in range(rounds)]
     seconds = [statistics.median(turn[side][1] for turn in turns) for side in (0, 1)]
     # The weakest of our rounds against the strongest of theirs, whose start is another draw each time.
-    standing = [[float((predict_logits(model, turn[side][0]).argmax(1) == labels).float().mean()) for turn in turns] for side in (0, 1)]
+    standing = [
+        [
+            float((predict_logits(model, turn[side][0]).argmax(1) == labels).float().mean())
+            for turn in turns
+        ]
+        for side in (0, 1)
+    ]
     bound = f" (bound {_bound(max(standing[0]))})" if precision == "fp32" else ""
-    return (f"  eps {eps * 255:.0f}/255: ours {len(labels) / seconds[0]:6.2f} images/s, {max(standing[0]):6.1%} stand; "
-            f"torchattacks {len(labels) / seconds[1]:6.2f} images/s, {min(standing[1]):6.1%} stand; "
-            f"ratio {seconds[1] / seconds[0]:.2f}{bound}")
+    return (
+        f"  eps {eps * 255:.0f}/255: ours {len(labels) / seconds[0]:6.2f} images/s, {max(standing[0]):6.1%} stand; "
+        f"torchattacks {len(labels) / seconds[1]:6.2f} images/s, {min(standing[1]):6.1%} stand; "
+        f"ratio {seconds[1] / seconds[0]:.2f}{bound}"
+    )
 
 
 def _bound(standing: float) -> str:
@@ -66,31 +91,60 @@ def _bound(standing: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eps", nargs="+", default=["2/255", "4/255", "8/255"])
-    parser.add_argument("--models", nargs="+", default=["Resnet_atk:64", "Dinov2_atk:70"], help="name:pixels")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our search; success counts in float32")
+    parser.add_argument(
+        "--models", nargs="+", default=["Resnet_atk:64", "Dinov2_atk:70"], help="name:pixels"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of our search; success counts in float32",
+    )
     parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--checkpoints", nargs="*", default=[], help="measure these instead of --models")
+    parser.add_argument(
+        "--checkpoints", nargs="*", default=[], help="measure these instead of --models"
+    )
     parser.add_argument("--raw", help="folder or zip of the real cohort; the phantom without it")
     options = parser.parse_args()
-    print(f"PGD-{STEPS}, n = {options.n}, batches of {options.batch}, our search in {options.precision}, theirs in fp32, median of "
-          f"{options.rounds} rounds, {torch.get_num_threads()} thread(s), {hardware()}, data: {'real' if options.raw else 'phantom'}")
+    print(
+        f"PGD-{STEPS}, n = {options.n}, batches of {options.batch}, our search in {options.precision}, theirs in fp32, median of "
+        f"{options.rounds} rounds, {torch.get_num_threads()} thread(s), {hardware()}, data: {'real' if options.raw else 'phantom'}"
+    )
     wanted = [(load_model(path), 128) for path in options.checkpoints]
     for spec in [] if wanted else options.models:
         name, size = spec.split(":")
-        wanted.append((robust_model(name, int(size), 4 / 255, options.epochs, options.raw), int(size)))
+        wanted.append(
+            (robust_model(name, int(size), 4 / 255, options.epochs, options.raw), int(size))
+        )
     for model, size in wanted:
         images, labels, _ = test_images(size, options.n, options.raw)
         pixels, truth = as_pixels(images), torch.as_tensor(labels)
         clean = (predict_logits(model, pixels).argmax(1) == truth).float().mean()
-        print(f"{model.name} on images of {pixels.shape[-1]} px, seen at {model.input_size or pixels.shape[-1]} px, "
-              f"clean accuracy {clean:.1%}", flush=True)
+        print(
+            f"{model.name} on images of {pixels.shape[-1]} px, seen at {model.input_size or pixels.shape[-1]} px, "
+            f"clean accuracy {clean:.1%}",
+            flush=True,
+        )
         for eps in options.eps:
-            print(compare(model, pixels, truth, parse_eps(eps), options.batch, options.rounds, options.precision), flush=True)
+            print(
+                compare(
+                    model,
+                    pixels,
+                    truth,
+                    parse_eps(eps),
+                    options.batch,
+                    options.rounds,
+                    options.precision,
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

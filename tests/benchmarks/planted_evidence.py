@@ -22,7 +22,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.planted_evidence import BUDGETS, LIMIT, SIDE, accuracy, inside, stripes_in_patch, trained_backbone  # noqa: E402
+from tests.planted_evidence import (
+    BUDGETS,
+    LIMIT,
+    SIDE,
+    accuracy,
+    inside,
+    stripes_in_patch,
+    trained_backbone,
+)  # noqa: E402
 from utils.utils_funcs import atomic_path, hardware  # noqa: E402
 
 METHODS, SIDES, COUNT = ("gradcam", "gradcam++", "layercam"), (128, 256, 512), 48
@@ -36,10 +44,22 @@ def rows_of(name: str, training: str) -> list[dict]:
     for side in (SIDE,) if name == "Dinov2" else SIDES:
         images, labels, patch = stripes_in_patch(COUNT, seed=9, side=side, noise=budget["noise"])
         cells = budget["input_size"] // 14 if name == "Dinov2" else side // 32
-        shares = {method: interval(inside(model, images, labels, patch, method)) for method in METHODS}
-        rows.append({"training": training, "side": side, "cells": cells, "noise": budget["noise"], "area": float(patch.float().mean()),
-                     "trained_on": budget["count"], "tokens_trained_on": budget.get("tokens"),
-                     "accuracy": accuracy(model, images, labels), "inside": shares})
+        shares = {
+            method: interval(inside(model, images, labels, patch, method)) for method in METHODS
+        }
+        rows.append(
+            {
+                "training": training,
+                "side": side,
+                "cells": cells,
+                "noise": budget["noise"],
+                "area": float(patch.float().mean()),
+                "trained_on": budget["count"],
+                "tokens_trained_on": budget.get("tokens"),
+                "accuracy": accuracy(model, images, labels),
+                "inside": shares,
+            }
+        )
     return rows
 
 
@@ -48,8 +68,12 @@ def interval(values: np.ndarray) -> dict:
     nothing inside."""
     empty, values = int(np.isnan(values).sum()), np.nan_to_num(values)
     drawn = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
-    return {"value": float(values.mean()), "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))], "n": len(values),
-            "empty": empty}
+    return {
+        "value": float(values.mean()),
+        "ci": [float(value) for value in np.quantile(drawn, (0.025, 0.975))],
+        "n": len(values),
+        "empty": empty,
+    }
 
 
 def main() -> None:
@@ -62,13 +86,22 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.is_file() else {}
     record |= {"data": "phantom", "init": "random", "limit": LIMIT, "hardware": hardware()}
     for name in args.models:
-        record.setdefault("backbones", {})[name] = [row for backbone, training in BUDGETS if backbone == name
-                                                     for row in rows_of(name, training)]
+        record.setdefault("backbones", {})[name] = [
+            row
+            for backbone, training in BUDGETS
+            if backbone == name
+            for row in rows_of(name, training)
+        ]
         for row in record["backbones"][name]:
-            print(f"{name:<13}{row['training']:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
-                  + "   ".join(f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['empty']})"
-                               for method, found in row["inside"].items())
-                  + f"   (empty maps, of {COUNT})", flush=True)
+            print(
+                f"{name:<13}{row['training']:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
+                + "   ".join(
+                    f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['empty']})"
+                    for method, found in row["inside"].items()
+                )
+                + f"   (empty maps, of {COUNT})",
+                flush=True,
+            )
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -43,8 +43,14 @@ DEVICE = torch.device("cpu")
 def random_set(count: int, seed: int) -> ImageSet:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 1, 128, 128), generator=generator, dtype=torch.uint8)
-    return ImageSet(images, torch.arange(count) % 4, torch.arange(count), torch.zeros(count, dtype=torch.long),
-                    [f"{row:064x}" for row in range(count)], "random pixels")
+    return ImageSet(
+        images,
+        torch.arange(count) % 4,
+        torch.arange(count),
+        torch.zeros(count, dtype=torch.long),
+        [f"{row:064x}" for row in range(count)],
+        "random pixels",
+    )
 
 
 def accuracy_pass(body, loader) -> None:
@@ -63,19 +69,29 @@ def as_delivered(model) -> torch.nn.Module:
     return body
 
 
-def plain_epoch(model, train: ImageSet, validation: ImageSet, batch: int, attack_steps: int = 0) -> float:
+def plain_epoch(
+    model, train: ImageSet, validation: ImageSet, batch: int, attack_steps: int = 0
+) -> float:
     body = as_delivered(model)
     optimizer, loss = torch.optim.AdamW(body.parameters(), 3e-4), torch.nn.CrossEntropyLoss()
     with torch.no_grad():
-        loaders = [DataLoader(TensorDataset(model.pixels_to_input(pixels(part.images)).contiguous(), part.labels), batch, shuffle=True)
-                   for part in (train, validation)]
+        loaders = [
+            DataLoader(
+                TensorDataset(model.pixels_to_input(pixels(part.images)).contiguous(), part.labels),
+                batch,
+                shuffle=True,
+            )
+            for part in (train, validation)
+        ]
     start = time.process_time()
     body.train()
     for images, labels in loaders[0]:
         if attack_steps:
             import torchattacks
 
-            images = torchattacks.PGD(body, eps=4 / 255, alpha=4 / 255, steps=attack_steps)(images.clamp(0, 1), labels)
+            images = torchattacks.PGD(body, eps=4 / 255, alpha=4 / 255, steps=attack_steps)(
+                images.clamp(0, 1), labels
+            )
             body.train()
         optimizer.zero_grad()
         loss(body(images), labels).backward()
@@ -95,16 +111,34 @@ def our_epoch(trainer, adversarial: bool) -> float:
 
 def compare(model: str, size: int | None, images: int, batch: int, repeats: int) -> None:
     adversarial = model.endswith("_atk")
-    config = make_config("cpu", model, input_size=size, slice_stride=1, augmentation=0.0, batch_size=batch, precision="auto",
-                         pretrained=False, eps_ramp=0.0, train_steps=2)
+    config = make_config(
+        "cpu",
+        model,
+        input_size=size,
+        slice_stride=1,
+        augmentation=0.0,
+        batch_size=batch,
+        precision="auto",
+        pretrained=False,
+        eps_ramp=0.0,
+        train_steps=2,
+    )
     train, validation = random_set(images, 1), random_set(images // 4, 2)
-    network = build_model(model, pretrained=False, input_size=size)  # prepares the plain loop's images
-    plain = [plain_epoch(network, train, validation, batch, 2 if adversarial else 0) for _ in range(repeats)]
+    network = build_model(
+        model, pretrained=False, input_size=size
+    )  # prepares the plain loop's images
+    plain = [
+        plain_epoch(network, train, validation, batch, 2 if adversarial else 0)
+        for _ in range(repeats)
+    ]
     trainer = training._Trainer(train, validation, config, DEVICE)
     ours = [our_epoch(trainer, adversarial) for _ in range(repeats)]
     what = "PGD-2 training pass" if adversarial else "epoch with validation"
-    print(f"{model:<16} {size or 'native':>6} px  {what:<22} plain {min(plain):6.1f} s   ours {min(ours):6.1f} s   ratio "
-          f"{min(plain) / min(ours):.2f}   ({trainer.precision})", flush=True)
+    print(
+        f"{model:<16} {size or 'native':>6} px  {what:<22} plain {min(plain):6.1f} s   ours {min(ours):6.1f} s   ratio "
+        f"{min(plain) / min(ours):.2f}   ({trainer.precision})",
+        flush=True,
+    )
 
 
 def scores(model: str, size: int | None, raw: str, images: int, epochs: int, seeds: int) -> None:
@@ -114,21 +148,40 @@ def scores(model: str, size: int | None, raw: str, images: int, epochs: int, see
     study, found = open_study("cpu", raw), {}
     for precision in ("fp32", "bf16"):
         for seed in range(seeds):
-            config = make_config("cpu", model, input_size=size, max_train=images, epochs=epochs, precision=precision, pretrained=False,
-                                 seed=seed)
+            config = make_config(
+                "cpu",
+                model,
+                input_size=size,
+                max_train=images,
+                epochs=epochs,
+                precision=precision,
+                pretrained=False,
+                seed=seed,
+            )
             sets = load_sets(study, config)
             sets["validation"] = sets["validation"].pick(every_nth(sets["validation"], 4))
             with tempfile.TemporaryDirectory() as folder:
-                fit = training.fit(sets["train"], sets["validation"], config, Path(folder) / "unit.safetensors", DEVICE)
+                fit = training.fit(
+                    sets["train"],
+                    sets["validation"],
+                    config,
+                    Path(folder) / "unit.safetensors",
+                    DEVICE,
+                )
             best = fit.history[fit.best_epoch - 1]
-            found.setdefault(precision, []).append((best["validation_loss"], best["validation_balanced_accuracy"]))
+            found.setdefault(precision, []).append(
+                (best["validation_loss"], best["validation_balanced_accuracy"])
+            )
     for place, name in enumerate(("validation loss", "balanced accuracy")):
         values = {precision: [row[place] for row in rows] for precision, rows in found.items()}
         means = {precision: statistics.mean(own) for precision, own in values.items()}
         noise = max(statistics.stdev(own) for own in values.values())
-        print(f"{model:<14} {size or 'native':>6} px  {name:<18} fp32 {' '.join(f'{value:.3f}' for value in values['fp32'])}   bf16 "
-              f"{' '.join(f'{value:.3f}' for value in values['bf16'])}   bf16 - fp32 {means['bf16'] - means['fp32']:+.3f}   seeds differ "
-              f"by {noise:.3f} (standard deviation)", flush=True)
+        print(
+            f"{model:<14} {size or 'native':>6} px  {name:<18} fp32 {' '.join(f'{value:.3f}' for value in values['fp32'])}   bf16 "
+            f"{' '.join(f'{value:.3f}' for value in values['bf16'])}   bf16 - fp32 {means['bf16'] - means['fp32']:+.3f}   seeds differ "
+            f"by {noise:.3f} (standard deviation)",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -137,31 +190,55 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--scores", action="store_true", help="compare validation scores of both precisions instead of times")
+    parser.add_argument(
+        "--scores",
+        action="store_true",
+        help="compare validation scores of both precisions instead of times",
+    )
     parser.add_argument("--raw", help="folder or zip of the real cohort, for --scores")
     parser.add_argument("--train", type=int, default=1920)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     os.environ["ALZHEIMER_QUIET"] = "1"
-    wanted = options.only or ["Resnet", "Dinov2", "Efficientnet", *([] if options.scores else ["Resnet_atk"])]
+    wanted = options.only or [
+        "Resnet",
+        "Dinov2",
+        "Efficientnet",
+        *([] if options.scores else ["Resnet_atk"]),
+    ]
     head = f"{hardware()}, {torch.get_num_threads()} thread(s)"
     if options.scores:
-        print(f"{head}, {options.train} training slices (every fourth an epoch), {options.epochs} epochs, {options.seeds} seeds, random "
-              "init, best epoch", flush=True)
+        print(
+            f"{head}, {options.train} training slices (every fourth an epoch), {options.epochs} epochs, {options.seeds} seeds, random "
+            "init, best epoch",
+            flush=True,
+        )
         for model in wanted:
-            scores(model, 70 if model == "Dinov2" else 64, options.raw, options.train, options.epochs, options.seeds)
+            scores(
+                model,
+                70 if model == "Dinov2" else 64,
+                options.raw,
+                options.train,
+                options.epochs,
+                options.seeds,
+            )
         return
-    print(f"{head}, {options.images} images of 128 px, batches of {options.batch}, best of {options.repeats}, processor seconds",
-          flush=True)
+    print(
+        f"{head}, {options.images} images of 128 px, batches of {options.batch}, best of {options.repeats}, processor seconds",
+        flush=True,
+    )
     for model in wanted:
         for size in (None,) if model.endswith("_atk") else (224, None):
-            process = multiprocessing.get_context("spawn").Process(target=compare,
-                                                                   args=(model, size, options.images, options.batch, options.repeats))
+            process = multiprocessing.get_context("spawn").Process(
+                target=compare, args=(model, size, options.images, options.batch, options.repeats)
+            )
             process.start()
             process.join()
             if process.exitcode:
-                sys.exit(f"{model} at {size or 'native'} px failed with exit code {process.exitcode}.")
+                sys.exit(
+                    f"{model} at {size or 'native'} px failed with exit code {process.exitcode}."
+                )
 
 
 if __name__ == "__main__":
