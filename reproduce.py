@@ -728,7 +728,7 @@ def run_all(tasks: Sequence[Callable[[], None]]) -> None:
             STOP.clear()
 
 
-def run_study(python: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
+def run_workspace(python: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
     start = time.time()
     # The environment's own kernel, before any other that happens to be called python3 on this machine.
     kernels = (Path(sys.prefix) if options.no_venv else VENV) / "share" / "jupyter"
@@ -891,7 +891,7 @@ def run(options: argparse.Namespace) -> int:
         report(python, environment, "figures")
         report(python, environment, "readme")
     else:
-        run_study(python, options, environment)
+        run_workspace(python, options, environment)
     return 0
 
 

@@ -26,10 +26,10 @@ def phantom_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def phantom_sets(phantom_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantom's prepared tensors, `slice/` and `patient/fold<k>/`."""
     from utils.cohort import build_cohort, read_raw
-    from utils.data import assign_folds, people_of, prepare
+    from utils.data import assign_folds, patients_of, prepare
 
     raw = read_raw(phantom_raw)
     cohort = build_cohort(raw)[0]
     folder = tmp_path_factory.mktemp("sets")
-    prepare(raw, cohort, assign_folds(*people_of(cohort)), folder)
+    prepare(raw, cohort, assign_folds(*patients_of(cohort)), folder)
     return folder

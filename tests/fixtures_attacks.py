@@ -19,14 +19,14 @@ def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """Four classes of faint discs of growing size in noise: uint8 (count, 1, 16, 16), labels (count,), people (count,),
     eight images of one class to a person."""
     random = np.random.default_rng(seed)
-    people = np.arange(count) // 8
-    labels = people % 4
+    patients = np.arange(count) // 8
+    labels = patients % 4
     rows, columns = np.mgrid[:SIDE, :SIDE]
     middle = SIDE / 2 + random.uniform(-1, 1, (2, count, 1, 1))
     radius = (2.0 + 1.5 * labels)[:, None, None]
     discs = ((rows - middle[0]) ** 2 + (columns - middle[1]) ** 2 < radius**2) * 0.12
     images = (0.4 + discs + random.normal(0, 0.06, (count, SIDE, SIDE))).clip(0, 1)
-    return (images * 255).round().astype(np.uint8)[:, None], labels.astype(np.int64), people
+    return (images * 255).round().astype(np.uint8)[:, None], labels.astype(np.int64), patients
 
 
 def small_net(seed: int = 0) -> nn.Module:

@@ -46,8 +46,8 @@ def search(folder: Path, trials: int = 5, storage: str | None = None, epochs: in
 SHARDED = ("Resnet", "Resnet_atk")
 
 
-def sharded_study(root: Path) -> experiment.Study:
-    return experiment.Study(root, "phantom", "cpu", root / "raw", "ab" * 32)
+def sharded_workspace(root: Path) -> experiment.Workspace:
+    return experiment.Workspace(root, "phantom", "cpu", root / "raw", "ab" * 32)
 
 
 def shard(root: Path, which: str, seconds: float = 0.0) -> None:
@@ -58,29 +58,29 @@ def shard(root: Path, which: str, seconds: float = 0.0) -> None:
         with open(
             root / "log", "a", encoding="utf-8"
         ) as log:  # one write in append mode: lines of two processes do not mix
-            log.write(f"{what} {config.model} {config.protocol} {config.unit} {os.getpid()}\n")
+            log.write(f"{what} {config.model} {config.protocol} {config.run_name} {os.getpid()}\n")
 
     def attack(
-        study: experiment.Study, config: RunConfig, *, retrain: bool = False
-    ) -> experiment.Unit:
+        workspace: experiment.Workspace, config: RunConfig, *, retrain: bool = False
+    ) -> experiment.Run:
         tell("began", config)
         time.sleep(seconds)
-        labels, person = np.arange(12) % 4, np.arange(12) + 12 * config.fold
+        labels, patient = np.arange(12) % 4, np.arange(12) + 12 * config.fold
         rows = {
             "labels": labels.astype(np.int8),
             "fold": np.full(12, config.fold, np.int8),
             "seed": np.zeros(12, np.int8),
-            "patient_id": person.astype(np.int32),
+            "patient_id": patient.astype(np.int32),
             "slice_index": np.zeros(12, np.int16),
             "file_sha256": np.zeros((12, 32), np.uint8),
         }
         clean = np.random.default_rng(config.fold).normal(size=(12, 4))
         rows |= {"clean": metrics.to_half(clean), "4/255:pgd": metrics.to_half(clean - 1)}
         tell("ended", config)
-        return experiment.Unit(
+        return experiment.Run(
             rows,
             {
-                **experiment.describe(study, config),
+                **experiment.describe(workspace, config),
                 "init": "random",
                 "precision": "fp32",
                 "sanity": [],
@@ -90,10 +90,10 @@ def shard(root: Path, which: str, seconds: float = 0.0) -> None:
             },
         )
 
-    experiment.open_study = lambda profile, raw: sharded_study(root)
-    experiment.train = lambda study, config, retrain: "a stand-in"
-    experiment._fold0_validation_people = lambda study: []  # nothing is prepared in `root`
-    experiment.attack, experiment.explain = attack, lambda study, config, retrain: (root, {})
+    experiment.open_workspace = lambda profile, raw: sharded_workspace(root)
+    experiment.train = lambda workspace, config, retrain: "a stand-in"
+    experiment._fold0_validation_patients = lambda workspace: []  # nothing is prepared in `root`
+    experiment.attack, experiment.explain = attack, lambda workspace, config, retrain: (root, {})
     experiment.grid("cpu", shard=which, models=SHARDED)
 
 

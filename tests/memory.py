@@ -54,15 +54,15 @@ def _resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def write_raw(folder: Path, people: int) -> Path:
+def write_raw(folder: Path, patients: int) -> Path:
     """A raw folder of so many people, `SLICES` images of 128 px each, named by person and slice; every fifth person is tested."""
-    image = np.random.default_rng(people).integers(0, 60, (128, 128)).astype(np.uint8)
-    for person in range(people):
-        where = folder / ("test" if person % 5 == 4 else "train") / FOLDERS[person % 4]
+    image = np.random.default_rng(patients).integers(0, 60, (128, 128)).astype(np.uint8)
+    for patient in range(patients):
+        where = folder / ("test" if patient % 5 == 4 else "train") / FOLDERS[patient % 4]
         where.mkdir(parents=True, exist_ok=True)
         for number in range(SLICES):
-            Image.fromarray(np.roll(image, (person, number), (0, 1))).save(
-                where / f"{person:03d}_{number:02d}.jpg"
+            Image.fromarray(np.roll(image, (patient, number), (0, 1))).save(
+                where / f"{patient:03d}_{number:02d}.jpg"
             )
     return folder
 
@@ -82,7 +82,7 @@ def prepare(raw_folder: Path, folder: Path) -> None:
         who[:, 0],
         who[:, 1],
     )
-    data.prepare(raw, cohort, data.assign_folds(*data.people_of(cohort)), folder)
+    data.prepare(raw, cohort, data.assign_folds(*data.patients_of(cohort)), folder)
 
 
 def train(folder: Path, checkpoint: Path) -> None:
@@ -112,12 +112,12 @@ def hold_theirs() -> None:
     training.pixels = lambda images, device="cpu": images[:, :1].contiguous()
 
 
-def measure(raw_folders: list[Path], folder: Path, twin: bool = False) -> None:
+def measure(raw_folders: list[Path], folder: Path, counterpart: bool = False) -> None:
     """Writes `peaks.json`, a list of {images, prepare, train} in bytes for cohorts of growing size; the `twin` holds floats.
     Each stage is done once beforehand with the first cohort, unmeasured: what is laid out at the first call is no data."""
     killable.use_tiny_network()
     _return_what_is_freed()
-    if twin:
+    if counterpart:
         hold_theirs()
     found = [{"images": sum(1 for _ in raw_folder.rglob("*.jpg"))} for raw_folder in raw_folders]
     for stage in ("prepare", "train"):

@@ -86,8 +86,8 @@ def test_perturbation_stays_in_its_ball_and_changes_images(name, model, batch):
     assert (adversarial - images).abs().max() <= 8 / 255 + 1e-6
     if ATTACKS[name].norm == "l2":
         assert perturbation_size(images, adversarial, "l2").max() <= 8 / 255 + 1e-6
-    standing = model(adversarial).argmax(1) == labels
-    assert (adversarial != images).flatten(1).any(1)[standing].all(), (
+    robust = model(adversarial).argmax(1) == labels
+    assert (adversarial != images).flatten(1).any(1)[robust].all(), (
         "a standing image came back as it was"
     )
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from utils import audit, audit_figures, cohort as c, metrics, records, report
-from utils.data import COMMITTED_FOLDS, assign_folds, people_of, read_folds
+from utils.data import COMMITTED_FOLDS, assign_folds, patients_of, read_folds
 from utils.phantom import write_phantom
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
 REAL = os.environ.get("ALZHEIMER_RAW")
 
@@ -20,7 +20,7 @@ REAL = os.environ.get("ALZHEIMER_RAW")
 def folder(tmp_path_factory) -> Path:
     return write_phantom(
         tmp_path_factory.mktemp("audit") / "raw",
-        people=(10, 8, 6, 5),
+        patients=(10, 8, 6, 5),
         slices=12,
         size=64,
         synthetic=20,
@@ -31,16 +31,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(folder):
+def workspace(folder):
     raw = c.read_raw(folder)
     cohort = c.build_cohort(raw)[0]
-    return raw, cohort, assign_folds(*people_of(cohort))
+    return raw, cohort, assign_folds(*patients_of(cohort))
 
 
 @pytest.fixture(scope="module")
-def audited(study, tmp_path_factory):
+def audited(workspace, tmp_path_factory):
     out = tmp_path_factory.mktemp("assets") / "assets" / "Baselines"
-    found = audit.run_audit(out, *study, data="phantom", profile="cpu", cohort_sha256="x")
+    found = audit.run_audit(out, *workspace, data="phantom", profile="cpu", cohort_sha256="x")
     return out, found
 
 
@@ -51,27 +51,27 @@ def score(record: dict, name: str, metric: str = "accuracy") -> float:
 # ----------------------------------------------------------------------------------------------- people from pixels
 
 
-def test_the_gap_stands_empty_between_own_and_other_people(study):
-    raw, cohort, _ = study
+def test_the_gap_stands_empty_between_own_and_other_patients(workspace):
+    raw, cohort, _ = workspace
     real = np.flatnonzero(cohort.kind == "real")
-    person = cohort.patient_id[real]
+    patient = cohort.patient_id[real]
     vectors = c.features([raw.images[i] for i in real])
-    found = audit.link_evidence(vectors, person)
+    found = audit.link_evidence(vectors, patient)
     low, high = found["gap"]
     assert low < high
     assert found["own"].sum() == found["other"].sum() == len(real)
     inside = (audit.EDGES[:-1] > low) & (audit.EDGES[1:] < high)
     assert inside.any() and found["own"][inside].sum() == found["other"][inside].sum() == 0
     flat = (audit.THRESHOLDS > low) & (audit.THRESHOLDS < high)
-    assert (found["groups"][flat] == person.max() + 1).all()
+    assert (found["groups"][flat] == patient.max() + 1).all()
     for threshold, groups in zip(audit.THRESHOLDS[::8], found["groups"][::8]):
         from scipy.sparse.csgraph import connected_components
 
         assert connected_components(vectors @ vectors.T >= threshold)[0] == groups
 
 
-def test_the_people_stay_the_same_under_other_choices(study):
-    raw, cohort, _ = study
+def test_the_patients_stay_the_same_under_other_choices(workspace):
+    raw, cohort, _ = workspace
     real = np.flatnonzero(cohort.kind == "real")
     rows = audit.stability([raw.images[i] for i in real], cohort.patient_id[real])
     assert all(
@@ -89,27 +89,27 @@ def test_the_people_stay_the_same_under_other_choices(study):
 # ----------------------------------------------------------------------------------------------- the split
 
 
-def tiny_cohort(split: list[str], person: list[int], index: list[int]) -> c.Cohort:
+def tiny_cohort(split: list[str], patient: list[int], index: list[int]) -> c.Cohort:
     n = len(split)
     return c.Cohort(
         np.array([f"{i:064x}" for i in range(n)]),
         np.array([f"{i:064x}" for i in range(n)]),
         np.array(split),
         np.zeros(n, int),
-        np.array(["real" if who >= 0 else "synthetic" for who in person]),
+        np.array(["real" if who >= 0 else "synthetic" for who in patient]),
         np.array([""] * n),
-        np.array(person),
+        np.array(patient),
         np.array(index),
     )
 
 
-def test_shared_people_and_distances_are_counted_by_hand():
+def test_shared_patients_and_distances_are_counted_by_hand():
     cohort = tiny_cohort(
         ["train", "test", "train", "test", "test", "train"],
         [0, 0, 0, 1, 2, -1],
         [0, 1, 5, 0, 0, -1],
     )
-    assert audit.shared_people(cohort) == {
+    assert audit.patients_on_both_sides(cohort) == {
         "train": 1,
         "test": 3,
         "both": 1,
@@ -132,13 +132,13 @@ def test_nearest_rows_are_the_nearest():
     assert (audit.nearest_rows(queries, gallery) == expected).all()
 
 
-def test_recognising_people_wins_the_published_split_even_with_permuted_labels(audited):
+def test_recognising_patients_wins_the_published_split_even_with_permuted_labels(audited):
     _, found = audited
     assert score(found["slice"], "nearest_neighbour") > 0.97
     assert score(found["slice"], "nearest_neighbour_permuted") > 0.97
 
 
-def test_with_people_apart_the_permuted_neighbour_is_at_chance(audited):
+def test_with_patients_apart_the_permuted_neighbour_is_at_chance(audited):
     _, found = audited
     low, high = found["patient"]["variants"]["nearest_neighbour_permuted"]["clean"]["slice"][
         "balanced_accuracy"
@@ -178,10 +178,12 @@ def test_the_audit_leaves_valid_records_and_small_arrays(audited):
     assert (out / audit_figures.ARRAYS).stat().st_size < 1_000_000
 
 
-def test_a_finished_audit_is_shown_and_not_measured_again(study, audited, monkeypatch):
+def test_a_finished_audit_is_shown_and_not_measured_again(workspace, audited, monkeypatch):
     out, found = audited
     monkeypatch.setattr(audit, "baseline_record", lambda *_, **__: pytest.fail("measured again"))
-    assert audit.run_audit(out, *study, data="phantom", profile="cpu", cohort_sha256="x") == found
+    assert (
+        audit.run_audit(out, *workspace, data="phantom", profile="cpu", cohort_sha256="x") == found
+    )
 
 
 def test_every_figure_is_redrawn_from_the_files_alone(audited):
@@ -204,8 +206,8 @@ def test_the_committed_data_card_follows_from_the_committed_cohort():
     assert audit.data_card(cohort, folds) in card and "data: real" in card
 
 
-def test_synthetic_images_are_counted_and_told_apart(study):
-    raw, cohort, _ = study
+def test_synthetic_images_are_counted_and_told_apart(workspace):
+    raw, cohort, _ = workspace
     found = audit.synthetic_evidence(raw, cohort)
     assert (
         found["kinds"][:, 1].sum()
@@ -218,8 +220,8 @@ def test_synthetic_images_are_counted_and_told_apart(study):
     assert found["shortcut"][0] >= found["shortcut"][1]
 
 
-def test_the_data_card_counts_people_and_images(study):
-    _, cohort, folds = study
+def test_the_data_card_counts_patients_and_images(workspace):
+    _, cohort, folds = workspace
     card = audit.data_card(cohort, folds)
     assert "| all, real | 10 / 120 | 8 / 96 | 6 / 72 | 5 / 60 | 29 / 348 |" in card
     assert "Moderate is 5 people" in card and "`patient`, test fold 4" in card
@@ -229,7 +231,7 @@ def test_the_data_card_counts_people_and_images(study):
 def test_the_published_split_of_the_real_set_shares_everybody_and_a_neighbour_wins_it():
     raw = c.read_raw(REAL)
     cohort = c.cohort_for(raw)
-    shared = audit.shared_people(cohort)
+    shared = audit.patients_on_both_sides(cohort)
     assert (
         shared["both"] == shared["test"] == 200
         and shared["test_images_of_training_people"] == shared["test_images"] == 1279
@@ -268,12 +270,12 @@ def test_the_tool_writes_one_self_contained_page(folder, tmp_path):
     assert page.count("data:image/png;base64,") == 2 and "http" not in page
 
 
-def test_the_tool_says_so_where_there_are_no_people(tmp_path):
+def test_the_tool_says_so_where_there_are_no_patients(tmp_path):
     folder = write_phantom(
-        tmp_path / "raw", people=(30, 20, 15, 10), slices=1, size=48, synthetic=0, duplicates=0
+        tmp_path / "raw", patients=(30, 20, 15, 10), slices=1, size=48, synthetic=0, duplicates=0
     )
     done = run_tool(folder, tmp_path / "report.html")
-    assert done.returncode == audit.NO_PEOPLE == 3 and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == audit.NO_PATIENTS == 3 and len(done.stderr.strip().splitlines()) == 1
     assert "No gap separates people" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -296,5 +298,5 @@ def test_the_tool_names_what_it_cannot_read(tmp_path):
     ],
 )
 def test_options_that_need_another_are_refused(folder, options, message):
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(UserError, match=message):
         audit.main(folder, **options)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.backbones import Depthwise, build_model, load_model, read_metadata, save_half, save_model
-from utils.utils_funcs import BACKBONES, MODELS, StudyError
+from utils.utils_funcs import BACKBONES, MODELS, UserError
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -92,7 +92,7 @@ def test_local_dinov2_weights_are_loaded_and_named(tmp_path, monkeypatch):
 def test_an_empty_weights_folder_is_an_error_not_random_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("ALZHEIMER_WEIGHTS", str(tmp_path))
     for name in BACKBONES:
-        with pytest.raises(StudyError, match="unset ALZHEIMER_WEIGHTS"):
+        with pytest.raises(UserError, match="unset ALZHEIMER_WEIGHTS"):
             build_model(name)
 
 
@@ -126,26 +126,26 @@ def test_a_file_of_half_the_size_answers_alike(tmp_path):
 
 
 def test_dinov2_refuses_a_size_it_would_silently_crop():
-    with pytest.raises(StudyError, match="multiple"):
+    with pytest.raises(UserError, match="multiple"):
         build_model("Dinov2", pretrained=False, input_size=128)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (64, 64), (2, 64, 64)])
 def test_anything_but_one_channel_is_refused(shape):
-    with pytest.raises(StudyError, match=r"\(N, 1, H, W\)"):
+    with pytest.raises(UserError, match=r"\(N, 1, H, W\)"):
         build_model("Resnet", pretrained=False)(torch.rand(shape))
 
 
 def test_checkpoints_that_do_not_fit_say_so(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(StudyError, match="No checkpoint"):
+    with pytest.raises(UserError, match="No checkpoint"):
         load_model(tmp_path / "nothing.safetensors")
     (tmp_path / "half.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(StudyError, match="no readable safetensors"):
+    with pytest.raises(UserError, match="no readable safetensors"):
         load_model(tmp_path / "half.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(StudyError, match="not written by this project"):
+    with pytest.raises(UserError, match="not written by this project"):
         load_model(tmp_path / "foreign.safetensors")
     model = build_model("Resnet", pretrained=False)
     save_model(
@@ -153,7 +153,7 @@ def test_checkpoints_that_do_not_fit_say_so(tmp_path):
         tmp_path / "wrong.safetensors",
         state=build_model("Efficientnet", pretrained=False).state_dict(),
     )
-    with pytest.raises(StudyError, match="does not fit Resnet"):
+    with pytest.raises(UserError, match="does not fit Resnet"):
         load_model(tmp_path / "wrong.safetensors")
 
 

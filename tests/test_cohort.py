@@ -18,7 +18,7 @@ from PIL import Image
 
 from utils import cohort as c
 from utils.phantom import write_phantom
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
 REAL = os.environ.get("ALZHEIMER_RAW")
 
@@ -32,7 +32,7 @@ def truth_of(folder: Path, raw: c.RawImages) -> dict[str, np.ndarray]:
     }
 
 
-def assert_people_are_the_true_ones(folder: Path) -> c.Recovery:
+def assert_patients_are_the_true_ones(folder: Path) -> c.Recovery:
     raw = c.read_raw(folder)
     cohort, recovery = c.build_cohort(raw)
     truth = truth_of(folder, raw)
@@ -49,7 +49,7 @@ def small(folder: Path, **options) -> Path:
     return write_phantom(
         folder,
         **{
-            "people": (3, 2, 2, 1),
+            "patients": (3, 2, 2, 1),
             "size": 64,
             "slices": 12,
             "synthetic": 6,
@@ -89,23 +89,23 @@ def real_recovery(tmp_path_factory) -> tuple[c.RawImages, c.Cohort, c.Recovery]:
     return raw, *c.build_cohort(raw)
 
 
-def test_the_real_set_has_200_people_of_32_slices(real_recovery):
+def test_the_real_set_has_200_patients_of_32_slices(real_recovery):
     raw, cohort, recovery = real_recovery
     assert len(cohort) == 11_519
     assert Counter(cohort.kind.tolist()) == {"real": 6400, "synthetic": 4937, "duplicate": 182}
     kept = cohort.kind == "real"
     assert Counter(Counter(cohort.patient_id[kept].tolist()).values()) == {32: 200}
-    people = c.members_of(np.where(kept, cohort.patient_id, -1))
+    patients = c.members_of(np.where(kept, cohort.patient_id, -1))
     assert (
-        all(len(set(cohort.label[members])) == 1 for members in people) and not recovery.conflicts
+        all(len(set(cohort.label[members])) == 1 for members in patients) and not recovery.conflicts
     )
-    assert Counter(int(cohort.label[members[0]]) for members in people) == {
+    assert Counter(int(cohort.label[members[0]]) for members in patients) == {
         0: 100,
         1: 70,
         2: 28,
         3: 2,
     }
-    assert all(sorted(cohort.slice_index[members]) == list(range(32)) for members in people)
+    assert all(sorted(cohort.slice_index[members]) == list(range(32)) for members in patients)
     assert (
         recovery.gap == pytest.approx((0.797, 0.926), abs=0.005)
         and 0.80 < recovery.threshold < 0.92
@@ -133,11 +133,11 @@ def test_real_stacks_run_from_the_small_end_of_the_head_down(real_recovery):
 VARIANTS = {
     "as drawn": {},
     "few slices": {"slices": (8, 40)},
-    "one class is much larger": {"people": (16, 4, 2, 1)},
+    "one class is much larger": {"patients": (16, 4, 2, 1)},
     "a person in two classes": {"conflicts": 2},
     "small images": {"size": 96},
-    "large images": {"size": 256, "people": (4, 2, 2, 1)},
-    "mixed sizes": {"size": (96, 128, 192), "people": (4, 3, 2, 2)},
+    "large images": {"size": 256, "patients": (4, 2, 2, 1)},
+    "mixed sizes": {"size": (96, 128, 192), "patients": (4, 3, 2, 2)},
     "8-bit noise": {"noise": 3.0},
     "strong compression": {"quality": 60},
     "weak compression": {"quality": 95},
@@ -156,10 +156,10 @@ VARIANTS = {
         (5, "copies across splits"),
     ],
 )
-def test_recovered_people_are_the_true_ones(tmp_path, seed, variant):
-    assert_people_are_the_true_ones(
+def test_recovered_patients_are_the_true_ones(tmp_path, seed, variant):
+    assert_patients_are_the_true_ones(
         write_phantom(
-            tmp_path, **{"people": (4, 3, 2, 2), "size": 96, **VARIANTS[variant]}, seed=seed
+            tmp_path, **{"patients": (4, 3, 2, 2), "size": 96, **VARIANTS[variant]}, seed=seed
         )
     )
 
@@ -167,30 +167,30 @@ def test_recovered_people_are_the_true_ones(tmp_path, seed, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_recovered_people_are_the_true_ones_over_20_seeds(tmp_path, variant, seed):
-    assert_people_are_the_true_ones(
-        write_phantom(tmp_path, **{"people": (6, 4, 3, 2), **VARIANTS[variant]}, seed=seed)
+def test_recovered_patients_are_the_true_ones_over_20_seeds(tmp_path, variant, seed):
+    assert_patients_are_the_true_ones(
+        write_phantom(tmp_path, **{"patients": (6, 4, 3, 2), **VARIANTS[variant]}, seed=seed)
     )
 
 
-def test_a_person_in_two_classes_is_a_reported_conflict(tmp_path):
-    recovery = assert_people_are_the_true_ones(small(tmp_path, conflicts=1, seed=4))
+def test_a_patient_in_two_classes_is_a_reported_conflict(tmp_path):
+    recovery = assert_patients_are_the_true_ones(small(tmp_path, conflicts=1, seed=4))
     assert len(recovery.conflicts) == 1
     assert sorted(next(iter(recovery.conflicts.values()))) == [0, 1]
 
 
 def test_independent_images_are_refused(tmp_path):
     folder = write_phantom(
-        tmp_path, people=(40, 25, 15, 10), slices=1, synthetic=0, duplicates=0, size=64
+        tmp_path, patients=(40, 25, 15, 10), slices=1, synthetic=0, duplicates=0, size=64
     )
-    with pytest.raises(c.NoPeopleError, match="No gap"):
+    with pytest.raises(c.NoPatientsError, match="No gap"):
         c.build_cohort(c.read_raw(folder))
 
 
 def test_noise_images_are_refused():
     images = list(np.random.default_rng(0).integers(0, 256, (200, 32, 32), dtype=np.uint8))
-    with pytest.raises(c.NoPeopleError):
-        c.find_people(c.features(images), c.background(images))
+    with pytest.raises(c.NoPatientsError):
+        c.find_patients(c.features(images), c.background(images))
 
 
 def lift(folder: Path, lifted: np.ndarray) -> tuple[c.Cohort, c.Recovery]:
@@ -204,7 +204,7 @@ def lift(folder: Path, lifted: np.ndarray) -> tuple[c.Cohort, c.Recovery]:
     )
 
 
-def test_a_person_on_an_unusual_background_is_real_among_synthetic_images(phantom):
+def test_a_patient_on_an_unusual_background_is_real_among_synthetic_images(phantom):
     truth = truth_of(phantom, c.read_raw(phantom))
     whole = (truth["person"] == 1) & (truth["kind"] == "real")
     cohort, recovery = lift(phantom, whole)
@@ -213,7 +213,7 @@ def test_a_person_on_an_unusual_background_is_real_among_synthetic_images(phanto
     assert (cohort.kind[truth["kind"] == "synthetic"] == "synthetic").all()
 
 
-def test_a_single_slice_on_an_unusual_background_still_joins_its_person(tmp_path):
+def test_a_single_slice_on_an_unusual_background_still_joins_its_patient(tmp_path):
     folder = small(tmp_path, synthetic=0, seed=11)
     truth = truth_of(folder, c.read_raw(folder))
     one = (truth["slice_index"] == 5) & (truth["person"] == 3) & (truth["kind"] == "real")
@@ -279,18 +279,18 @@ def test_a_missed_link_is_found_by_the_check():
     assert len(set(group)) == 1
 
 
-def test_a_wider_step_between_whole_scanners_is_not_taken_for_people(monkeypatch):
+def test_a_wider_step_between_whole_scanners_is_not_taken_for_patients(monkeypatch):
     """Two sets of people, in features that have nothing in common: the widest step lies between the sets."""
     monkeypatch.setattr(c, "LONGEST_STACK", 60)
     rng = np.random.default_rng(0)
     shared = rng.standard_normal((2, 1, 1, 400)) * 4.5
-    people = shared + rng.standard_normal((2, 8, 1, 400))
+    patients = shared + rng.standard_normal((2, 8, 1, 400))
     vectors = (
-        (people + 0.45 * rng.standard_normal((2, 8, 8, 400))).reshape(128, 400).astype(np.float32)
+        (patients + 0.45 * rng.standard_normal((2, 8, 8, 400))).reshape(128, 400).astype(np.float32)
     )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert (
-        c.find_people(vectors, np.zeros(128)).person.tolist()
+        c.find_patients(vectors, np.zeros(128)).patient.tolist()
         == np.repeat(np.arange(16), 8).tolist()
     )
 
@@ -365,14 +365,14 @@ def test_the_table_has_the_contract_columns_and_round_trips(built, phantom, tmp_
     c.write_cohort(c.read_cohort(tmp_path / "a.csv"), tmp_path / "b.csv")
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(StudyError, match="columns"):
+    with pytest.raises(UserError, match="columns"):
         c.read_cohort(tmp_path / "a.csv")
 
 
 def test_a_known_cohort_is_taken_by_hash_without_recovery(built, phantom, tmp_path, monkeypatch):
     raw, cohort = built
     c.write_cohort(cohort, tmp_path / "cohort.csv")
-    monkeypatch.setattr(c, "find_people", lambda *_: pytest.fail("recovered again"))
+    monkeypatch.setattr(c, "find_patients", lambda *_: pytest.fail("recovered again"))
     order = np.random.default_rng(0).permutation(len(raw))
     moved = c.RawImages(
         [raw.paths[i] for i in order],
@@ -470,7 +470,7 @@ def test_rgb_16_bit_and_odd_sizes_become_8_bit_grey(tmp_path):
 
 
 def refused(path: Path, words: str, **options) -> None:
-    with pytest.raises(StudyError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         c.read_raw(path, **options)
     assert "\n" not in str(caught.value)
 
@@ -531,7 +531,7 @@ def test_the_raw_data_are_found_in_the_documented_order(tmp_path, monkeypatch):
     monkeypatch.setenv("ALZHEIMER_RAW", str(tmp_path))
     assert c.find_raw() == tmp_path and c.find_raw(ROOT) == ROOT
     monkeypatch.setenv("ALZHEIMER_RAW", str(tmp_path / "gone"))
-    with pytest.raises(StudyError, match="ALZHEIMER_RAW"):
+    with pytest.raises(UserError, match="ALZHEIMER_RAW"):
         c.find_raw()
     monkeypatch.delenv("ALZHEIMER_RAW")
     monkeypatch.setenv("ALZHEIMER_OFFLINE", "1")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from utils.config import PROFILES, RunConfig, folds_of, make_config, parse_eps
-from utils.utils_funcs import MODELS, StudyError
+from utils.utils_funcs import MODELS, UserError
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -25,7 +25,7 @@ def test_a_config_is_frozen():
 
 @pytest.mark.parametrize("bad", [dict(model="ResNet"), dict(epoch=3), dict(profile="huge")])
 def test_wrong_names_are_one_sentence_errors(bad):
-    with pytest.raises(StudyError):
+    with pytest.raises(UserError):
         make_config(**{"profile": "demo", **bad})
 
 
@@ -38,7 +38,7 @@ def test_eps_reads_as_written(text, value):
 
 @pytest.mark.parametrize("text", ["4", "four", "1/0", "-1/255"])
 def test_an_eps_outside_the_pixel_range_is_refused(text):
-    with pytest.raises(StudyError):
+    with pytest.raises(UserError):
         parse_eps(text)
 
 
@@ -47,7 +47,7 @@ def test_the_published_split_has_one_fold_and_the_honest_one_five():
     assert folds_of("cpu", "patient") == (0, 1, 2, 3, 4)
 
 
-def test_the_small_adversarial_model_starts_from_its_twin_in_a_cpu_run_alone():
+def test_the_small_adversarial_model_starts_from_its_counterpart_in_a_cpu_run_alone():
     config = make_config("cpu", "Efficientnet_atk")
     assert (config.method, config.warm_start) == ("trades", True)
     assert make_config("cpu", "Efficientnet_atk", method="pgd").method == "pgd", (
@@ -61,7 +61,7 @@ def test_the_small_adversarial_model_starts_from_its_twin_in_a_cpu_run_alone():
     assert all((other.method, other.warm_start) == ("pgd", False) for other in others)
 
 
-def test_a_rehearsal_repeats_its_attacks_less_than_a_study():
+def test_a_rehearsal_repeats_its_attacks_less_than_a_workspace():
     assert (
         make_config("demo").max_steps
         < make_config("cpu").max_steps

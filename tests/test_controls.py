@@ -13,7 +13,7 @@ from utils import cohort as c
 from utils import controls, data, metrics
 from utils.attacks import ATTACKS, THREE
 from utils.config import make_config, parse_eps
-from utils.data import assign_folds, people_of
+from utils.data import assign_folds, patients_of
 from utils.phantom import write_phantom
 from utils.robustness import evaluate_suite, worst_case
 
@@ -22,10 +22,10 @@ SWEEP = ("1/255", "4/255")
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def workspace(tmp_path_factory):
     folder = write_phantom(
         tmp_path_factory.mktemp("controls") / "raw",
-        people=(10, 8, 6, 5),
+        patients=(10, 8, 6, 5),
         slices=12,
         size=64,
         synthetic=20,
@@ -35,40 +35,42 @@ def study(tmp_path_factory):
     )
     raw = c.read_raw(folder)
     cohort = c.build_cohort(raw)[0]
-    return raw, cohort, assign_folds(*people_of(cohort))
+    return raw, cohort, assign_folds(*patients_of(cohort))
 
 
-def parts_of(study, protocol: str) -> dict[str, controls.Slices]:
-    raw, cohort, folds = study
-    rows = data.split_slices(cohort) if protocol == "slice" else data.split_people(cohort, folds, 0)
+def parts_of(workspace, protocol: str) -> dict[str, controls.Slices]:
+    raw, cohort, folds = workspace
+    rows = (
+        data.split_slices(cohort) if protocol == "slice" else data.split_patients(cohort, folds, 0)
+    )
     images = data.stack_images(raw)[:, 0].numpy()
     every = controls.Slices(images, cohort.label, cohort.patient_id, cohort.slice_index)
     return {name: every.pick(own) for name, own in rows.items()}
 
 
 @pytest.fixture(scope="module")
-def answers(study) -> dict[str, dict[str, controls.Answers]]:
+def answers(workspace) -> dict[str, dict[str, controls.Answers]]:
     return {
         protocol: dict(
-            controls.control_answers(**parts_of(study, protocol), sweep=SWEEP, headline="4/255")
+            controls.control_answers(**parts_of(workspace, protocol), sweep=SWEEP, headline="4/255")
         )
         for protocol in ("slice", "patient")
     }
 
 
-def test_every_control_answers_every_test_slice(study, answers):
+def test_every_control_answers_every_test_slice(workspace, answers):
     for protocol, found in answers.items():
         wanted = [name for name in controls.CONTROLS if name != "constant"]
         if protocol == "slice":
             wanted = [name for name in wanted if name not in controls.OF_SCANS]
         assert list(found) == wanted
         for answer in found.values():
-            assert answer.logits.shape == (len(parts_of(study, protocol)["test"]), 4)
+            assert answer.logits.shape == (len(parts_of(workspace, protocol)["test"]), 4)
             assert np.isfinite(answer.logits).all()
 
 
-def test_no_answer_depends_on_a_test_label(study, answers):
-    parts = parts_of(study, "patient")
+def test_no_answer_depends_on_a_test_label(workspace, answers):
+    parts = parts_of(workspace, "patient")
     test = parts["test"]
     shuffled = controls.Slices(test.images, (test.labels + 1) % 4, test.patients, test.positions)
     again = dict(
@@ -83,8 +85,8 @@ def test_no_answer_depends_on_a_test_label(study, answers):
             np.testing.assert_array_equal(again[name].logits, answer.logits, name)
 
 
-def test_settings_are_judged_by_patients_who_were_not_fitted(study):
-    parts = parts_of(study, "patient")
+def test_settings_are_judged_by_patients_who_were_not_fitted(workspace):
+    parts = parts_of(workspace, "patient")
     splits = controls.validation_splits(parts["train"], parts["validation"])
     patients = np.concatenate([parts["train"].patients, parts["validation"].patients])
     judged = np.concatenate([rows for _, rows in splits])
@@ -93,22 +95,22 @@ def test_settings_are_judged_by_patients_who_were_not_fitted(study):
         assert not set(patients[fitted]) & set(patients[rows])
 
 
-def test_the_whole_scan_gives_one_answer_a_patient(study, answers):
-    test = parts_of(study, "patient")["test"]
+def test_the_whole_scan_gives_one_answer_a_patient(workspace, answers):
+    test = parts_of(workspace, "patient")["test"]
     logits = answers["patient"]["atrophy_scan"].logits
     for patient in np.unique(test.patients):
         assert len(np.unique(logits[test.patients == patient], axis=0)) == 1
 
 
-def test_labels_are_permuted_among_people_and_never_across_the_split():
-    people = np.repeat([0, 1, 2, 3, -1], 2)
-    donor = controls.permuted_people(people, np.array([0, 1, 2]), seed=1)
+def test_labels_are_permuted_among_patients_and_never_across_the_split():
+    patients = np.repeat([0, 1, 2, 3, -1], 2)
+    donor = controls.permuted_patients(patients, np.array([0, 1, 2]), seed=1)
     assert set(donor) == {0, 1, 2, 3} == set(donor.values())
     assert {donor[0], donor[1]} == {0, 1} and {donor[2], donor[3]} == {2, 3}
 
 
-def test_a_patient_never_answers_for_its_own_fold(study):
-    raw, cohort, folds = study
+def test_a_patient_never_answers_for_its_own_fold(workspace):
+    raw, cohort, folds = workspace
     runs = controls.control_runs(raw, cohort, folds, "patient", test_folds=(0, 1))
     fold_of = dict(zip(folds.patient_id.tolist(), folds.fold.tolist(), strict=True))
     for rows, told in runs:
@@ -212,8 +214,8 @@ def test_merging_the_four_logits_gives_the_three_class_model_back():
     ).all()
 
 
-def test_training_for_the_worst_case_buys_exact_robust_accuracy(study):
-    parts = parts_of(study, "patient")
+def test_training_for_the_worst_case_buys_exact_robust_accuracy(workspace):
+    parts = parts_of(workspace, "patient")
     train, test = parts["train"], parts["test"]
     pixels = torch.from_numpy(np.ascontiguousarray(test.images)).float()[:, None] / 255
     labels = torch.from_numpy(test.labels)
@@ -240,7 +242,7 @@ def test_atrophy_is_in_five_numbers_a_slice_of_the_real_set():
     """The committed record's claim in small: statistics without any learned feature rank unseen patients."""
     raw = c.read_raw(Path(REAL))
     cohort = c.cohort_for(raw)
-    rows = data.split_people(cohort, data.read_folds(data.COMMITTED_FOLDS), 0)
+    rows = data.split_patients(cohort, data.read_folds(data.COMMITTED_FOLDS), 0)
     images = data.stack_images(raw)[:, 0].numpy()
     every = controls.Slices(images, cohort.label, cohort.patient_id, cohort.slice_index)
     train, validation, test = (every.pick(rows[name]) for name in data.SETS)
@@ -252,6 +254,6 @@ def test_atrophy_is_in_five_numbers_a_slice_of_the_real_set():
     )
     logits = controls._atrophy_scan(fit, test, controls.validation_splits(train, validation)).logits
     assert (
-        metrics.score_people(logits, test.labels, test.patients, n_boot=100)["auroc"]["value"]
+        metrics.score_patients(logits, test.labels, test.patients, n_boot=100)["auroc"]["value"]
         > 0.75
     )

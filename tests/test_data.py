@@ -13,43 +13,43 @@ from tests import memory
 from tests.test_resume import finish
 from utils import data
 from utils.cohort import Cohort
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
 
-def people_like_the_real_ones() -> tuple[np.ndarray, np.ndarray]:
+def patients_like_the_real_ones() -> tuple[np.ndarray, np.ndarray]:
     label = np.repeat([0, 1, 2, 3], [100, 70, 28, 2])
     return np.arange(200), np.random.default_rng(1).permutation(label)
 
 
-def make_set(people, labels=None, name="set") -> data.ImageSet:
-    people = torch.as_tensor(people)
-    count = len(people)
+def make_set(patients, labels=None, name="set") -> data.ImageSet:
+    patients = torch.as_tensor(patients)
+    count = len(patients)
     labels = torch.zeros(count, dtype=torch.long) if labels is None else torch.as_tensor(labels)
-    slices = torch.tensor([(people[:row] == people[row]).sum() for row in range(count)])
+    slices = torch.tensor([(patients[:row] == patients[row]).sum() for row in range(count)])
     return data.ImageSet(
         torch.arange(count).to(torch.uint8).view(-1, 1, 1, 1).expand(count, 1, 8, 8),
         labels,
-        people,
+        patients,
         slices,
         [f"{row:064x}" for row in range(count)],
         name,
     )
 
 
-def test_no_person_on_both_sides(phantom_sets):
+def test_no_patient_on_both_sides(phantom_sets):
     for fold in range(5):
         sets = data.load_sets(phantom_sets, "patient", fold)
-        data.check_people_apart(sets)
+        data.check_patients_apart(sets)
         assert all(len(part) for part in sets.values())
 
 
-def test_the_published_split_shares_people_and_the_loader_says_so(phantom_sets):
+def test_the_published_split_shares_patients_and_the_loader_says_so(phantom_sets):
     leaky = data.load_sets(phantom_sets, "slice", 0)
     real_only = {
-        name: part.pick(torch.nonzero(part.people >= 0)[:, 0]) for name, part in leaky.items()
+        name: part.pick(torch.nonzero(part.patients >= 0)[:, 0]) for name, part in leaky.items()
     }
-    with pytest.raises(data.PeopleSharedError, match=r"Person \d+ is in both train and"):
-        data.check_people_apart(real_only)
+    with pytest.raises(data.SharedPatientsError, match=r"Person \d+ is in both train and"):
+        data.check_patients_apart(real_only)
 
 
 def test_a_leaky_prepared_file_is_refused_on_load(phantom_sets, tmp_path):
@@ -58,20 +58,20 @@ def test_a_leaky_prepared_file_is_refused_on_load(phantom_sets, tmp_path):
             data.load_set(phantom_sets, "patient", 0, "train" if name == "test" else name),
             data.set_path(tmp_path, "patient", 0, name),
         )
-    with pytest.raises(data.PeopleSharedError, match="train and test"):
+    with pytest.raises(data.SharedPatientsError, match="train and test"):
         data.load_sets(tmp_path, "patient", 0)
 
 
 def test_an_image_of_nobody_known_is_refused():
-    with pytest.raises(data.PeopleSharedError, match="unknown"):
-        data.check_people_apart({"train": make_set([1, -1]), "test": make_set([2])})
+    with pytest.raises(data.SharedPatientsError, match="unknown"):
+        data.check_patients_apart({"train": make_set([1, -1]), "test": make_set([2])})
 
 
 def test_folds_cover_everybody_once_and_are_stratified():
-    people, label = people_like_the_real_ones()
-    folds = data.assign_folds(people, label)
+    patients, label = patients_like_the_real_ones()
+    folds = data.assign_folds(patients, label)
     for fold in range(5):
-        roles = np.array([folds.roles(fold)[person] for person in people])
+        roles = np.array([folds.roles(fold)[patient] for patient in patients])
         test, validation = roles == "test", roles == "validation"
         assert test.sum() == 40
         assert [(test & (label == value)).sum() for value in (0, 1)] == [20, 14]
@@ -84,7 +84,7 @@ def test_folds_cover_everybody_once_and_are_stratified():
 
 
 def test_folds_survive_their_file(tmp_path):
-    folds = data.assign_folds(*people_like_the_real_ones())
+    folds = data.assign_folds(*patients_like_the_real_ones())
     data.write_folds(folds, tmp_path / "folds.csv")
     again = data.read_folds(tmp_path / "folds.csv")
     assert np.array_equal(again.fold, folds.fold) and again.validation_of == folds.validation_of
@@ -93,9 +93,9 @@ def test_folds_survive_their_file(tmp_path):
 def test_the_committed_folds_belong_to_the_committed_cohort():
     from utils.cohort import read_cohort
 
-    people, label = data.people_of(read_cohort(ROOT / "dataset" / "cohort.csv"))
+    patients, label = data.patients_of(read_cohort(ROOT / "dataset" / "cohort.csv"))
     folds = data.read_folds(data.COMMITTED_FOLDS)
-    assert np.array_equal(folds.patient_id, people) and np.array_equal(folds.label, label)
+    assert np.array_equal(folds.patient_id, patients) and np.array_equal(folds.label, label)
 
 
 def toy_cohort(split: str) -> Cohort:
@@ -137,8 +137,8 @@ def test_the_honest_protocol_takes_no_synthetic_image_and_no_duplicate():
     kind = cohort.kind.copy()
     kind[5] = "duplicate"
     cohort = dataclasses.replace(cohort, kind=kind)
-    folds = data.assign_folds(*data.people_of(cohort))
-    rows = np.concatenate(list(data.split_people(cohort, folds, 0).values()))
+    folds = data.assign_folds(*data.patients_of(cohort))
+    rows = np.concatenate(list(data.split_patients(cohort, folds, 0).values()))
     assert set(cohort.kind[rows]) == {"real"} and 5 not in rows
 
 
@@ -149,11 +149,11 @@ def test_prepared_files_hold_native_8_bit_images(phantom_sets):
 
 
 def test_a_missing_file_says_what_to_run(tmp_path):
-    with pytest.raises(StudyError, match="prepare_dataset.ipynb"):
+    with pytest.raises(UserError, match="prepare_dataset.ipynb"):
         data.load_sets(tmp_path, "patient", 0)
 
 
-def test_a_small_part_is_spread_over_classes_people_and_slices(phantom_sets):
+def test_a_small_part_is_spread_over_classes_patients_and_slices(phantom_sets):
     whole = data.load_set(phantom_sets, "patient", 0, "train")
     rows = data.spread(whole, 24)
     part = whole.pick(rows)
@@ -161,7 +161,7 @@ def test_a_small_part_is_spread_over_classes_people_and_slices(phantom_sets):
     present = part.labels.bincount(minlength=4)[whole.labels.bincount(minlength=4) > 0]
     assert present.min() >= present.max() - 1
     non = part.labels == 0
-    assert len(part.people[non].unique()) >= min(6, whole.balance()["Non"][0]), (
+    assert len(part.patients[non].unique()) >= min(6, whole.balance()["Non"][0]), (
         "one slice of many people, not many of one"
     )
     assert len(data.spread(whole, 10**6)) == len(whole)
@@ -170,8 +170,8 @@ def test_a_small_part_is_spread_over_classes_people_and_slices(phantom_sets):
 def test_an_epoch_with_stride_2_draws_half_of_everybody():
     part = make_set(np.repeat([3, 7, 9], 32))
     drawn = data.epoch_rows(part, 2, torch.Generator().manual_seed(0))
-    for person in (3, 7, 9):
-        slices = part.slices[drawn][part.people[drawn] == person].sort().values
+    for patient in (3, 7, 9):
+        slices = part.slices[drawn][part.patients[drawn] == patient].sort().values
         assert len(slices) == 16 and (slices.diff() == 2).all()
     again = data.epoch_rows(part, 2, torch.Generator().manual_seed(0))
     other = data.epoch_rows(part, 2, torch.Generator().manual_seed(1))
@@ -206,10 +206,10 @@ def test_augmentation_keeps_range_and_shape_and_follows_its_generator():
     )
 
 
-def test_every_nth_slice_covers_every_person():
+def test_every_nth_slice_covers_every_patient():
     part = make_set(np.repeat([3, 5, 9], [32, 7, 1]))
     rows = data.every_nth(part, 4)
-    assert [int((part.people[rows] == person).sum()) for person in (3, 5, 9)] == [8, 2, 1]
+    assert [int((part.patients[rows] == patient).sum()) for patient in (3, 5, 9)] == [8, 2, 1]
     assert np.array_equal(data.every_nth(part, 1), np.arange(40))
 
 
@@ -228,10 +228,10 @@ def test_images_of_odd_sizes_come_to_the_commonest_one():
     assert stack.shape == (3, 1, 20, 20) and (stack == 9).all()
 
 
-def shares(folder: Path, people: tuple[int, int], twin: bool = False) -> dict[str, float]:
+def shares(folder: Path, patients: tuple[int, int], counterpart: bool = False) -> dict[str, float]:
     """Stage → what an image takes at the stage's highest moment, as a share of what it took the seeds' authors."""
-    raw = [memory.write_raw(folder / f"raw{count}", count) for count in people]
-    finish(memory.measure, raw, folder, twin)
+    raw = [memory.write_raw(folder / f"raw{count}", count) for count in patients]
+    finish(memory.measure, raw, folder, counterpart)
     found = json.loads((folder / "peaks.json").read_text())
     return {stage: memory.share_of_theirs(found, stage) for stage in ("prepare", "train")}
 
@@ -243,7 +243,7 @@ def test_the_data_take_a_tenth_of_the_authors_memory_at_every_moment(tmp_path):
     """Measured, not reckoned: the highest resident memory of preparing 3,200 images against 1,600, and of an epoch on them."""
     ours = shares(tmp_path / "ours", (50, 100))
     assert 0 < ours["prepare"] < 0.1 and 0 < ours["train"] < 0.1, ours
-    theirs = shares(tmp_path / "theirs", (20, 30), twin=True)
+    theirs = shares(tmp_path / "theirs", (20, 30), counterpart=True)
     assert theirs["prepare"] > 0.5 and theirs["train"] > 0.5, (
         f"the measure must see float tensors where they are: {theirs}"
     )

@@ -11,55 +11,55 @@ from utils import diagnosis, diagnosis_report, experiment, records, report, sequ
 from utils.backbones import build_model, save_half, save_model
 from utils.config import make_config
 from utils.data import ImageSet
-from utils.experiment import Study, Unit
+from utils.experiment import Workspace, Run
 from utils.metrics import to_half
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
 
-def image_set(people: int = 12, each: int = 3) -> ImageSet:
-    count = people * each
-    person = torch.arange(count) // each
+def image_set(patients: int = 12, each: int = 3) -> ImageSet:
+    count = patients * each
+    patient = torch.arange(count) // each
     return ImageSet(
         torch.zeros(count, 1, 4, 4, dtype=torch.uint8),
-        person % 3,
-        person,
+        patient % 3,
+        patient,
         torch.arange(count) % each,
         [f"{k:064x}" for k in range(count)],
         "test",
     )
 
 
-def test_a_part_of_the_people_is_whole_people_of_every_class():
-    part = diagnosis.few_people(image_set(), 5)
-    people, counts = np.unique(part.people.numpy(), return_counts=True)
-    assert len(people) == 5 and (counts == 3).all()
-    assert set((people % 3).tolist()) == {0, 1, 2}
-    assert len(diagnosis.few_people(image_set(), None)) == 36
+def test_a_part_of_the_patients_is_whole_patients_of_every_class():
+    part = diagnosis.few_patients(image_set(), 5)
+    patients, counts = np.unique(part.patients.numpy(), return_counts=True)
+    assert len(patients) == 5 and (counts == 3).all()
+    assert set((patients % 3).tolist()) == {0, 1, 2}
+    assert len(diagnosis.few_patients(image_set(), None)) == 36
 
 
-def test_a_persons_row_has_the_hash_of_the_slices_in_order():
+def test_a_patients_row_has_the_hash_of_the_slices_in_order():
     part, config = image_set(), make_config("demo", "Resnet")
-    people = sequence.gather_studies(part.images, part.labels, part.people, part.slices)
-    rows = diagnosis._person_rows(part, people, config)
+    patients = sequence.gather_scans(part.images, part.labels, part.patients, part.slices)
+    rows = diagnosis._patient_rows(part, patients, config)
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1))
-    shuffled = diagnosis._person_rows(part.pick(order), people, config)
+    shuffled = diagnosis._patient_rows(part.pick(order), patients, config)
     assert (
         np.array_equal(rows["file_sha256"], shuffled["file_sha256"])
         and len(np.unique(rows["file_sha256"], axis=0)) == 12
     )
-    assert rows["labels"].tolist() == people.labels.tolist() and (rows["slice_index"] == -1).all()
+    assert rows["labels"].tolist() == patients.labels.tolist() and (rows["slice_index"] == -1).all()
 
 
 def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, capsys):
-    study = Study(tmp_path, "phantom", "demo", tmp_path, "")
+    workspace = Workspace(tmp_path, "phantom", "demo", tmp_path, "")
     with pytest.raises(
         diagnosis.MissingMembersError,
         match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0",
     ):
-        diagnosis.run_ensemble(study)
+        diagnosis.run_ensemble(workspace)
     with pytest.raises(diagnosis.MissingMembersError, match="Resnet_atk"):
-        diagnosis.run_sequence(study)
-    assert diagnosis.run_available(study, "Sequence") is None
+        diagnosis.run_sequence(workspace)
+    assert diagnosis.run_available(workspace, "Sequence") is None
     assert "is left out" in capsys.readouterr().out
 
 
@@ -68,14 +68,16 @@ def trained(phantom_raw, tmp_path_factory):
     """A rehearsal on the phantom in which untrained networks stand for the trained members; Efficientnet's is an fp16 copy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALZHEIMER_RUNS", str(tmp_path_factory.mktemp("runs")))
-        study = dataclasses.replace(experiment.open_study("demo", phantom_raw), data="phantom")
+        workspace = dataclasses.replace(
+            experiment.open_workspace("demo", phantom_raw), data="phantom"
+        )
         for name in ("Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"):
-            path = study.checkpoint(make_config("demo", name))
+            path = workspace.checkpoint(make_config("demo", name))
             save_model(build_model(name, pretrained=False, input_size=32), path)
             if name == "Efficientnet":
                 save_half(path, experiment.half_of(path))
                 path.unlink()
-        yield study
+        yield workspace
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def ran(monkeypatch):
     """The forms that were evaluated, with an evaluation that attacks nothing: what is tested is which form runs, and what is kept."""
     forms = []
 
-    def evaluated(study, config, form, model, sources, test, answers, chosen, *, relaxed):
+    def evaluated(workspace, config, form, model, sources, test, answers, chosen, *, relaxed):
         forms.append(form)
         with torch.no_grad():
             clean = to_half(
@@ -126,10 +128,10 @@ def test_an_ensemble_grows_form_by_form_and_evaluates_none_twice(trained, ran):
 def test_ensembles_of_other_members_are_never_pooled(trained, ran):
     diagnosis.run_ensemble(trained, forms=("uniform mixed",))
     with pytest.raises(
-        StudyError, match="holds ensembles of Efficientnet, Resnet, and these are of Resnet"
+        UserError, match="holds ensembles of Efficientnet, Resnet, and these are of Resnet"
     ):
         diagnosis.run_ensemble(trained, fold=1, backbones=("Resnet",))
-    with pytest.raises(StudyError, match="Unknown form 'uniform fixed'"):
+    with pytest.raises(UserError, match="Unknown form 'uniform fixed'"):
         diagnosis.run_ensemble(trained, forms=("uniform fixed",))
 
 
@@ -144,12 +146,12 @@ def test_an_ensemble_without_its_members_shows_what_is_recorded(trained, ran, ca
         hidden.rename(path)
 
 
-def a_unit(*variants: str, weights: dict[str, str], people: int = 6) -> Unit:
+def a_run(*variants: str, weights: dict[str, str], patients: int = 6) -> Run:
     rows = {
-        "file_sha256": np.arange(people * 32, dtype=np.uint8).reshape(people, 32),
-        **{f"{name}/clean": np.ones((people, 4)) for name in variants},
+        "file_sha256": np.arange(patients * 32, dtype=np.uint8).reshape(patients, 32),
+        **{f"{name}/clean": np.ones((patients, 4)) for name in variants},
     }
-    return Unit(
+    return Run(
         rows,
         {
             "model": "Sequence",
@@ -167,9 +169,9 @@ def a_unit(*variants: str, weights: dict[str, str], people: int = 6) -> Unit:
     )
 
 
-def test_a_unit_grows_by_the_sources_that_are_trained_later():
-    first = a_unit("Efficientnet gru", weights={"Efficientnet": "a"})
-    second = a_unit(
+def test_a_run_grows_by_the_sources_that_are_trained_later():
+    first = a_run("Efficientnet gru", weights={"Efficientnet": "a"})
+    second = a_run(
         "Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"}
     )
     both = diagnosis.with_more_variants(first, second)
@@ -208,22 +210,22 @@ def test_a_unit_grows_by_the_sources_that_are_trained_later():
     ]
 
 
-def test_a_unit_never_mixes_weights_or_people():
-    first = a_unit("Resnet gru", weights={"Resnet": "a"})
-    with pytest.raises(StudyError, match="Resnet has other weights now"):
+def test_a_run_never_mixes_weights_or_patients():
+    first = a_run("Resnet gru", weights={"Resnet": "a"})
+    with pytest.raises(UserError, match="Resnet has other weights now"):
         diagnosis.with_more_variants(
-            first, a_unit("Resnet + Resnet_atk gru", weights={"Resnet": "b", "Resnet_atk": "c"})
+            first, a_run("Resnet + Resnet_atk gru", weights={"Resnet": "b", "Resnet_atk": "c"})
         )
-    with pytest.raises(StudyError, match="other people"):
+    with pytest.raises(UserError, match="other people"):
         diagnosis.with_more_variants(
-            first, a_unit("Efficientnet gru", weights={"Efficientnet": "a"}, people=5)
+            first, a_run("Efficientnet gru", weights={"Efficientnet": "a"}, patients=5)
         )
 
 
 def a_scan_evaluation():
     """(people, chosen, clean, found, budget) of four people: one clean error, one falls to one slice, one to all, one stands."""
     labels = torch.tensor([0, 1, 2, 0])
-    people = sequence.Studies(
+    patients = sequence.Scans(
         torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4)
     )
     clean = 5 * np.eye(4)[[1, 1, 2, 0]]
@@ -236,10 +238,17 @@ def a_scan_evaluation():
         "least_gradient": np.array([0, 1, 8, -1]),
         "least_random": np.array([0, 4, 8, -1]),
     }
-    return people, np.arange(4), np.arange(4), clean, found, {"eps": ("4/255",), "budgets": (1, 4)}
+    return (
+        patients,
+        np.arange(4),
+        np.arange(4),
+        clean,
+        found,
+        {"eps": ("4/255",), "budgets": (1, 4)},
+    )
 
 
-def test_checks_pass_on_a_sound_evaluation_of_persons():
+def test_checks_pass_on_a_sound_evaluation_of_patients():
     checks = diagnosis._scan_checks("Resnet gru", *a_scan_evaluation())
     assert all(check["passed"] for check in checks) and len(checks) == 9
 
@@ -254,11 +263,11 @@ def test_checks_pass_on_a_sound_evaluation_of_persons():
     ],
 )
 def test_each_check_fails_on_a_broken_evaluation(broken, check):
-    people, chosen, curve, clean, found, budget = a_scan_evaluation()
+    patients, chosen, curve, clean, found, budget = a_scan_evaluation()
     failed = [
         row["check"]
         for row in diagnosis._scan_checks(
-            "Resnet gru", people, chosen, curve, clean, found | broken, budget
+            "Resnet gru", patients, chosen, curve, clean, found | broken, budget
         )
         if not row["passed"]
     ]
@@ -280,7 +289,7 @@ class FlatBackbone(torch.nn.Module):
 def scans(monkeypatch):
     """(model, people, looked): a small scan model, seven people of it, and the attacks that were run."""
     torch.manual_seed(0)
-    model = sequence.StudyModel(
+    model = sequence.ScanModel(
         FlatBackbone(),
         sequence.build_aggregator("attention", 6),
         torch.zeros(6),
@@ -301,7 +310,7 @@ def scans(monkeypatch):
 
     monkeypatch.setattr(sequence, "attack_scan", noted)
     monkeypatch.setattr(diagnosis, "choose_device", lambda: torch.device("cpu"))
-    return model, sequence.Studies(values, mask, labels, torch.arange(20, 27)), ran
+    return model, sequence.Scans(values, mask, labels, torch.arange(20, 27)), ran
 
 
 SMALL = dict(
@@ -319,14 +328,14 @@ SMALL = dict(
 def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_settings(
     scans, tmp_path, monkeypatch
 ):
-    model, people, ran = scans
+    model, patients, ran = scans
     config, path = make_config("demo", "Resnet"), tmp_path / "attention.npz"
     chosen, curve = np.array([0, 1, 3, 4, 6]), np.array([1, 4])
 
     def attacked(budget=SMALL, of=model, chosen=chosen, curve=curve, config=config):
         ran.clear()
         return diagnosis._attacked_scans(
-            of, people, chosen, curve, config, budget, path, "attention"
+            of, patients, chosen, curve, config, budget, path, "attention"
         )
 
     def same(one, other):
@@ -380,11 +389,11 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
 
 
 def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
-    model, people, _ = scans
+    model, patients, _ = scans
     everybody = np.arange(7)
     found = diagnosis._attacked_scans(
         model,
-        people,
+        patients,
         everybody,
         everybody,
         make_config("demo", "Resnet"),
@@ -401,8 +410,8 @@ def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
         "scan_mpgd2_merged": "three",
         "scan_pgd2_binary": "binary",
     }
-    clean = model(people.values.float() / 255, people.mask).detach().numpy()
-    checks = diagnosis._scan_checks("a", people, everybody, everybody, clean, found, SMALL)
+    clean = model(patients.values.float() / 255, patients.mask).detach().numpy()
+    checks = diagnosis._scan_checks("a", patients, everybody, everybody, clean, found, SMALL)
     assert [
         row["check"]
         for row in checks
@@ -436,7 +445,7 @@ def sequence_entry(tmp_path):
         "labels": labels[::2].tolist(),
         "least": {"gradient": [1, 32] * 5, "random": [32] * 10},
     }
-    unit = {
+    run = {
         "model": "Sequence",
         "regime": "both",
         "protocol": "patient",
@@ -459,7 +468,7 @@ def sequence_entry(tmp_path):
             }
         },
     }
-    record = records.summarise(rows, [unit], n_boot=100)
+    record = records.summarise(rows, [run], n_boot=100)
     path = tmp_path / "assets" / "Sequence" / "patient.json"
     records.write_record(path, record, rows)
     return records.read_entries(tmp_path)["Sequence", "patient"]
@@ -481,7 +490,7 @@ def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path
 
 def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     entry = sequence_entry(tmp_path)
-    whole = diagnosis_report.person_reliability(entry, "Resnet gru")
+    whole = diagnosis_report.patient_reliability(entry, "Resnet gru")
     more = {
         name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values])
         for name, values in entry.predictions.items()
@@ -491,7 +500,7 @@ def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
     record = records.summarise(more, [entry.record["units"][0], other], n_boot=100)
     records.write_record(tmp_path / "assets" / "Sequence" / "patient.json", record, more)
     grown = records.read_entries(tmp_path)["Sequence", "patient"]
-    assert diagnosis_report.person_reliability(grown, "Resnet gru") == whole
+    assert diagnosis_report.patient_reliability(grown, "Resnet gru") == whole
     assert record["variants"]["Resnet gru"]["clean"]["n_people"] == 20 and record["folds"] == [0, 1]
     assert diagnosis_report.pooled_budgets(record, "Resnet gru", "gradient")[2] == 10
     grown.record["sanity"] = [
@@ -499,7 +508,7 @@ def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
         for name in ("Resnet gru", "Resnet mean")
     ]
     grown.record["profile"] = "cpu"
-    row = next(row for row in records.study_rows({("Sequence", "patient"): grown}) if row.variant)
+    row = next(row for row in records.table_rows({("Sequence", "patient"): grown}) if row.variant)
     assert (
         row.folds("patient") == [0]
         and report._runs(row).endswith(", fold 0 of 5")
@@ -509,13 +518,13 @@ def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
 
 
 def test_coverage_falls_under_attack_at_the_thresholds_of_clean_studies(tmp_path):
-    found = diagnosis_report.person_reliability(sequence_entry(tmp_path), "Resnet gru", alpha=0.2)
+    found = diagnosis_report.patient_reliability(sequence_entry(tmp_path), "Resnet gru", alpha=0.2)
     assert found["clean"]["n_people"] == 20 and found["eps 4/255"]["n_people"] == 10
     assert found["eps 4/255"]["coverage"]["value"] < found["clean"]["coverage"]["value"]
     assert "Resnet gru" in diagnosis_report.sequence_text(sequence_entry(tmp_path))
 
 
-def test_the_committed_ensembles_leave_no_more_standing_under_several_images_than_under_one():
+def test_the_committed_ensembles_leave_no_more_robust_under_several_images_than_under_one():
     record = json.loads((ROOT / "assets" / "Ensemble" / "patient.json").read_text(encoding="utf-8"))
     assert record["data"] == "real" and set(record["variants"]) == {
         f"{combiner} {membership}" for combiner, membership in diagnosis.FORMS

@@ -7,7 +7,7 @@ from torch import nn
 
 from utils import ensemble, metrics
 from utils.attacks import ATTACKS
-from utils.utils_funcs import StudyError
+from utils.utils_funcs import UserError
 
 
 class Tiny(nn.Module):
@@ -91,9 +91,9 @@ def test_every_ensemble_reads_one_channel_and_no_member_is_forgotten():
     for drop in own:
         rest = {name: member for name, member in own.items() if name != drop}
         assert not torch.allclose(ensemble.Mixture(own)(x), ensemble.Mixture(rest)(x), atol=1e-3)
-    with pytest.raises(StudyError, match="at least one member"):
+    with pytest.raises(UserError, match="at least one member"):
         ensemble.Mixture({})
-    with pytest.raises(StudyError, match="sum to 1"):
+    with pytest.raises(UserError, match="sum to 1"):
         ensemble.Mixture(own, (0.5, 0.5, 0.5))
 
 
@@ -101,43 +101,50 @@ def test_every_ensemble_reads_one_channel_and_no_member_is_forgotten():
 
 
 def validation(
-    noise: tuple[float, ...], people: int = 30, each: int = 4, classes: int = 3, seed: int = 0
+    noise: tuple[float, ...], patients: int = 30, each: int = 4, classes: int = 3, seed: int = 0
 ):
     """(log-probabilities (M, N, 4), labels, people): the less noise a member has, the better it is."""
     generator = np.random.default_rng(seed)
-    person = np.repeat(np.arange(people), each)
-    labels = person % classes
+    patient = np.repeat(np.arange(patients), each)
+    labels = patient % classes
     truth = np.eye(4)[labels] * 3
     logits = np.stack([truth + size * generator.normal(size=truth.shape) for size in noise])
-    return logits - np.logaddexp.reduce(logits, axis=2, keepdims=True), labels, person
+    return logits - np.logaddexp.reduce(logits, axis=2, keepdims=True), labels, patient
 
 
 @pytest.mark.parametrize("combiner", ["weighted", "stacking", "blending"])
-def test_weights_are_never_fitted_on_test_people(combiner):
-    z, labels, people = validation((1.0, 1.0, 1.0))
+def test_weights_are_never_fitted_on_test_patients(combiner):
+    z, labels, patients = validation((1.0, 1.0, 1.0))
     own = members()
-    ensemble.build_ensemble(combiner, own, z, labels, people, test_people=np.arange(100, 140))
-    with pytest.raises(StudyError, match="2 test people"):
-        ensemble.build_ensemble(combiner, own, z, labels, people, test_people=np.array([3, 4, 200]))
+    ensemble.build_ensemble(combiner, own, z, labels, patients, test_patients=np.arange(100, 140))
+    with pytest.raises(UserError, match="2 test people"):
+        ensemble.build_ensemble(
+            combiner, own, z, labels, patients, test_patients=np.array([3, 4, 200])
+        )
 
 
 def test_the_better_member_gets_the_weight():
-    z, labels, people = validation((0.5, 4.0, 4.0))
-    weights = ensemble.fit_weights(z, labels, people, test_people=np.array([999]))
+    z, labels, patients = validation((0.5, 4.0, 4.0))
+    weights = ensemble.fit_weights(z, labels, patients, test_patients=np.array([999]))
     assert weights.sum() == pytest.approx(1) and weights[0] > 0.8
     for fit in (ensemble.fit_stacking, ensemble.fit_blending):
-        coefficients, bias = fit(z, labels, people, test_people=np.array([999]))
+        coefficients, bias = fit(z, labels, patients, test_patients=np.array([999]))
         assert coefficients[0] > 3 * coefficients[1:].max() and (coefficients >= 0).all()
 
 
-def test_fitted_weights_beat_uniform_ones_on_other_people():
-    z, labels, people = validation((0.5, 4.0, 4.0), people=60)
-    fitted, held = people < 30, people >= 30
+def test_fitted_weights_beat_uniform_ones_on_other_patients():
+    z, labels, patients = validation((0.5, 4.0, 4.0), patients=60)
+    fitted, held = patients < 30, patients >= 30
     own = members()
 
     def loss(combiner):
         model = ensemble.build_ensemble(
-            combiner, own, z[:, fitted], labels[fitted], people[fitted], test_people=people[held]
+            combiner,
+            own,
+            z[:, fitted],
+            labels[fitted],
+            patients[fitted],
+            test_patients=patients[held],
         )
         answers = model.combine(torch.tensor(z[:, held], dtype=torch.float32)).numpy()
         return -answers[np.arange(held.sum()), labels[held]].mean()
@@ -148,10 +155,12 @@ def test_fitted_weights_beat_uniform_ones_on_other_people():
 
 def test_stacking_is_calibrated_out_of_fold():
     """Overconfident members: the stacked pool must take most of it back."""
-    z, labels, people = validation((2.0, 2.0), people=60)
+    z, labels, patients = validation((2.0, 2.0), patients=60)
     sharp = 8 * z
     sharp = sharp - np.logaddexp.reduce(sharp, axis=2, keepdims=True)
-    coefficients, bias = ensemble.fit_stacking(sharp, labels, people, test_people=np.array([999]))
+    coefficients, bias = ensemble.fit_stacking(
+        sharp, labels, patients, test_patients=np.array([999])
+    )
     model = ensemble.LogLinearPool(members(2), coefficients, bias)
     answers = model.combine(torch.tensor(sharp, dtype=torch.float32)).numpy()
     assert 0.7 < metrics.fit_temperature(answers, labels) < 1.4
@@ -159,8 +168,8 @@ def test_stacking_is_calibrated_out_of_fold():
 
 
 def test_a_class_that_nobody_was_fitted_on_is_answered_from_the_members():
-    z, labels, people = validation((1.0, 1.0), classes=3)
-    coefficients, bias = ensemble.fit_stacking(z, labels, people, test_people=np.array([999]))
+    z, labels, patients = validation((1.0, 1.0), classes=3)
+    coefficients, bias = ensemble.fit_stacking(z, labels, patients, test_patients=np.array([999]))
     assert bias[3] == bias[2]
     sure = np.log(np.array([[[0.01, 0.01, 0.01, 0.97]], [[0.01, 0.01, 0.01, 0.97]]]))
     assert (
@@ -172,31 +181,31 @@ def test_a_class_that_nobody_was_fitted_on_is_answered_from_the_members():
     )
 
 
-def test_people_take_turns_whole():
-    _, labels, people = validation((1.0,))
-    turns = ensemble._turns(labels, people)
-    assert all(len(set(turns[people == person])) == 1 for person in np.unique(people))
+def test_patients_take_turns_whole():
+    _, labels, patients = validation((1.0,))
+    turns = ensemble._turns(labels, patients)
+    assert all(len(set(turns[patients == patient])) == 1 for patient in np.unique(patients))
     for label in range(3):
         assert set(turns[labels == label]) == set(range(ensemble.TURNS))
-    with pytest.raises(StudyError, match="two people"):
+    with pytest.raises(UserError, match="two people"):
         ensemble._turns(np.zeros(4, int), np.zeros(4, int))
 
 
 def test_an_unknown_combiner_is_named():
-    z, labels, people = validation((1.0,))
-    with pytest.raises(StudyError, match="Unknown combiner 'vote'"):
-        ensemble.build_ensemble("vote", members(1), z, labels, people, test_people=np.array([]))
+    z, labels, patients = validation((1.0,))
+    with pytest.raises(UserError, match="Unknown combiner 'vote'"):
+        ensemble.build_ensemble("vote", members(1), z, labels, patients, test_patients=np.array([]))
 
 
 # ----------------------------------------------------------------------------------------------------------- diversity
 
 
-def test_diversity_of_twins_and_strangers():
+def test_diversity_of_counterparts_and_strangers():
     generator = np.random.default_rng(0)
-    labels, people = np.arange(400) % 4, np.arange(400) // 4
+    labels, patients = np.arange(400) % 4, np.arange(400) // 4
     a = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
     b = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
-    found = ensemble.diversity({"a": a, "twin": a, "b": b}, labels, people, n_boot=200)
+    found = ensemble.diversity({"a": a, "twin": a, "b": b}, labels, patients, n_boot=200)
     assert set(found) == {"a / twin", "a / b", "twin / b"}
     assert found["a / twin"]["disagreement"]["value"] == 0 and found["a / twin"][
         "error_correlation"
@@ -221,20 +230,20 @@ def attacked(eps: float):
 
 
 @pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
-def test_separate_images_leave_no_more_standing_than_one_image(eps):
+def test_separate_images_leave_no_more_robust_than_one_image(eps):
     model, x, labels, one = attacked(eps)
     with torch.no_grad():
-        standing_one = model(one).argmax(1) == labels
+        robust_one = model(one).argmax(1) == labels
     alone = ensemble.attack_separately(model, x, labels, eps, steps=40).argmax(1) == labels
     helped = (
         ensemble.attack_separately(model, x, labels, eps, steps=40, shared=one).argmax(1) == labels
     )
-    assert 0 < standing_one.sum() < len(x), "the check says nothing where all or none stand"
-    assert alone.sum() <= standing_one.sum()
-    assert not (helped & ~standing_one).any(), "what one image fells, several images fell"
+    assert 0 < robust_one.sum() < len(x), "the check says nothing where all or none stand"
+    assert alone.sum() <= robust_one.sum()
+    assert not (helped & ~robust_one).any(), "what one image fells, several images fell"
 
 
-def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_leaves_more_standing():
+def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_leaves_more_robust():
     model, x, labels, _ = attacked(0.1)
     strong = (ensemble.attack_separately(model, x, labels, 0.1, steps=40).argmax(1) == labels).sum()
     weak = (
@@ -252,7 +261,7 @@ def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_lea
 
 def test_a_relaxed_ensemble_wants_an_image_a_member():
     model = ensemble.SeparateImages(ensemble.Mixture(members(3)))
-    with pytest.raises(StudyError, match="3 members"):
+    with pytest.raises(UserError, match="3 members"):
         model(images(2))
 
 

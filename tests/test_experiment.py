@@ -14,7 +14,7 @@ import torch
 from utils import experiment, metrics, report, training
 from utils.backbones import load_model, save_half, save_model
 from utils.config import make_config
-from utils.utils_funcs import MODELS, ROOT, StudyError
+from utils.utils_funcs import MODELS, ROOT, UserError
 
 TINY = dict(
     max_train=24,
@@ -32,10 +32,10 @@ TINY = dict(
 
 
 @pytest.fixture(scope="module")
-def study(phantom_raw, tmp_path_factory):
+def workspace(phantom_raw, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALZHEIMER_RUNS", str(tmp_path_factory.mktemp("runs")))
-        yield dataclasses.replace(experiment.open_study("demo", phantom_raw), data="phantom")
+        yield dataclasses.replace(experiment.open_workspace("demo", phantom_raw), data="phantom")
 
 
 def tiny(protocol="patient", model="Efficientnet", **changes):
@@ -43,11 +43,11 @@ def tiny(protocol="patient", model="Efficientnet", **changes):
 
 
 @pytest.fixture(scope="module")
-def record(study):
-    return experiment.run_unit(study, tiny())
+def record(workspace):
+    return experiment.run_stages(workspace, tiny())
 
 
-def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
+def test_a_run_leaves_a_record_with_everything_in_it(workspace, record):
     for key in (
         "schema_version",
         "model",
@@ -74,24 +74,27 @@ def test_a_unit_leaves_a_record_with_everything_in_it(study, record):
         assert key in record, key
     told = [record[key] for key in ("model", "data", "init", "folds", "seeds")]
     assert told == ["Efficientnet", "phantom", "random", [0], [0]]
-    assert record == report.read_record(study.record("Efficientnet", "patient"))
+    assert record == report.read_record(workspace.record("Efficientnet", "patient"))
     assert record["units"][0]["explanation"] and record["units"][0]["history"]
     assert json.dumps(record, allow_nan=False)
 
 
-def test_a_record_names_every_machine_that_worked_on_the_unit(study, record, monkeypatch):
+def test_a_record_names_every_machine_that_worked_on_the_run(workspace, record, monkeypatch):
     before = record["units"][0]["hardware"]
     monkeypatch.setattr(experiment, "hardware", lambda: "two cores")
     assert (
-        experiment.attack(study, tiny(), retrain=True).meta["hardware"] == f"{before} + two cores"
+        experiment.attack(workspace, tiny(), retrain=True).meta["hardware"]
+        == f"{before} + two cores"
     ), "the weights are of before"
     monkeypatch.setattr(training, "fit", lambda *_, **__: None)
-    experiment.train(study, tiny(), retrain=True)
-    assert experiment._machines(study, tiny()) == "two cores", "a new training starts a new list"
+    experiment.train(workspace, tiny(), retrain=True)
+    assert experiment._machines(workspace, tiny()) == "two cores", (
+        "a new training starts a new list"
+    )
 
 
-def test_the_record_follows_from_its_predictions(study, record):
-    rows = report.read_predictions(study.record("Efficientnet", "patient"))
+def test_the_record_follows_from_its_predictions(workspace, record):
+    rows = report.read_predictions(workspace.record("Efficientnet", "patient"))
     assert len(rows["labels"]) == record["clean"]["slice"].get(
         "n_slices", record["clean"].get("n_slices")
     )
@@ -99,37 +102,37 @@ def test_the_record_follows_from_its_predictions(study, record):
 
 
 @pytest.fixture
-def copied(study, record, tmp_path):
+def copied(workspace, record, tmp_path):
     """The study with its record and weights in a folder of the test's own, to be changed at will."""
     for folder in ("assets", "checkpoints"):
-        shutil.copytree(study.root / folder, tmp_path / folder)
-    (tmp_path / "dataset").symlink_to(study.root / "dataset")
-    return dataclasses.replace(study, root=tmp_path)
+        shutil.copytree(workspace.root / folder, tmp_path / folder)
+    (tmp_path / "dataset").symlink_to(workspace.root / "dataset")
+    return dataclasses.replace(workspace, root=tmp_path)
 
 
-def keep_only_a_weak_attack(study):
+def keep_only_a_weak_attack(workspace):
     """Makes the copied record one of a weak evaluation: FGSM at 4/255 alone, under which every slice gets its right
     answer, and the last slice outside its set. Returns the rows."""
-    path = study.record("Efficientnet", "patient")
-    rows, unit = report.read_predictions(path), report.read_record(path)["units"][0]
+    path = workspace.record("Efficientnet", "patient")
+    rows, run = report.read_predictions(path), report.read_record(path)["units"][0]
     right = np.where(np.arange(4) == rows["labels"][:, None], 0, -9).astype(np.float16)
     right[-1] = np.nan
     rows = {name: values for name, values in rows.items() if ":" not in name} | {
         "4/255:fgsm": right
     }
-    unit = {**unit, "attacks": {"4/255": {"fgsm": unit["attacks"]["4/255"]["fgsm"]}}}
-    report.write_record(path, report.summarise(rows, [unit]), rows)
+    run = {**run, "attacks": {"4/255": {"fgsm": run["attacks"]["4/255"]["fgsm"]}}}
+    report.write_record(path, report.summarise(rows, [run]), rows)
     return rows
 
 
-def attack_the_record_again(study, monkeypatch, **options):
+def attack_the_record_again(workspace, monkeypatch, **options):
     """Record and rows after the command was run on the copied study."""
     monkeypatch.setattr(experiment, "make_config", lambda *_, **__: tiny())
-    monkeypatch.setattr(experiment, "open_study", lambda *_: study)
+    monkeypatch.setattr(experiment, "open_workspace", lambda *_: workspace)
     experiment.attack_again_command(
         "Efficientnet", **{"eps": ("4/255",), "steps": 4, "profile": "demo", **options}
     )
-    path = study.record("Efficientnet", "patient")
+    path = workspace.record("Efficientnet", "patient")
     return report.read_record(path), report.read_predictions(path)
 
 
@@ -186,13 +189,13 @@ def test_what_the_record_misclassified_already_is_not_attacked_again_and_carries
 
 def test_a_record_is_attacked_again_once_a_seed_and_at_its_own_eps(copied, monkeypatch):
     attack_the_record_again(copied, monkeypatch)
-    with pytest.raises(StudyError, match="pgd4_again at eps 4/255 already"):
+    with pytest.raises(UserError, match="pgd4_again at eps 4/255 already"):
         attack_the_record_again(copied, monkeypatch)
     after, _ = attack_the_record_again(copied, monkeypatch, attack_seed=2)
     assert {"pgd4_again", "pgd4_again_seed2", "pgd4_again_seed2_merged"} <= set(
         after["units"][0]["attacks"]["4/255"]
     )
-    with pytest.raises(StudyError, match="no attacks at eps 3/255"):
+    with pytest.raises(UserError, match="no attacks at eps 3/255"):
         attack_the_record_again(copied, monkeypatch, eps=("3/255",))
 
 
@@ -204,10 +207,10 @@ def test_other_weights_than_the_recorded_ones_are_not_attacked_for_the_record(co
             parameter.mul_(1.5)
     save_model(other, path)
     before = copied.record("Efficientnet", "patient").read_bytes()
-    with pytest.raises(StudyError, match="are not those of"):
+    with pytest.raises(UserError, match="are not those of"):
         attack_the_record_again(copied, monkeypatch)
     path.unlink()
-    with pytest.raises(StudyError, match="not on this machine"):
+    with pytest.raises(UserError, match="not on this machine"):
         attack_the_record_again(copied, monkeypatch)
     assert copied.record("Efficientnet", "patient").read_bytes() == before
 
@@ -220,18 +223,18 @@ def test_the_half_copy_of_the_weights_is_named_as_such(copied, monkeypatch):
     assert after["units"][0]["attacks"]["4/255"]["pgd4_again"]["weights"] == "fp16 copy"
 
 
-def test_a_finished_unit_is_not_run_twice(study, record, monkeypatch):
+def test_a_finished_run_is_not_run_twice(workspace, record, monkeypatch):
     monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(experiment, "evaluate_suite", lambda *a, **k: pytest.fail("attacked again"))
-    assert experiment.run_unit(study, tiny()) == record
+    assert experiment.run_stages(workspace, tiny()) == record
 
 
-def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(
-    study, tmp_path, monkeypatch
+def test_a_warm_start_takes_the_clean_counterpart_or_its_half_copy_or_trains_it_first(
+    workspace, tmp_path, monkeypatch
 ):
-    study = dataclasses.replace(study, root=tmp_path)
+    workspace = dataclasses.replace(workspace, root=tmp_path)
     config = make_config("cpu", "Efficientnet_atk", warm_start=True, fold=2)
-    assert experiment.start_of(study, dataclasses.replace(config, warm_start=False)) is None
+    assert experiment.start_of(workspace, dataclasses.replace(config, warm_start=False)) is None
     whole = tmp_path / "checkpoints" / "Efficientnet" / "patient" / "fold2_seed0.safetensors"
     trained = []
 
@@ -242,36 +245,36 @@ def test_a_warm_start_takes_the_clean_twin_or_its_half_copy_or_trains_it_first(
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "load_sets", lambda *_: {"train": None, "validation": None})
         patch.setattr(training, "fit", fit)
-        assert experiment.start_of(study, config) == whole and trained == [
+        assert experiment.start_of(workspace, config) == whole and trained == [
             make_config("cpu", "Efficientnet", fold=2)
         ]
     half = whole.with_name("fold2_seed0_fp16.safetensors")
     half.touch()
-    assert experiment.start_of(study, config) == half
+    assert experiment.start_of(workspace, config) == half
     whole.touch()
-    assert experiment.start_of(study, config) == whole
+    assert experiment.start_of(workspace, config) == whole
 
 
 def test_weights_are_the_checkpoint_or_its_half_copy(tmp_path):
-    study, config = experiment.Study(tmp_path, "phantom", "demo", tmp_path, ""), tiny()
-    assert study.weights(config) is None
-    whole = study.checkpoint(config)
+    workspace, config = experiment.Workspace(tmp_path, "phantom", "demo", tmp_path, ""), tiny()
+    assert workspace.weights(config) is None
+    whole = workspace.checkpoint(config)
     whole.parent.mkdir(parents=True)
     experiment.half_of(whole).touch()
-    assert study.weights(config) == experiment.half_of(whole)
+    assert workspace.weights(config) == experiment.half_of(whole)
     whole.touch()
-    assert study.weights(config) == whole
+    assert workspace.weights(config) == whole
 
 
-def test_lost_weights_are_trained_again_and_the_record_stays(study, record, monkeypatch):
-    checkpoint, config = study.checkpoint(tiny()), tiny()
+def test_lost_weights_are_trained_again_and_the_record_stays(workspace, record, monkeypatch):
+    checkpoint, config = workspace.checkpoint(tiny()), tiny()
     hidden, path = (
         checkpoint.rename(checkpoint.with_suffix(".hidden")),
-        study.record("Efficientnet", "patient"),
+        workspace.record("Efficientnet", "patient"),
     )
     before = path.read_bytes()
     monkeypatch.setattr(experiment, "make_config", lambda *_, **__: config)
-    monkeypatch.setattr(experiment, "open_study", lambda *_: study)
+    monkeypatch.setattr(experiment, "open_workspace", lambda *_: workspace)
     try:
         experiment.train_command("Efficientnet", profile="demo")
         assert checkpoint.is_file() and path.read_bytes() == before
@@ -279,17 +282,18 @@ def test_lost_weights_are_trained_again_and_the_record_stays(study, record, monk
         hidden.replace(checkpoint)
 
 
-def test_a_record_is_shown_without_its_weights(study, record, monkeypatch):
-    checkpoint = study.checkpoint(tiny())
+def test_a_record_is_shown_without_its_weights(workspace, record, monkeypatch):
+    checkpoint = workspace.checkpoint(tiny())
     hidden = checkpoint.rename(checkpoint.with_suffix(".hidden"))
     monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
     try:
-        fit = experiment.train(study, tiny())
-        unit = experiment.attack(study, tiny())
-        assert fit.history == record["units"][0]["history"] and len(unit.rows["labels"]) == 8
+        fit = experiment.train(workspace, tiny())
+        run = experiment.attack(workspace, tiny())
+        assert fit.history == record["units"][0]["history"] and len(run.rows["labels"]) == 8
         assert (
             experiment.save(
-                study, experiment.with_explanation(unit, experiment.explain(study, tiny())[1])
+                workspace,
+                experiment.with_explanation(run, experiment.explain(workspace, tiny())[1]),
             )
             == record
         )
@@ -297,27 +301,29 @@ def test_a_record_is_shown_without_its_weights(study, record, monkeypatch):
         hidden.rename(checkpoint)
 
 
-def test_other_settings_do_not_pass_as_the_recorded_ones(study, record):
-    with pytest.raises(StudyError, match="epochs 1 instead of 7"):
-        experiment.run_unit(study, tiny(epochs=7))
+def test_other_settings_do_not_pass_as_the_recorded_ones(workspace, record):
+    with pytest.raises(UserError, match="epochs 1 instead of 7"):
+        experiment.run_stages(workspace, tiny(epochs=7))
 
 
-def test_folds_are_pooled_and_a_unit_replaces_only_itself(study, record):
-    first = experiment.attack(study, tiny())
-    second = experiment.Unit(
+def test_folds_are_pooled_and_a_run_replaces_only_itself(workspace, record):
+    first = experiment.attack(workspace, tiny())
+    second = experiment.Run(
         {**first.rows, "fold": np.full(8, 1, np.int8)}, {**first.meta, "fold": 1}
     )
-    both = experiment.save(study, second)
+    both = experiment.save(workspace, second)
     assert (
         both["folds"] == [0, 1]
-        and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+        and len(report.read_predictions(workspace.record("Efficientnet", "patient"))["labels"])
+        == 16
     )
     again = experiment.save(
-        study, experiment.Unit(second.rows, {**second.meta, "hardware": "another machine"})
+        workspace, experiment.Run(second.rows, {**second.meta, "hardware": "another machine"})
     )
     assert (
         again["folds"] == [0, 1]
-        and len(report.read_predictions(study.record("Efficientnet", "patient"))["labels"]) == 16
+        and len(report.read_predictions(workspace.record("Efficientnet", "patient"))["labels"])
+        == 16
     )
 
 
@@ -331,26 +337,24 @@ def test_an_attack_that_one_fold_lacks_is_outside_its_declared_set():
 
 
 def test_the_grid_puts_the_most_valuable_first():
-    units = experiment.grid_units("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
-    assert len(units) == 6 * 6 and set(experiment.GRID_MODELS) == set(MODELS)
-    assert [unit.protocol for unit in units] == ["patient"] * 30 + ["slice"] * 6
-    assert units[0].model == "Resnet" and units[-1].model == "Dinov2_atk"
+    runs = experiment.grid_runs("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
+    assert len(runs) == 6 * 6 and set(experiment.GRID_MODELS) == set(MODELS)
+    assert [run.protocol for run in runs] == ["patient"] * 30 + ["slice"] * 6
+    assert runs[0].model == "Resnet" and runs[-1].model == "Dinov2_atk"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 50])
-def test_shards_together_do_every_unit_once(count):
-    units = experiment.grid_units("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
+def test_shards_together_do_every_run_once(count):
+    runs = experiment.grid_runs("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
     shared = [
-        unit
-        for index in range(count)
-        for unit in experiment.shard_of(units, f"{index + 1}/{count}")
+        run for index in range(count) for run in experiment.shard_of(runs, f"{index + 1}/{count}")
     ]
-    assert sorted(map(repr, shared)) == sorted(map(repr, units))
+    assert sorted(map(repr, shared)) == sorted(map(repr, runs))
 
 
 @pytest.mark.parametrize("bad", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_a_shard_that_makes_no_sense_is_refused(bad):
-    with pytest.raises(StudyError, match="i/n"):
+    with pytest.raises(UserError, match="i/n"):
         experiment.shard_of([], bad)
 
 
@@ -358,10 +362,10 @@ def test_the_phantom_is_announced(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ALZHEIMER_RUNS", str(tmp_path))
     monkeypatch.setenv("ALZHEIMER_OFFLINE", "1")
     monkeypatch.delenv("ALZHEIMER_RAW", raising=False)
-    opened = experiment.open_study("demo")
+    opened = experiment.open_workspace("demo")
     assert opened.data == "phantom" and opened.root == tmp_path / "demo-phantom"
     assert "data: phantom" in capsys.readouterr().out
-    assert experiment.open_study("demo") == opened
+    assert experiment.open_workspace("demo") == opened
 
 
 @pytest.mark.parametrize(
@@ -454,29 +458,33 @@ def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
     assert "WORST CASE" in done.stdout and "checks" in done.stdout and "12" in done.stdout
 
 
-def test_what_each_attack_does_is_drawn_once_and_never_without_weights(study, record, monkeypatch):
+def test_what_each_attack_does_is_drawn_once_and_never_without_weights(
+    workspace, record, monkeypatch
+):
     from PIL import Image
 
-    path = experiment.show_attacks(study, tiny())
+    path = experiment.show_attacks(workspace, tiny())
     with Image.open(path) as picture:
         assert picture.width > 1000
     monkeypatch.setattr(experiment, "attack_images", lambda *a, **k: pytest.fail("attacked again"))
-    assert experiment.show_attacks(study, tiny()) == path
-    assert not experiment.show_attacks(study, tiny(model="Dinov2")).is_file()
+    assert experiment.show_attacks(workspace, tiny()) == path
+    assert not experiment.show_attacks(workspace, tiny(model="Dinov2")).is_file()
 
 
-def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(study, monkeypatch, capsys):
+def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(
+    workspace, monkeypatch, capsys
+):
     monkeypatch.setattr(
         experiment,
         "recorded",
-        lambda study, unit: unit if (unit.model, unit.protocol) == ("Resnet", "patient") else None,
+        lambda workspace, run: run if (run.model, run.protocol) == ("Resnet", "patient") else None,
     )
-    assert [unit.protocol for unit in experiment.units_of(study, "Resnet", run_missing=False)] == [
+    assert [run.protocol for run in experiment.runs_of(workspace, "Resnet", run_missing=False)] == [
         "patient"
     ]
     assert "1 of 2 units are in no record yet" in capsys.readouterr().out
-    assert len(experiment.units_of(study, "Resnet")) == 2
-    assert len(experiment.units_of(study, "Dinov2", run_missing=False)) == 2, (
+    assert len(experiment.runs_of(workspace, "Resnet")) == 2
+    assert len(experiment.runs_of(workspace, "Dinov2", run_missing=False)) == 2, (
         "where nothing is held there is nothing to show"
     )
 
@@ -484,17 +492,17 @@ def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(study, m
 def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
     monkeypatch.setattr(experiment, "find_raw", lambda raw: None)
     monkeypatch.setattr(experiment, "_holds_records", lambda profile: True)
-    study = experiment.open_study("cpu", records=True)
+    workspace = experiment.open_workspace("cpu", records=True)
     assert (
-        study.raw is None
-        and (study.data, study.root) == ("real", ROOT)
+        workspace.raw is None
+        and (workspace.data, workspace.root) == ("real", ROOT)
         and "no images here" in capsys.readouterr().out
     )
-    units = [
+    runs = [
         make_config("cpu", "Resnet", protocol=protocol, fold=3 if protocol == "patient" else 0)
         for protocol in ("patient", "slice")
     ]
-    text = experiment.balance_text(study, units)
+    text = experiment.balance_text(workspace, runs)
     lines = {
         " ".join(line.split()[:3]): " ".join(line.split()[3:]) for line in text.splitlines()[1:]
     }
@@ -509,8 +517,8 @@ def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("model", ["Resnet", "Resnet_atk"])
-def test_the_study_of_defaults_is_a_table_of_its_file(model):
-    study = json.loads((ROOT / "assets" / model / "defaults.json").read_text(encoding="utf-8"))
+def test_the_workspace_of_defaults_is_a_table_of_its_file(model):
+    workspace = json.loads((ROOT / "assets" / model / "defaults.json").read_text(encoding="utf-8"))
     text = experiment.defaults_text(model)
     assert (
         "validation people only" in text
@@ -520,10 +528,10 @@ def test_the_study_of_defaults_is_a_table_of_its_file(model):
     assert "patient, fold 0 · data: real · profile: cpu" in text and "init random" in text
     lines = {
         name: next(line for line in text.splitlines() if line.startswith(f"{name}  "))
-        for name in study["rows"]
+        for name in workspace["rows"]
     }
-    for name, row in study["rows"].items():
-        assert f"{row['best_epoch']} of {study['epochs']}" in lines[name]
+    for name, row in workspace["rows"].items():
+        assert f"{row['best_epoch']} of {workspace['epochs']}" in lines[name]
         assert (
             f"{row['best']['validation_balanced_accuracy']:.3f}" in lines[name]
             and f"{row['seconds']:,.0f}" in lines[name]
@@ -535,7 +543,7 @@ def test_the_study_of_defaults_is_a_table_of_its_file(model):
     assert experiment.defaults_text(model, "real") == text
 
 
-def test_a_notebook_on_phantom_data_shows_no_study_of_the_real_cohort():
+def test_a_notebook_on_phantom_data_shows_no_workspace_of_the_real_cohort():
     text = experiment.defaults_text("Resnet", "phantom")
     assert (
         "data: real" not in text
@@ -545,25 +553,28 @@ def test_a_notebook_on_phantom_data_shows_no_study_of_the_real_cohort():
 
 
 def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
-    study = json.loads((ROOT / "assets" / "Resnet" / "defaults.json").read_text(encoding="utf-8"))
-    name = next(iter(study["rows"]))
-    study["rows"][name]["one_class"] = True
-    study["rows"]["learning rate 9"] = {
+    workspace = json.loads(
+        (ROOT / "assets" / "Resnet" / "defaults.json").read_text(encoding="utf-8")
+    )
+    name = next(iter(workspace["rows"]))
+    workspace["rows"][name]["one_class"] = True
+    workspace["rows"]["learning rate 9"] = {
         "changes": {"lr": 9},
         "failed": "the training loss became nan",
         "hardware": "9 cores, other",
         "threads": 7,
     }
     (tmp_path / "assets" / "Resnet").mkdir(parents=True)
-    (tmp_path / "assets" / "Resnet" / "defaults.json").write_text(json.dumps(study))
+    (tmp_path / "assets" / "Resnet" / "defaults.json").write_text(json.dumps(workspace))
     text = experiment.defaults_text("Resnet", root=tmp_path)
     assert text.count("ANSWERED ONE CLASS") == 1 and "failed: the training loss became nan" in text
     assert (
-        f"{study['hardware']}, threads: {study['threads']}; 9 cores, other, threads: 7" in text
+        f"{workspace['hardware']}, threads: {workspace['threads']}; 9 cores, other, threads: 7"
+        in text
     ), "each machine that ran a line is named"
 
 
-def test_a_model_without_a_study_of_defaults_says_so(tmp_path):
+def test_a_model_without_a_workspace_of_defaults_says_so(tmp_path):
     assert (
         experiment.defaults_text("Resnet", root=tmp_path)
         == "No study of training defaults was run for Resnet."
@@ -573,19 +584,19 @@ def test_a_model_without_a_study_of_defaults_says_so(tmp_path):
 def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):
     """Each would take a trial of its own while every training waits for all processes: they would wait for ever."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    study = experiment.Study(tmp_path, "phantom", "demo", tmp_path, "0")
-    with pytest.raises(StudyError, match="experiment search --model Resnet_atk"):
-        experiment.search(study, experiment.make_config("demo", "Resnet_atk"))
+    workspace = experiment.Workspace(tmp_path, "phantom", "demo", tmp_path, "0")
+    with pytest.raises(UserError, match="experiment search --model Resnet_atk"):
+        experiment.search(workspace, experiment.make_config("demo", "Resnet_atk"))
 
 
 @pytest.mark.parametrize("protocol", ["slice", "patient"])
 @pytest.mark.parametrize("model", ["Resnet", "Efficientnet_atk"])
-def test_one_unit_by_hand_has_the_settings_that_the_grid_gives_it(model, protocol, monkeypatch):
+def test_one_run_by_hand_has_the_settings_that_the_grid_gives_it(model, protocol, monkeypatch):
     ran = []
-    monkeypatch.setattr(experiment, "open_study", lambda *_: None)
-    monkeypatch.setattr(experiment, "run_unit", lambda _, config, **__: ran.append(config))
-    experiment.run(["--profile", "cpu", "--model", model, "--protocol", protocol])
-    assert ran == experiment.grid_units("cpu", (model,), (protocol,), (0,))[:1]
+    monkeypatch.setattr(experiment, "open_workspace", lambda *_: None)
+    monkeypatch.setattr(experiment, "run_stages", lambda _, config, **__: ran.append(config))
+    experiment.run_command(["--profile", "cpu", "--model", model, "--protocol", protocol])
+    assert ran == experiment.grid_runs("cpu", (model,), (protocol,), (0,))[:1]
 
 
 def test_results_are_shown_where_there_are_no_images(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from tests.planted_evidence import (
 )
 from utils import grad_cam
 from utils.backbones import PixelClassifier, build_model
-from utils.utils_funcs import BACKBONES, CLASSES, StudyError
+from utils.utils_funcs import BACKBONES, CLASSES, UserError
 
 #: The planted patch of the phantom: 64 px, aligned to the 32 px grid that a ResNet or EfficientNet has at 128 px.
 PATCH = slice(32, 96)
@@ -105,7 +105,7 @@ def methods_of(model: PixelClassifier) -> tuple[str, ...]:
     return GRADIENT_METHODS + (("rollout",) if model.name == "Dinov2" else ())
 
 
-def test_maps_have_native_resolution_and_fill_the_unit_range(backbone, slices):
+def test_maps_have_native_resolution_and_fill_the_run_range(backbone, slices):
     for method in methods_of(backbone):
         maps = grad_cam.explain(backbone, slices, method=method)
         assert (
@@ -174,7 +174,7 @@ def test_modes_gradients_and_hooks_are_untouched_afterwards(backbone, slices, fa
             else:
                 grad_cam.explain(model, slices[:2], targets, method=method)
             assert not fails or method == "rollout"
-        except (StudyError, ZeroDivisionError):
+        except (UserError, ZeroDivisionError):
             assert fails
         assert fingerprint(model) == before, method
     if implementation:
@@ -280,9 +280,9 @@ def test_bad_requests_are_refused_in_one_sentence(trained, slices):
         dict(method="rollout"),
         dict(targets=torch.zeros(2, dtype=torch.int64)),
     ):
-        with pytest.raises(StudyError):
+        with pytest.raises(UserError):
             grad_cam.explain(trained, slices, **wrong)
-    with pytest.raises(StudyError):
+    with pytest.raises(UserError):
         grad_cam.explain(trained, slices[:, 0])
 
 
@@ -327,9 +327,9 @@ def test_rollout_fails_the_sanity_check_and_is_marked(slices):
         model = build_model("Dinov2", pretrained=False, input_size=70)
     changed = grad_cam.randomisation_check(model, slices[:2], method="rollout", depth=1, draws=1)
     assert np.allclose(changed["head"], 1)
-    labels = people = np.array([0, 1])
+    labels = patients = np.array([0, 1])
     record = grad_cam.explanation_record(
-        {"rollout:randomisation:00 head": changed["head"]}, labels, people
+        {"rollout:randomisation:00 head": changed["head"]}, labels, patients
     )
     assert record["rollout"]["randomisation"]["passed"] is False
 
@@ -493,9 +493,9 @@ def test_measures_are_one_number_a_slice_and_nan_outside_the_sample(measures):
 
 
 def test_the_record_is_json_with_clustered_intervals(measures):
-    labels, people = np.arange(8) % 4, np.arange(8)
+    labels, patients = np.arange(8) % 4, np.arange(8)
     record = json.loads(
-        json.dumps(grad_cam.explanation_record(measures, labels, people), allow_nan=False)
+        json.dumps(grad_cam.explanation_record(measures, labels, patients), allow_nan=False)
     )
     shares = record["gradcam"]["anatomy"]["brain"]
     assert shares["ci"][0] <= shares["value"] <= shares["ci"][1] and shares["n_people"] == 8
@@ -515,7 +515,7 @@ def test_figures_show_every_slice_with_both_classes_and_a_probability(slices):
     row = (slices, maps, predictions)
     grid = grad_cam.comparison_figure({"Resnet": row, "Resnet_atk": row}, [2, 0, 1, 3, 2])
     assert len(grid.axes) == 2 * 3 * 5 + 1
-    for made in (figure, grid, grad_cam.person_strip(slices, maps, predictions, 2)):
+    for made in (figure, grid, grad_cam.patient_strip(slices, maps, predictions, 2)):
         made.savefig(io.BytesIO(), format="png")
 
 
@@ -527,7 +527,7 @@ def test_the_gif_has_a_frame_a_slice_and_is_small_enough_for_a_readme(tmp_path):
     maps = F.interpolate(
         torch.rand(32, 1, 4, 4, generator=generator), size=(128, 128), mode="bilinear"
     )[:, 0]
-    path = grad_cam.person_gif(images, maps, tmp_path / "person.gif")
+    path = grad_cam.patient_gif(images, maps, tmp_path / "person.gif")
     with Image.open(path) as picture:
         assert picture.n_frames == 32 and picture.size == (320, 160)
     assert path.stat().st_size < 1_500_000 and list(tmp_path.iterdir()) == [path]
@@ -536,12 +536,12 @@ def test_the_gif_has_a_frame_a_slice_and_is_small_enough_for_a_readme(tmp_path):
 # --- In words ---------------------------------------------------------------------------------------------------------
 
 
-def entry(value: float | None, low: float = 0.0, high: float = 0.0, people: int = 40) -> dict:
+def entry(value: float | None, low: float = 0.0, high: float = 0.0, patients: int = 40) -> dict:
     return {
         "value": value,
         "ci": None if value is None else [low, high],
-        "n_slices": 2 * people if value is not None else 0,
-        "n_people": people if value is not None else 0,
+        "n_slices": 2 * patients if value is not None else 0,
+        "n_people": patients if value is not None else 0,
     }
 
 
@@ -554,7 +554,7 @@ def told(**changed: object) -> dict:
             **entry(0.3 + beyond, 0.28 + beyond, 0.32 + beyond),
             "beyond_area": entry(beyond, beyond - 0.02, beyond + 0.02),
             "by_class": [
-                entry(0.4, 0.3, 0.5, people=class_) if class_ else entry(None)
+                entry(0.4, 0.3, 0.5, patients=class_) if class_ else entry(None)
                 for class_ in range(4)
             ],
         }
@@ -684,8 +684,8 @@ def test_what_was_not_measured_is_said():
 
 def test_a_record_of_an_earlier_version_is_still_told():
     for file in sorted((Path(grad_cam.__file__).parents[1] / "assets").glob("*/patient.json")):
-        for unit in json.loads(file.read_text()).get("units", []):
-            numbers = unit.get("explanation") or {}
+        for run in json.loads(file.read_text()).get("units", []):
+            numbers = run.get("explanation") or {}
             assert grad_cam.explanation_text(numbers) and grad_cam.explanation_conclusion(
                 numbers
             ), file
@@ -780,8 +780,8 @@ def test_good_maps_have_nothing_against_them():
         (
             dict(
                 anatomy__brain={
-                    **entry(0.5, 0.2, 0.8, people=6),
-                    "beyond_area": entry(0.2, 0.1, 0.3, people=6),
+                    **entry(0.5, 0.2, 0.8, patients=6),
+                    "beyond_area": entry(0.2, 0.1, 0.3, patients=6),
                 }
             ),
             "may not",
@@ -814,9 +814,11 @@ def test_a_sure_but_tiny_difference_is_no_preference():
     assert not any("favours the brain" in line for lines in tiny.values() for line in lines)
 
 
-def test_few_people_make_a_verdict_a_hint():
+def test_few_patients_make_a_verdict_a_hint():
     few = told(
-        randomisation={"stages": {"00 fc": entry(0.1, 0.0, 0.2, people=grad_cam.FEW_PEOPLE - 1)}}
+        randomisation={
+            "stages": {"00 fc": entry(0.1, 0.0, 0.2, patients=grad_cam.FEW_PATIENTS - 1)}
+        }
     )
     (line,) = (line for line in concluded(few)["may"] if "last layer learned" in line)
     assert "a hint only, n = 19 people" in line

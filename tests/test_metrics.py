@@ -22,20 +22,20 @@ from sklearn.metrics import (
 
 from utils import metrics
 
-PEOPLE_OF_CLASS = (20, 14, 6, 2)
+PATIENTS_OF_CLASS = (20, 14, 6, 2)
 
 
-def cohort(seed: int = 0, slices: int = 8, strength: float = 1.0, of_class=PEOPLE_OF_CLASS):
+def cohort(seed: int = 0, slices: int = 8, strength: float = 1.0, of_class=PATIENTS_OF_CLASS):
     """Logits, labels and people of a cohort whose slices share most of their error with their person."""
     generator = np.random.default_rng(seed)
-    person_class = np.repeat(np.arange(4), of_class)
-    people = np.repeat(np.arange(len(person_class)), slices)
-    labels = person_class[people]
-    logits = generator.normal(size=(len(person_class), 4))[people] + 0.4 * generator.normal(
-        size=(len(people), 4)
+    class_of_patient = np.repeat(np.arange(4), of_class)
+    patients = np.repeat(np.arange(len(class_of_patient)), slices)
+    labels = class_of_patient[patients]
+    logits = generator.normal(size=(len(class_of_patient), 4))[patients] + 0.4 * generator.normal(
+        size=(len(patients), 4)
     )
-    logits[np.arange(len(people)), labels] += strength
-    return logits, labels, people
+    logits[np.arange(len(patients)), labels] += strength
+    return logits, labels, patients
 
 
 def values(scores: dict) -> dict:
@@ -44,7 +44,7 @@ def values(scores: dict) -> dict:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_scikit_learn(seed: int) -> None:
-    logits, labels, people = cohort(seed)
+    logits, labels, patients = cohort(seed)
     logits[::7] = np.round(logits[::7])  # ties, which AUROC must count half
     probability, decided = metrics.probabilities(logits), logits.argmax(1)
     three = metrics.merge_classes(probability).argmax(1)
@@ -56,7 +56,7 @@ def test_scores_equal_scikit_learn(seed: int) -> None:
         "macro_f1": f1_score(labels, decided, average="macro"),
         "qwk": cohen_kappa_score(labels, decided, weights="quadratic"),
     }
-    found = values(metrics.score(logits, labels, people, n_boot=10))
+    found = values(metrics.score(logits, labels, patients, n_boot=10))
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert (
         metrics.confusion_matrix(logits, labels)
@@ -65,15 +65,15 @@ def test_scores_equal_scikit_learn(seed: int) -> None:
 
 
 def test_auroc_of_margins_is_that_of_probabilities() -> None:
-    logits, labels, people = cohort()
+    logits, labels, patients = cohort()
     expected = roc_auc_score(labels > 0, 1 - metrics.probabilities(logits)[:, 0])
-    assert metrics.score(logits, labels, people, n_boot=2)["auroc"]["value"] == pytest.approx(
+    assert metrics.score(logits, labels, patients, n_boot=2)["auroc"]["value"] == pytest.approx(
         expected, abs=1e-6
     )
 
 
 def test_ece_is_the_binned_gap_between_confidence_and_accuracy() -> None:
-    logits, labels, people = cohort()
+    logits, labels, patients = cohort()
     probability = metrics.probabilities(logits)
     confidence, right = probability.max(1), logits.argmax(1) == labels
     expected = 0.0
@@ -81,7 +81,7 @@ def test_ece_is_the_binned_gap_between_confidence_and_accuracy() -> None:
         inside = (confidence > low) & (confidence <= low + 1 / metrics.ECE_BINS)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert metrics.score(logits, labels, people, n_boot=2)["ece"]["value"] == pytest.approx(
+    assert metrics.score(logits, labels, patients, n_boot=2)["ece"]["value"] == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -94,13 +94,13 @@ def test_merging_sums_probabilities_so_that_mild_beats_non_only_together() -> No
 
 def test_bootstrap_draws_equal_scores_of_weighted_slices() -> None:
     """Each draw of the weighted sums is what scikit-learn gives where slices have their patient's weight."""
-    logits, labels, people = cohort(slices=4)
-    sums = metrics.tally(logits, labels, people)
-    weights = metrics._weights(sums.person_class.tobytes(), 5, 0)
+    logits, labels, patients = cohort(slices=4)
+    sums = metrics.tally(logits, labels, patients)
+    weights = metrics._weights(sums.class_of_patient.tobytes(), 5, 0)
     drawn = metrics._statistic(sums)(weights)
     decided, margin = logits.argmax(1), metrics.disease_margin(logits)
     for draw, weight in enumerate(weights):
-        own = weight[people]
+        own = weight[patients]
         assert drawn["balanced_accuracy"][draw] == pytest.approx(
             balanced_accuracy_score(labels, decided, sample_weight=own)
         )
@@ -113,9 +113,9 @@ def test_bootstrap_draws_equal_scores_of_weighted_slices() -> None:
 
 
 def test_each_resample_draws_all_patients_of_a_class_but_one_and_keeps_its_size() -> None:
-    patient_class = np.repeat(np.arange(5), (*PEOPLE_OF_CLASS, 1))
+    patient_class = np.repeat(np.arange(5), (*PATIENTS_OF_CLASS, 1))
     weights = metrics._weights(patient_class.tobytes(), 200, 1)
-    for label, number in enumerate((*PEOPLE_OF_CLASS, 1)):
+    for label, number in enumerate((*PATIENTS_OF_CLASS, 1)):
         of_class = weights[:, patient_class == label]
         drawn = max(number - 1, 1)
         times = of_class * drawn / number
@@ -130,13 +130,13 @@ def test_resampled_variance_is_the_unbiased_one_of_a_mean() -> None:
     assert (weights @ values / 5).var() == pytest.approx(values.var(ddof=1) / 5, rel=0.02)
 
 
-def test_intervals_over_people_are_wider_than_over_slices() -> None:
-    logits, labels, people = cohort(slices=16)
-    by_people, by_slices = (
+def test_intervals_over_patients_are_wider_than_over_slices() -> None:
+    logits, labels, patients = cohort(slices=16)
+    by_patients, by_slices = (
         metrics.score(logits, labels, who)["accuracy"]["ci"]
-        for who in (people, np.arange(len(people)))
+        for who in (patients, np.arange(len(patients)))
     )
-    assert by_people[1] - by_people[0] > 2 * (by_slices[1] - by_slices[0])
+    assert by_patients[1] - by_patients[0] > 2 * (by_slices[1] - by_slices[0])
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -204,8 +204,8 @@ def test_simulated_intervals_cover_the_truth(
 def test_where_all_or_no_patients_are_right_the_interval_is_the_exact_one_over_patients(
     right: int, patients: int, slices: int
 ) -> None:
-    people = np.repeat(np.arange(patients), slices)
-    found = metrics.share(people < right, np.zeros(len(people)), people)
+    patient = np.repeat(np.arange(patients), slices)
+    found = metrics.share(patient < right, np.zeros(len(patient)), patient)
     expected = binomtest(right, patients).proportion_ci(0.95, method="exact")
     assert found["ci"] == pytest.approx([expected.low, expected.high], abs=2e-6)
 
@@ -233,12 +233,12 @@ def test_an_exact_interval_knows_that_slices_of_a_patient_are_alike() -> None:
 
 @pytest.mark.parametrize("answer", ["right", "wrong", "Non"])
 def test_no_interval_has_width_zero_or_leaves_the_range(answer: str) -> None:
-    _, labels, people = cohort()
+    _, labels, patients = cohort()
     decided = {"right": labels, "wrong": (labels + 1) % 4, "Non": np.zeros_like(labels)}[answer]
     logits = 50.0 * np.eye(4)[decided]
     flags = decided == labels
-    of_flags = metrics.score_standing(flags, flags, labels, people)
-    scores = metrics.score(logits, labels, people)
+    of_flags = metrics.score_robust(flags, flags, labels, patients)
+    scores = metrics.score(logits, labels, patients)
     scores |= {f"flags {name}": entry for name, entry in of_flags.items()}
     for name, entry in scores.items():
         low, high = entry["ci"]
@@ -253,8 +253,8 @@ def test_no_interval_has_width_zero_or_leaves_the_range(answer: str) -> None:
 
 
 def test_bounds_of_several_classes_are_combined_in_quadrature() -> None:
-    _, labels, people = cohort(of_class=(20, 14, 6, 0))
-    found = metrics.score(50.0 * np.eye(4)[labels], labels, people)
+    _, labels, patients = cohort(of_class=(20, 14, 6, 0))
+    found = metrics.score(50.0 * np.eye(4)[labels], labels, patients)
     exact = [1 - binomtest(n, n).proportion_ci(0.95, method="exact").low for n in (20, 14, 6)]
     expected = np.sqrt(np.sum(np.square(exact))) / 3
     assert found["balanced_accuracy"]["ci"] == pytest.approx([1 - expected, 1], abs=2e-6)
@@ -264,48 +264,50 @@ def test_bounds_of_several_classes_are_combined_in_quadrature() -> None:
 
 
 def test_a_class_without_variance_widens_the_interval_of_the_others() -> None:
-    logits, labels, people = cohort(of_class=(20, 14, 6, 0))
+    logits, labels, patients = cohort(of_class=(20, 14, 6, 0))
     never = logits.copy()
     never[labels == 2] = 50.0 * np.eye(4)[0]
-    found = metrics.score(never, labels, people)["balanced_accuracy"]
+    found = metrics.score(never, labels, patients)["balanced_accuracy"]
     assert found["ci"][1] - found["value"] > metrics._no_event_bound(6) / 3
 
 
 def test_means_of_numbers_stay_inside_the_numbers() -> None:
-    _, labels, people = cohort()
+    _, labels, patients = cohort()
     numbers = np.random.default_rng(0).uniform(-0.4, -0.2, len(labels))
-    found = metrics.score_standing(numbers, numbers, labels, people)["accuracy"]
+    found = metrics.score_robust(numbers, numbers, labels, patients)["accuracy"]
     assert found["value"] == pytest.approx(numbers.mean(), abs=1e-6)
     assert numbers.min() <= found["ci"][0] < found["value"] < found["ci"][1] <= numbers.max()
-    one = metrics.score_standing(numbers[:8], numbers[:8], labels[:8], people[:8])["accuracy"]
+    one = metrics.score_robust(numbers[:8], numbers[:8], labels[:8], patients[:8])["accuracy"]
     assert numbers[:8].min() <= one["ci"][0] < one["ci"][1] <= numbers[:8].max(), (
         "one patient says little"
     )
     same = np.full(len(labels), 0.25)
-    found = metrics.score_standing(same, same, labels, people)["accuracy"]
+    found = metrics.score_robust(same, same, labels, patients)["accuracy"]
     assert found == {"value": 0.25, "ci": [0.25, 0.25]}
 
 
 def test_an_answer_that_is_known_without_sampling_has_exact_scores() -> None:
-    logits, labels, people = cohort()
-    sampled = metrics.score(logits, labels, people)
-    for name, entry in metrics.score(logits, labels, people, n_boot=0).items():
+    logits, labels, patients = cohort()
+    sampled = metrics.score(logits, labels, patients)
+    for name, entry in metrics.score(logits, labels, patients, n_boot=0).items():
         assert entry == {"value": sampled[name]["value"], "ci": None, "exact": True}
-    by_patient = metrics.score_people(logits, labels, people, n_boot=0)
+    by_patient = metrics.score_patients(logits, labels, patients, n_boot=0)
     assert all(entry["exact"] for entry in by_patient.values())
-    only = metrics.score(logits[labels == 0], labels[labels == 0], people[labels == 0], n_boot=0)
+    only = metrics.score(logits[labels == 0], labels[labels == 0], patients[labels == 0], n_boot=0)
     assert only["auroc"] == {"value": None, "ci": None, "n": int((labels == 0).sum())}
 
 
 def test_the_same_seed_gives_the_same_intervals() -> None:
-    logits, labels, people = cohort()
-    assert metrics.score(logits, labels, people) == metrics.score(logits, labels, people)
-    assert metrics.score(logits, labels, people) != metrics.score(logits, labels, people, seed=1)
+    logits, labels, patients = cohort()
+    assert metrics.score(logits, labels, patients) == metrics.score(logits, labels, patients)
+    assert metrics.score(logits, labels, patients) != metrics.score(
+        logits, labels, patients, seed=1
+    )
 
 
 def test_constant_answer_scores_chance() -> None:
-    logits, labels, people = cohort()
-    found = values(metrics.score(np.tile([0.0, -9, -9, -9], (len(labels), 1)), labels, people))
+    logits, labels, patients = cohort()
+    found = values(metrics.score(np.tile([0.0, -9, -9, -9], (len(labels), 1)), labels, patients))
     assert found["balanced_accuracy"] == 0.25 and found["balanced_accuracy_3"] == pytest.approx(
         1 / 3, abs=1e-6
     )
@@ -313,12 +315,12 @@ def test_constant_answer_scores_chance() -> None:
 
 
 def test_absent_classes_are_left_out_and_undefined_scores_are_null() -> None:
-    logits, labels, people = cohort(of_class=(5, 5, 0, 0))
-    found = metrics.score(logits, labels, people)
+    logits, labels, patients = cohort(of_class=(5, 5, 0, 0))
+    found = metrics.score(logits, labels, patients)
     assert found["balanced_accuracy"]["value"] == pytest.approx(
         np.mean([(logits.argmax(1) == label)[labels == label].mean() for label in (0, 1)]), abs=1e-6
     )
-    only = metrics.score(logits[labels == 0], labels[labels == 0], people[labels == 0])
+    only = metrics.score(logits[labels == 0], labels[labels == 0], patients[labels == 0])
     assert only["auroc"] == {"value": None, "ci": None, "n": int((labels == 0).sum())}
     nothing = metrics.score(np.full((3, 4), np.nan), np.zeros(3), np.arange(3))
     assert {score["value"] for score in nothing.values()} == {None}
@@ -326,64 +328,67 @@ def test_absent_classes_are_left_out_and_undefined_scores_are_null() -> None:
 
 
 def test_nan_rows_are_outside_the_declared_set() -> None:
-    logits, labels, people = cohort()
+    logits, labels, patients = cohort()
     kept = np.arange(len(labels)) % 3 > 0
     holed = np.where(kept[:, None], logits, np.nan)
-    assert metrics.score(holed, labels, people) == metrics.score(
-        logits[kept], labels[kept], people[kept]
+    assert metrics.score(holed, labels, patients) == metrics.score(
+        logits[kept], labels[kept], patients[kept]
     )
 
 
-def test_person_scores_use_the_mean_slice_probability() -> None:
-    logits, labels, people = cohort()
+def test_patient_scores_use_the_mean_slice_probability() -> None:
+    logits, labels, patients = cohort()
     mean = np.array(
-        [metrics.probabilities(logits[people == person]).mean(0) for person in np.unique(people)]
+        [
+            metrics.probabilities(logits[patients == patient]).mean(0)
+            for patient in np.unique(patients)
+        ]
     )
-    person_class = np.array([labels[people == person][0] for person in np.unique(people)])
-    found = values(metrics.score_people(logits, labels, people, n_boot=2))
-    assert found["accuracy"] == pytest.approx((mean.argmax(1) == person_class).mean(), abs=1e-6)
+    class_of_patient = np.array([labels[patients == patient][0] for patient in np.unique(patients)])
+    found = values(metrics.score_patients(logits, labels, patients, n_boot=2))
+    assert found["accuracy"] == pytest.approx((mean.argmax(1) == class_of_patient).mean(), abs=1e-6)
     assert found["auroc"] == pytest.approx(
-        roc_auc_score(person_class > 0, 1 - mean[:, 0]), abs=1e-6
+        roc_auc_score(class_of_patient > 0, 1 - mean[:, 0]), abs=1e-6
     )
 
 
 def test_seeds_are_not_averaged_into_an_ensemble() -> None:
-    logits, labels, people = cohort()
+    logits, labels, patients = cohort()
     other, _, _ = cohort(seed=5)
     pooled = [
-        np.concatenate(pair) for pair in ((logits, other), (labels, labels), (people, people))
+        np.concatenate(pair) for pair in ((logits, other), (labels, labels), (patients, patients))
     ]
     seeds = np.repeat([0, 1], len(labels))
     accuracy = [
-        metrics.score_people(x, labels, people, n_boot=2)["accuracy"]["value"]
+        metrics.score_patients(x, labels, patients, n_boot=2)["accuracy"]["value"]
         for x in (logits, other)
     ]
-    assert metrics.score_people(*pooled, seeds=seeds, n_boot=2)["accuracy"][
+    assert metrics.score_patients(*pooled, seeds=seeds, n_boot=2)["accuracy"][
         "value"
     ] == pytest.approx(np.mean(accuracy), abs=1e-5)
 
 
-def test_standing_scores_are_means_of_class_shares() -> None:
-    logits, labels, people = cohort()
+def test_robust_scores_are_means_of_class_shares() -> None:
+    logits, labels, patients = cohort()
     four, three = metrics.correct(logits, labels)
-    standing, clean = (
-        metrics.score_standing(four, three, labels, people),
-        metrics.score(logits, labels, people),
+    robust, clean = (
+        metrics.score_robust(four, three, labels, patients),
+        metrics.score(logits, labels, patients),
     )
     for name in ("balanced_accuracy_3", "balanced_accuracy", "accuracy"):
-        assert standing[name] == clean[name]
-    shares = metrics.share_by_class(four, labels, people)
+        assert robust[name] == clean[name]
+    shares = metrics.share_by_class(four, labels, patients)
     assert np.mean([share["value"] for share in shares]) == pytest.approx(
-        standing["balanced_accuracy"]["value"], abs=1e-5
+        robust["balanced_accuracy"]["value"], abs=1e-5
     )
-    assert [share["n_people"] for share in shares] == list(PEOPLE_OF_CLASS)
+    assert [share["n_people"] for share in shares] == list(PATIENTS_OF_CLASS)
 
 
 def test_paired_difference_is_tighter_than_two_separate_intervals() -> None:
-    logits, labels, people = cohort()
+    logits, labels, patients = cohort()
     better = logits + 0.3 * np.eye(4)[labels]
-    paired = metrics.paired_difference(better, logits, labels, people)["accuracy"]
-    alone = [metrics.score(x, labels, people)["accuracy"] for x in (better, logits)]
+    paired = metrics.paired_difference(better, logits, labels, patients)["accuracy"]
+    alone = [metrics.score(x, labels, patients)["accuracy"] for x in (better, logits)]
     assert paired["value"] == pytest.approx(alone[0]["value"] - alone[1]["value"], abs=1e-6)
     assert paired["ci"][1] - paired["ci"][0] < min(
         score["ci"][1] - score["ci"][0] for score in alone
@@ -391,8 +396,8 @@ def test_paired_difference_is_tighter_than_two_separate_intervals() -> None:
 
 
 def test_equal_answers_differ_by_no_more_than_so_many_patients_can_tell() -> None:
-    logits, labels, people = cohort(of_class=(20, 14, 6, 0))
-    found = metrics.paired_difference(logits, logits, labels, people)
+    logits, labels, patients = cohort(of_class=(20, 14, 6, 0))
+    found = metrics.paired_difference(logits, logits, labels, patients)
     for name, entry in found.items():
         assert entry["value"] == 0 and entry["p"] == 1, name
         assert entry["ci"][0] < 0 < entry["ci"][1], name
@@ -403,9 +408,9 @@ def test_equal_answers_differ_by_no_more_than_so_many_patients_can_tell() -> Non
 
 
 def test_a_difference_of_all_against_none_has_one_sided_bounds() -> None:
-    _, labels, people = cohort(of_class=(20, 0, 0, 0))
+    _, labels, patients = cohort(of_class=(20, 0, 0, 0))
     every, none = np.ones(len(labels), bool), np.zeros(len(labels), bool)
-    found = metrics.paired_standing_difference((every, every), (none, none), labels, people)[
+    found = metrics.paired_robust_difference((every, every), (none, none), labels, patients)[
         "accuracy"
     ]
     assert (
@@ -421,7 +426,7 @@ def test_a_difference_of_all_against_none_has_one_sided_bounds() -> None:
 
 
 def test_p_values_agree_with_the_intervals_and_turn_with_the_sign() -> None:
-    logits, labels, people = cohort(slices=4)
+    logits, labels, patients = cohort(slices=4)
     decided = []
     for gain in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):
         other = (
@@ -429,8 +434,8 @@ def test_p_values_agree_with_the_intervals_and_turn_with_the_sign() -> None:
             + gain * np.eye(4)[labels]
             + 0.3 * np.random.default_rng(1).normal(size=logits.shape)
         )
-        forward = metrics.paired_difference(other, logits, labels, people)
-        backward = metrics.paired_difference(logits, other, labels, people)
+        forward = metrics.paired_difference(other, logits, labels, patients)
+        backward = metrics.paired_difference(logits, other, labels, patients)
         for name, entry in forward.items():
             assert 0 < entry["p"] <= 1 and entry["p"] == pytest.approx(
                 backward[name]["p"], abs=2e-6
@@ -443,13 +448,13 @@ def test_p_values_agree_with_the_intervals_and_turn_with_the_sign() -> None:
 
 def test_p_values_are_rare_where_there_is_no_difference() -> None:
     generator = np.random.default_rng(0)
-    labels, people = np.repeat(np.arange(40) % 2, 8), np.repeat(np.arange(40), 8)
+    labels, patients = np.repeat(np.arange(40) % 2, 8), np.repeat(np.arange(40), 8)
     below = 0
     for _ in range(200):
-        first, second = (generator.random(320) < generator.random(40)[people] for _ in range(2))
+        first, second = (generator.random(320) < generator.random(40)[patients] for _ in range(2))
         below += (
-            metrics.paired_standing_difference(
-                (first, first), (second, second), labels, people, n_boot=400
+            metrics.paired_robust_difference(
+                (first, first), (second, second), labels, patients, n_boot=400
             )["accuracy"]["p"]
             <= 0.05
         )
@@ -472,40 +477,40 @@ def test_holm_adjusts_as_in_a_known_example_whatever_the_order() -> None:
             metrics.holm(wrong)
 
 
-def test_paired_standing_difference_is_that_of_the_scores() -> None:
-    logits, labels, people = cohort()
+def test_paired_robust_difference_is_that_of_the_scores() -> None:
+    logits, labels, patients = cohort()
     flags = [metrics.correct(x, labels) for x in (logits + np.eye(4)[labels], logits)]
-    difference = metrics.paired_standing_difference(*flags, labels, people)["balanced_accuracy_3"]
+    difference = metrics.paired_robust_difference(*flags, labels, patients)["balanced_accuracy_3"]
     one, two = (
-        metrics.score_standing(*pair, labels, people)["balanced_accuracy_3"]["value"]
+        metrics.score_robust(*pair, labels, patients)["balanced_accuracy_3"]["value"]
         for pair in flags
     )
     assert difference["value"] == pytest.approx(one - two, abs=2e-6) and difference["ci"][0] > 0
 
 
-def test_a_difference_of_other_images_of_the_same_people_resamples_these_people() -> None:
-    logits, labels, people = cohort()
-    odd = np.arange(len(people)) % 2 == 1
+def test_a_difference_of_other_images_of_the_same_patients_resamples_these_patients() -> None:
+    logits, labels, patients = cohort()
+    odd = np.arange(len(patients)) % 2 == 1
     sides = [
-        (*metrics.correct(logits[rows], labels[rows]), labels[rows], people[rows])
+        (*metrics.correct(logits[rows], labels[rows]), labels[rows], patients[rows])
         for rows in (odd, ~odd)
     ]
-    difference = metrics.standing_difference(*sides)["balanced_accuracy_3"]
-    one, two = (metrics.score_standing(*side)["balanced_accuracy_3"]["value"] for side in sides)
+    difference = metrics.robust_difference(*sides)["balanced_accuracy_3"]
+    one, two = (metrics.score_robust(*side)["balanced_accuracy_3"]["value"] for side in sides)
     assert (
         difference["value"] == pytest.approx(one - two, abs=2e-6)
         and difference["ci"][0] < difference["value"] < difference["ci"][1]
     )
-    gone = sides[1][3] != people[0]
+    gone = sides[1][3] != patients[0]
     with pytest.raises(ValueError, match="same ones"):
-        metrics.standing_difference(sides[0], tuple(column[gone] for column in sides[1]))
+        metrics.robust_difference(sides[0], tuple(column[gone] for column in sides[1]))
 
 
 def test_kept_shares_count_only_what_was_there_before() -> None:
-    labels, people = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
+    labels, patients = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
     had, had_too = np.arange(80) % 2 == 0, np.ones(80, bool)
     shares = metrics.kept_shares(
-        (had, np.arange(80) % 4 == 0), (had_too, np.arange(80) % 4 != 0), labels, people
+        (had, np.arange(80) % 4 == 0), (had_too, np.arange(80) % 4 != 0), labels, patients
     )
     assert [shares[name]["value"] for name in ("first", "second", "difference")] == [
         0.5,
@@ -513,10 +518,11 @@ def test_kept_shares_count_only_what_was_there_before() -> None:
         -0.25,
     ]
     assert (
-        metrics.kept_shares((had, ~had), (had_too, had_too), labels, people)["first"]["value"] == 0
+        metrics.kept_shares((had, ~had), (had_too, had_too), labels, patients)["first"]["value"]
+        == 0
     ), "what comes up later is not kept"
     assert (
-        metrics.kept_shares((~had_too, had), (had_too, had_too), labels, people)["difference"][
+        metrics.kept_shares((~had_too, had), (had_too, had_too), labels, patients)["difference"][
             "value"
         ]
         is None
@@ -524,11 +530,11 @@ def test_kept_shares_count_only_what_was_there_before() -> None:
 
 
 def test_recalls_are_those_of_each_class_by_slice_and_by_patient() -> None:
-    logits, labels, people = cohort()
+    logits, labels, patients = cohort()
     logits[::9] = np.nan
     rows = metrics.scored(logits)
     _, three = metrics.correct(logits, labels)
-    found = metrics.recalls(logits, labels, people)
+    found = metrics.recalls(logits, labels, patients)
     for index, entry in enumerate(found):
         own = rows & (metrics.THREE[labels] == index)
         assert (
@@ -537,30 +543,30 @@ def test_recalls_are_those_of_each_class_by_slice_and_by_patient() -> None:
         )
         assert entry["ci"][0] < entry["value"] < entry["ci"][1]
     assert [entry["n_people"] for entry in found] == [20, 14, 8]
-    balanced = metrics.score(logits, labels, people)["balanced_accuracy_3"]["value"]
+    balanced = metrics.score(logits, labels, patients)["balanced_accuracy_3"]["value"]
     assert np.mean([entry["value"] for entry in found]) == pytest.approx(balanced, abs=2e-6)
-    four = metrics.recalls(logits, labels, people, np.arange(4))
+    four = metrics.recalls(logits, labels, patients, np.arange(4))
     right, _ = metrics.correct(logits, labels)
-    assert four == metrics.share_by_class(right[rows], labels[rows], people[rows])
-    by_patient = metrics.recalls(*metrics.by_person(logits, labels, people))
+    assert four == metrics.share_by_class(right[rows], labels[rows], patients[rows])
+    by_patient = metrics.recalls(*metrics.by_patient(logits, labels, patients))
     assert [entry["n_slices"] for entry in by_patient] == [20, 14, 8]
-    absent = metrics.recalls(logits[labels == 0], labels[labels == 0], people[labels == 0])[1]
+    absent = metrics.recalls(logits[labels == 0], labels[labels == 0], patients[labels == 0])[1]
     assert absent["value"] is None and absent["n_people"] == 0
 
 
 def test_shares_of_two_decisions_have_no_interval_of_width_zero() -> None:
-    labels, people = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
+    labels, patients = np.repeat([0, 1], 40), np.repeat(np.arange(20), 4)
     every, none = np.ones(80, bool), np.zeros(80, bool)
-    kept = metrics.kept_shares((every, every), (every, every), labels, people)
+    kept = metrics.kept_shares((every, every), (every, every), labels, patients)
     bound = np.sqrt(2) * metrics._no_event_bound(10) / 2
     assert kept["first"]["ci"] == kept["second"]["ci"] == pytest.approx([1 - bound, 1], abs=2e-6)
     assert kept["difference"]["ci"] == pytest.approx([-bound, bound], abs=2e-6)
-    assert metrics.share(none, labels, people)["ci"] == pytest.approx([0, bound], abs=2e-6)
+    assert metrics.share(none, labels, patients)["ci"] == pytest.approx([0, bound], abs=2e-6)
     alike = np.arange(80) % 8 < 4
-    pair = metrics.pair_scores(none, alike, alike, labels, people)
+    pair = metrics.pair_scores(none, alike, alike, labels, patients)
     assert pair["error_correlation"]["value"] == 1 and -1 <= pair["error_correlation"]["ci"][0] < 1
     assert pair["disagreement"]["value"] == 0 and pair["disagreement"]["ci"][1] > 0
-    sure = metrics.calibration_curve(50.0 * np.eye(4)[labels], labels, people)
+    sure = metrics.calibration_curve(50.0 * np.eye(4)[labels], labels, patients)
     assert [entry["accuracy"] for entry in sure] == [1.0] and sure[0]["ci"][0] < 1 == sure[0]["ci"][
         1
     ]
@@ -604,8 +610,8 @@ def test_temperature_minimises_cross_entropy_and_keeps_decisions() -> None:
 
 
 def test_calibration_curve_accounts_for_every_slice() -> None:
-    logits, labels, people = cohort()
-    curve = metrics.calibration_curve(logits, labels, people)
+    logits, labels, patients = cohort()
+    curve = metrics.calibration_curve(logits, labels, patients)
     assert sum(b["n_slices"] for b in curve) == len(labels)
     assert sum(b["n_slices"] * b["accuracy"] for b in curve) == pytest.approx(
         (logits.argmax(1) == labels).sum()
@@ -614,17 +620,17 @@ def test_calibration_curve_accounts_for_every_slice() -> None:
 
 
 def test_whole_cohort_is_scored_in_well_under_two_seconds() -> None:
-    logits, labels, people = cohort(slices=32, of_class=(100, 70, 28, 2))
+    logits, labels, patients = cohort(slices=32, of_class=(100, 70, 28, 2))
     metrics._weights.cache_clear()
     start = time.process_time()
-    metrics.score(logits, labels, people, n_boot=2000)
+    metrics.score(logits, labels, patients, n_boot=2000)
     assert logits.shape == (6400, 4) and time.process_time() - start < 2
 
 
 # ------------------------------------------------------------------------------------- abstention and conformal sets
 
 
-def people_with_confidence(n: int = 400, seed: int = 0):
+def patients_with_confidence(n: int = 400, seed: int = 0):
     """(logits, labels, people): one row a person over three classes; the surer the answer, the oftener it is right."""
     generator = np.random.default_rng(seed)
     labels = np.arange(n) % 3
@@ -634,8 +640,8 @@ def people_with_confidence(n: int = 400, seed: int = 0):
 
 
 def test_risk_falls_with_coverage_and_ends_at_the_whole_error():
-    logits, labels, people = people_with_confidence()
-    curve = metrics.risk_coverage(logits, labels, people, n_boot=200)
+    logits, labels, patients = patients_with_confidence()
+    curve = metrics.risk_coverage(logits, labels, patients, n_boot=200)
     whole = (logits.argmax(1) != labels).mean()
     assert [point["coverage"] for point in curve] == pytest.approx(np.linspace(0.1, 1, 10))
     assert curve[-1]["risk"] == pytest.approx(whole, abs=1e-6) and curve[-1]["n"] == len(labels)
@@ -645,22 +651,22 @@ def test_risk_falls_with_coverage_and_ends_at_the_whole_error():
 
 
 def test_the_threshold_of_clean_studies_is_kept_under_attack():
-    logits, labels, people = people_with_confidence()
+    logits, labels, patients = patients_with_confidence()
     probability = metrics.merge_classes(metrics.probabilities(logits))
     half = np.median(probability.max(axis=1))
     unsure = metrics.selective_risk(
-        np.ones(len(labels), bool), np.full(len(labels), 0.34), half, labels, people
+        np.ones(len(labels), bool), np.full(len(labels), 0.34), half, labels, patients
     )
     assert unsure["risk"] is None and unsure["answered"] == 0
     sure = metrics.selective_risk(
-        np.ones(len(labels), bool), np.full(len(labels), 0.99), half, labels, people, n_boot=100
+        np.ones(len(labels), bool), np.full(len(labels), 0.99), half, labels, patients, n_boot=100
     )
     assert sure["risk"] == 1 and sure["answered"] == 1
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3])
-def test_conformal_sets_cover_new_people_as_promised_and_no_more(alpha):
-    logits, labels, _ = people_with_confidence(4000)
+def test_conformal_sets_cover_new_patients_as_promised_and_no_more(alpha):
+    logits, labels, _ = patients_with_confidence(4000)
     threshold = metrics.conformal_threshold(logits[:2000], labels[:2000], alpha)
     sets = metrics.conformal_sets(logits[2000:], threshold)
     coverage = sets[np.arange(2000), labels[2000:]].mean()
@@ -670,14 +676,14 @@ def test_conformal_sets_cover_new_people_as_promised_and_no_more(alpha):
     )  # below 1 where models err more rarely than alpha: some sets are empty
 
 
-def test_too_few_people_to_calibrate_on_give_every_class():
-    logits, labels, _ = people_with_confidence(5)
+def test_too_few_patients_to_calibrate_on_give_every_class():
+    logits, labels, _ = patients_with_confidence(5)
     assert metrics.conformal_threshold(logits, labels, 0.1) == 1.0
     assert metrics.conformal_sets(logits, 1.0).all()
 
 
 def test_nobody_is_judged_by_a_threshold_that_they_took_part_in():
-    logits, labels, _ = people_with_confidence(200)
+    logits, labels, _ = patients_with_confidence(200)
     fold = np.arange(200) // 40
     thresholds = metrics.cross_conformal(logits, labels, fold, 0.1)
     for row in range(0, 200, 17):
@@ -693,11 +699,13 @@ def test_nobody_is_judged_by_a_threshold_that_they_took_part_in():
 
 def test_pair_scores_and_shares_are_those_of_their_formulas():
     generator = np.random.default_rng(3)
-    labels, people = np.repeat(np.arange(60) % 4, 5), np.repeat(np.arange(60), 5)
+    labels, patients = np.repeat(np.arange(60) % 4, 5), np.repeat(np.arange(60), 5)
     a, b = generator.random(300) < 0.4, generator.random(300) < 0.3
-    found = metrics.pair_scores(a ^ b, a, b, labels, people, n_boot=300)
+    found = metrics.pair_scores(a ^ b, a, b, labels, patients, n_boot=300)
     assert found["disagreement"]["value"] == pytest.approx((a ^ b).mean(), abs=1e-6)
     assert found["error_correlation"]["value"] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-6)
-    never = metrics.pair_scores(a, a, np.zeros(300, bool), labels, people, n_boot=50)
+    never = metrics.pair_scores(a, a, np.zeros(300, bool), labels, patients, n_boot=50)
     assert never["error_correlation"]["value"] is None, "a model without errors has no correlation"
-    assert metrics.share(a, labels, people, n_boot=50)["value"] == pytest.approx(a.mean(), abs=1e-6)
+    assert metrics.share(a, labels, patients, n_boot=50)["value"] == pytest.approx(
+        a.mean(), abs=1e-6
+    )

@@ -86,8 +86,8 @@ def test_a_notebook_has_the_fixed_anatomy(path):
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_clean_notebook_and_its_twin_differ_in_title_parameters_and_prose_only(backbone):
-    notebooks = [read(f"models/{backbone}{twin}.ipynb") for twin in ("", "_atk")]
+def test_a_clean_notebook_and_its_counterpart_differ_in_title_parameters_and_prose_only(backbone):
+    notebooks = [read(f"models/{backbone}{counterpart}.ipynb") for counterpart in ("", "_atk")]
     sources = [
         [
             cell.source
@@ -197,7 +197,7 @@ def test_with_data_a_part_of_the_real_cohort_runs_survives_a_kill_and_says_so(tm
     "ALZHEIMER_RAW" not in os.environ or os.name == "nt",
     reason="needs the real data and process groups",
 )
-def test_the_whole_study_survives_kills_at_random_moments(tmp_path):
+def test_the_whole_workspace_survives_kills_at_random_moments(tmp_path):
     """The whole demo on the real cohort, killed with all its children eight times, then left to finish."""
     environment = {**os.environ, "ALZHEIMER_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     moments = random.Random(0)

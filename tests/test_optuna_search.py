@@ -13,16 +13,16 @@ from optuna.trial import TrialState, create_trial
 from tests.test_training import DEVICE, TRAIN, VALIDATION, small, tiny
 from utils import experiment, optuna_search
 from utils.config import make_config
-from utils.utils_funcs import StudyError, read_json
+from utils.utils_funcs import UserError, read_json
 
 
-def run(folder, **changes):
+def run_search(folder, **changes):
     config = small("Resnet", trials=3, search_epochs=1, **changes)
     return optuna_search.search(TRAIN, VALIDATION, config, folder, DEVICE), config
 
 
 def test_a_search_leaves_the_best_settings_where_training_reads_them(tiny, tmp_path):
-    study, config = run(tmp_path / "optuna")
+    study, config = run_search(tmp_path / "optuna")
     assert len(study.trials) == 3
     best = optuna_search.best_settings(tmp_path / "optuna", config)
     assert best == study.best_params and set(best) == set(optuna_search.SPACE)
@@ -33,7 +33,7 @@ def test_a_search_leaves_the_best_settings_where_training_reads_them(tiny, tmp_p
 
 
 def test_a_search_goes_on_where_it_stopped_and_draws_the_same_trials(tiny, tmp_path, monkeypatch):
-    whole, _ = run(tmp_path / "whole")
+    whole, _ = run_search(tmp_path / "whole")
     original, calls = optuna_search.objective, []
 
     def killed(*arguments):
@@ -44,9 +44,9 @@ def test_a_search_goes_on_where_it_stopped_and_draws_the_same_trials(tiny, tmp_p
 
     monkeypatch.setattr(optuna_search, "objective", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken")
+        run_search(tmp_path / "broken")
     monkeypatch.setattr(optuna_search, "objective", original)
-    study, config = run(tmp_path / "broken")
+    study, config = run_search(tmp_path / "broken")
     assert [(t.state, t.params, t.value) for t in study.trials] == [
         (t.state, t.params, t.value) for t in whole.trials
     ]
@@ -62,7 +62,7 @@ def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
         return original(*arguments)
 
     monkeypatch.setattr(optuna_search, "objective", sometimes)
-    study, _ = run(tmp_path)
+    study, _ = run_search(tmp_path)
     states = [trial.state for trial in study.trials]
     assert (
         states.count(optuna.trial.TrialState.FAIL) == 1
@@ -75,7 +75,7 @@ def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(
     tiny, tmp_path, monkeypatch
 ):
     storage, real = f"sqlite:///{(tmp_path / 'shared.db').as_posix()}", optuna_search.objective
-    study = optuna_search.open_study(tmp_path, small("Resnet", trials=3), storage)
+    study = optuna_search.open_search(tmp_path, small("Resnet", trials=3), storage)
     optuna_search.enqueue(study, 3)
 
     def slept(trial, *arguments):
@@ -105,8 +105,8 @@ def test_a_search_in_which_everything_fails_ends_with_a_sentence(tmp_path, monke
         raise RuntimeError("no")
 
     monkeypatch.setattr(optuna_search, "objective", broken)
-    with pytest.raises(StudyError, match="failed"):
-        run(tmp_path)
+    with pytest.raises(UserError, match="failed"):
+        run_search(tmp_path)
 
 
 def test_the_test_set_is_out_of_reach_by_construction():
@@ -114,9 +114,11 @@ def test_the_test_set_is_out_of_reach_by_construction():
     assert "test" not in inspect.signature(optuna_search.objective).parameters
 
 
-def test_every_fold_has_its_own_study(tmp_path):
+def test_every_fold_has_its_own_workspace(tmp_path):
     names = {
-        optuna_search.open_study(tmp_path, small("Resnet", protocol=protocol, fold=fold)).study_name
+        optuna_search.open_search(
+            tmp_path, small("Resnet", protocol=protocol, fold=fold)
+        ).study_name
         for protocol, fold in (("slice", 0), ("patient", 0), ("patient", 1))
     }
     assert len(names) == 3
@@ -125,7 +127,7 @@ def test_every_fold_has_its_own_study(tmp_path):
 # ---------------------------------------------------------------------------------------------------- what it looks like
 
 
-def drawn_study(
+def drawn_search(
     complete: int, pruned: int = 0, failed: int = 0, one_class: int = 0, flat: bool = False
 ) -> optuna.Study:
     """A study whose score is the learning rate and hears nothing of the optimiser."""
@@ -166,7 +168,7 @@ def words_of(figure) -> str:
 
 
 def test_the_figure_shows_every_finished_trial_the_best_so_far_and_what_decided():
-    study = drawn_study(complete=20, pruned=3, failed=2, one_class=1)
+    study = drawn_search(complete=20, pruned=3, failed=2, one_class=1)
     open_figures = matplotlib.pyplot.get_fignums()
     figure = optuna_search.search_figures(study)
     history, importances = figure.axes
@@ -207,7 +209,9 @@ def test_the_figure_shows_every_finished_trial_the_best_so_far_and_what_decided(
 
 
 @pytest.mark.parametrize(
-    "study", [drawn_study(3, pruned=9), drawn_study(8, flat=True)], ids=["too few", "all alike"]
+    "study",
+    [drawn_search(3, pruned=9), drawn_search(8, flat=True)],
+    ids=["too few", "all alike"],
 )
 def test_importances_that_would_mean_nothing_are_words(study):
     assert optuna_search.importances_of(study) == {}
@@ -216,36 +220,35 @@ def test_importances_that_would_mean_nothing_are_words(study):
 
 
 @pytest.mark.parametrize(
-    "study", [drawn_study(0), drawn_study(0, failed=3), drawn_study(0, one_class=2)]
+    "study", [drawn_search(0), drawn_search(0, failed=3), drawn_search(0, one_class=2)]
 )
-def test_a_study_in_which_nothing_learnt_is_drawn_too(study):
+def test_a_workspace_in_which_nothing_learnt_is_drawn_too(study):
     figure = optuna_search.search_figures(study)
     assert figure._repr_png_() and f"n = {len(study.trials)} trials" in words_of(figure)
 
 
-def test_units_show_the_searches_that_they_rest_on_and_make_none(tiny, tmp_path):
+def test_runs_show_the_searches_that_they_rest_on_and_make_none(tiny, tmp_path):
     """Under `cpu` all five folds rest on the search of fold 0; under `paper` each on its own."""
-    place = experiment.Study(tmp_path, "phantom", "cpu", tmp_path, "0")
-    units = [
+    place = experiment.Workspace(tmp_path, "phantom", "cpu", tmp_path, "0")
+    runs = [
         make_config("cpu", "Resnet", protocol=protocol, fold=fold, trials=3)
         for protocol, folds in (("patient", 5), ("slice", 1))
         for fold in range(folds)
     ]
-    assert experiment.search_figures(place, units) == []
+    assert experiment.search_figures(place, runs) == []
     assert not list(tmp_path.rglob("*")), "looking makes no study"
-    small_units = [
+    small_runs = [
         dataclasses.replace(small("Resnet", fold=fold, trials=3, search_epochs=1), profile="cpu")
         for fold in (0, 1)
     ]
-    for unit in small_units:
-        optuna_search.search(TRAIN, VALIDATION, unit, place.optuna("Resnet"), DEVICE)
-    (figure,) = experiment.search_figures(place, units)
+    for run in small_runs:
+        optuna_search.search(TRAIN, VALIDATION, run, place.optuna("Resnet"), DEVICE)
+    (figure,) = experiment.search_figures(place, runs)
     assert "Search Resnet-patient_fold0-cpu" in words_of(figure) and "3 trials" in words_of(figure)
-    paper = [dataclasses.replace(unit, profile="paper") for unit in small_units]
-    for unit in paper:
-        optuna_search.search(TRAIN, VALIDATION, unit, place.optuna("Resnet"), DEVICE)
+    paper = [dataclasses.replace(run, profile="paper") for run in small_runs]
+    for run in paper:
+        optuna_search.search(TRAIN, VALIDATION, run, place.optuna("Resnet"), DEVICE)
     assert len(experiment.search_figures(place, paper)) == 2
     assert (
-        experiment.search_figures(place, [dataclasses.replace(unit, trials=0) for unit in units])
-        == []
+        experiment.search_figures(place, [dataclasses.replace(run, trials=0) for run in runs]) == []
     )

@@ -10,7 +10,7 @@ import torch
 
 from utils import report
 from utils.backbones import load_model
-from utils.records import read_entries, study_rows, without_rehearsals
+from utils.records import read_entries, table_rows, without_rehearsals
 from utils.utils_funcs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,21 +24,21 @@ def test_readme_equals_the_records() -> None:
     )
 
 
-def test_persons_and_slices_are_never_rows_of_one_headline_table() -> None:
+def test_patients_and_slices_are_never_rows_of_one_headline_table() -> None:
     before, _, after = README.split("<details>")[0].partition("**Whole scans**")
     after, _, apart = after.partition("**One fold alone**")
-    rows = study_rows(without_rehearsals(read_entries(ROOT)))
+    rows = table_rows(without_rehearsals(read_entries(ROOT)))
     assert all(
         f"| {row.name} |" in apart and f"| {row.name} |" not in before + after
         for row in rows
         if not report._is_whole(row)
     )
-    names = {row.name: row.counts_persons for row in rows if report._is_whole(row)}
+    names = {row.name: row.counts_patients for row in rows if report._is_whole(row)}
     assert any(names.values())
-    for name, counts_persons in names.items():
+    for name, counts_patients in names.items():
         assert (f"| {name} |" in before, f"| {name} |" in after) == (
-            not counts_persons,
-            counts_persons,
+            not counts_patients,
+            counts_patients,
         ), name
 
 
@@ -63,10 +63,10 @@ def test_the_examples_run(monkeypatch, capsys) -> None:
 def test_the_committed_models_are_those_of_the_records(model: str) -> None:
     """Of the slices shown, each file gives the probabilities that its unit gave, to what half precision leaves."""
     network = load_model(ROOT / "checkpoints" / model / "patient" / "fold0_seed0_fp16.safetensors")
-    unit = next(
-        unit for unit in read_entries(ROOT)[model, "patient"].record["units"] if unit["fold"] == 0
+    run = next(
+        run for run in read_entries(ROOT)[model, "patient"].record["units"] if run["fold"] == 0
     )
-    assert network.name == model and network.init == unit["init"] and unit["profile"] != "demo"
+    assert network.name == model and network.init == run["init"] and run["profile"] != "demo"
     with np.load(ROOT / "assets" / model / "patient_explained.npz") as slices:
         images, expected = (
             torch.tensor(slices["images"])[:, None] / 255,

@@ -18,20 +18,20 @@ from utils import comparisons, diagnosis, figures, metrics, records, report
 from utils.records import (
     attacks_of,
     read_entries,
-    standing,
-    study_rows,
+    robust_decisions,
+    table_rows,
     summarise,
     variants_of,
     write_record,
 )
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
 EPS = ("1/255", "4/255", "8/255")
 N_BOOT = 50
 ATTACKS = {"noise": 0.05, "fgsm": 0.6, "pgd20": 1.0, "pgd20_merged": 1.0, "pgd20_binary": 0.9}
 
 
-def study(
+def workspace(
     model: str = "Resnet",
     protocol: str = "patient",
     *,
@@ -44,17 +44,17 @@ def study(
     """Predictions and units of a small study whose attacks lower the true logit by strength × eps × `fall`; a `full` one
     has images of its twin and measures of a sample too."""
     generator = np.random.default_rng(seed)
-    person_class = np.repeat(np.arange(4), (10, 7, 4, 2))
-    people = np.repeat(np.arange(len(person_class)), 4)
-    labels, count = person_class[people], 4 * len(person_class)
-    folds = people % n_folds if protocol == "patient" else np.zeros(count, dtype=int)
+    class_of_patient = np.repeat(np.arange(4), (10, 7, 4, 2))
+    patients = np.repeat(np.arange(len(class_of_patient)), 4)
+    labels, count = class_of_patient[patients], 4 * len(class_of_patient)
+    folds = patients % n_folds if protocol == "patient" else np.zeros(count, dtype=int)
     logits = generator.normal(size=(count, 4)) + 2 * np.eye(4)[labels]
     rows = {
         "labels": labels.astype(np.int8),
         "fold": folds.astype(np.int8),
         "seed": np.zeros(count, np.int8),
-        "patient_id": people.astype(np.int32),
-        "slice_index": np.tile(np.arange(4), len(person_class)).astype(np.int16),
+        "patient_id": patients.astype(np.int32),
+        "slice_index": np.tile(np.arange(4), len(class_of_patient)).astype(np.int16),
         "file_sha256": np.arange(count * 32).astype(np.uint8).reshape(count, 32),
         "clean": metrics.to_half(logits),
     }
@@ -95,7 +95,7 @@ def study(
         }
         for e in (1, 2, 3)
     ]
-    unit = {
+    run = {
         "model": model,
         "regime": "atk" if model.endswith("_atk") else "clean",
         "protocol": protocol,
@@ -123,7 +123,7 @@ def study(
     }
     return rows, [
         {
-            **copy.deepcopy(unit),
+            **copy.deepcopy(run),
             "fold": int(fold),
             "measures": sample_of(labels[folds == fold]) if full else {},
             "leak_probe": probe_of(int((folds == fold).sum())) if full else {},
@@ -170,10 +170,10 @@ def sample_of(labels: np.ndarray) -> dict:
     }
 
 
-def write_study(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
+def write_workspace(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
     for number, model in enumerate(models):
         for protocol in ("slice", "patient"):
-            rows, units = study(
+            rows, runs = workspace(
                 model,
                 protocol,
                 seed=number,
@@ -183,7 +183,7 @@ def write_study(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
             )
             write_record(
                 root / "assets" / model / f"{protocol}.json",
-                summarise(rows, units, n_boot=N_BOOT),
+                summarise(rows, runs, n_boot=N_BOOT),
                 rows,
             )
     return root
@@ -191,12 +191,12 @@ def write_study(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
 
 @pytest.fixture(scope="module")
 def record() -> dict:
-    return summarise(*study(), n_boot=N_BOOT)
+    return summarise(*workspace(), n_boot=N_BOOT)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_study(tmp_path_factory.mktemp("study"))
+    root = write_workspace(tmp_path_factory.mktemp("study"))
     for name in ("README.md", "CITATION.cff", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     return root
@@ -242,7 +242,7 @@ def test_record_has_the_promised_shape(record: dict) -> None:
     json.dumps(record, allow_nan=False)
 
 
-def test_metadata_of_units_is_merged(record: dict) -> None:
+def test_metadata_of_runs_is_merged(record: dict) -> None:
     block = record["attacks"]["4/255"]["pgd20"]
     assert (block["n_attacked"], block["seconds"], block["steps"], block["n_slices"]) == (
         14,
@@ -257,7 +257,7 @@ def test_metadata_of_units_is_merged(record: dict) -> None:
 
 
 def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> None:
-    rows = study_rows(read_entries(tree))
+    rows = table_rows(read_entries(tree))
     assert report._failed_checks(rows, "patient") == ""
     row = next(row for row in rows if row.trained)
     check = row.entries["patient"].record["sanity"][1]
@@ -268,37 +268,39 @@ def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> Non
     )
 
 
-def test_what_pgd_left_and_fgsm_felled_is_counted_from_the_predictions(tmp_path: Path) -> None:
-    rows, units = study(fall=0.0)
+def test_what_pgd_left_and_fgsm_misclassified_is_counted_from_the_predictions(
+    tmp_path: Path,
+) -> None:
+    rows, runs = workspace(fall=0.0)
     two = np.flatnonzero((rows["fold"] == 1) & (rows["labels"] == 2))[:2]
     for name, answer in (("pgd20", (0, 0, 1, 0.5)), ("fgsm", (0, 1, 0.5, 0))):
         rows[f"4/255:{name}"][rows["fold"] == 1] = 9 * np.eye(4)[rows["labels"][rows["fold"] == 1]]
         rows[f"4/255:{name}"][two] = answer
-    units[1]["sanity"][0] |= {
+    runs[1]["sanity"][0] |= {
         "passed": False,
         "note": "look",
         "figure": {"1/255": [0.1, 0.1], "4/255": [0.5, 0.4]},
     }
     write_record(
-        tmp_path / "assets" / "Resnet" / "patient.json", summarise(rows, units, n_boot=N_BOOT), rows
+        tmp_path / "assets" / "Resnet" / "patient.json", summarise(rows, runs, n_boot=N_BOOT), rows
     )
-    told = report._failed_checks(study_rows(read_entries(tmp_path)), "patient")
+    told = report._failed_checks(table_rows(read_entries(tmp_path)), "patient")
     assert (
         f"look (at 4/255 PGD left 2 of {(rows['fold'] == 1).sum()} images that FGSM fells, pulled towards *Moderate*, where FGSM makes "
         "them *Very mild*)"
     ) in told
 
 
-def test_persons_are_scored_by_the_mean_of_their_slices(tree: Path) -> None:
+def test_patients_are_scored_by_the_mean_of_their_slices(tree: Path) -> None:
     entries = read_entries(tree)
     table = report.scores_markdown([entries["Resnet", "patient"].record])
     predictions = entries["Resnet", "patient"].predictions
-    people, labels = predictions["patient_id"], predictions["labels"]
+    patients, labels = predictions["patient_id"], predictions["labels"]
     logits = predictions["clean"].astype(float)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    mean = np.stack([shares[people == person].mean(axis=0) for person in np.unique(people)])
+    mean = np.stack([shares[patients == patient].mean(axis=0) for patient in np.unique(patients)])
     three = np.stack([mean[:, 0], mean[:, 1], mean[:, 2] + mean[:, 3]], axis=1).argmax(axis=1)
-    truth = np.minimum([labels[people == person][0] for person in np.unique(people)], 2)
+    truth = np.minimum([labels[patients == patient][0] for patient in np.unique(patients)], 2)
     [line] = [line for line in table.splitlines() if "| Resnet |" in line]
     cells = [cell.strip() for cell in line.split("|")]
     place = [cell.strip() for cell in table.splitlines()[0].split("|")].index(
@@ -338,7 +340,7 @@ def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> 
     assert sizes == [f"square (n = – | {attacks['square']['n_slices']:,})"]
 
 
-def test_a_unit_that_names_no_precision_searched_in_float32() -> None:
+def test_a_run_that_names_no_precision_searched_in_float32() -> None:
     metas = [
         {"norm": "linf", "seconds": 1.0},
         {"norm": "linf", "seconds": 2.0, "precision": "bf16"},
@@ -356,7 +358,7 @@ def test_a_unit_that_names_no_precision_searched_in_float32() -> None:
 def test_a_search_in_bfloat16_is_named_beneath_the_table_with_what_float32_still_found(
     tree: Path,
 ) -> None:
-    rows = study_rows(read_entries(tree))
+    rows = table_rows(read_entries(tree))
     assert report._bfloat16_searches(rows, "patient") == ""
     row = next(row for row in rows if row.trained)
     check = row.entries["patient"].record["sanity"][1]
@@ -368,8 +370,8 @@ def test_a_search_in_bfloat16_is_named_beneath_the_table_with_what_float32_still
     assert told in report._bfloat16_searches(rows, "patient")
 
 
-def test_the_machines_that_each_unit_ran_on_are_named_beneath_the_table(tree: Path) -> None:
-    rows = study_rows(read_entries(tree))
+def test_the_machines_that_each_run_ran_on_are_named_beneath_the_table(tree: Path) -> None:
+    rows = table_rows(read_entries(tree))
     row = next(row for row in rows if row.trained)
     row.entries["patient"].record["units"][1]["hardware"] = "one GPU + 2 cores"
     told = report._machines([row], "patient")
@@ -380,8 +382,8 @@ def test_the_machines_that_each_unit_ran_on_are_named_beneath_the_table(tree: Pa
 
 
 def test_worst_case_is_the_mean_of_minima_not_the_minimum_of_means() -> None:
-    rows, units = study()
-    record = summarise(rows, units, n_boot=N_BOOT)
+    rows, runs = workspace()
+    record = summarise(rows, runs, n_boot=N_BOOT)
     labels = rows["labels"]
     alive = rows["clean"].argmax(1) == labels
     for name in ATTACKS:
@@ -409,7 +411,9 @@ def test_attack_on_a_sample_has_its_own_n_and_lowers_only_its_images(record: dic
 
 def test_clean_error_is_not_robust() -> None:
     labels, clean = np.array([0, 1]), np.array([[0, -1, -9, -9], [0, -1, -9, -9.0]])
-    four, three, covered = standing(clean, [np.array([[0, -1, -9, -9], [-1, 0, -9, -9.0]])], labels)
+    four, three, covered = robust_decisions(
+        clean, [np.array([[0, -1, -9, -9], [-1, 0, -9, -9.0]])], labels
+    )
     assert four.tolist() == three.tolist() == [True, False] and covered.all()
 
 
@@ -421,10 +425,10 @@ def test_other_norms_stay_out_of_the_worst_case(record: dict) -> None:
 
 
 def test_curve_over_eps_never_rises() -> None:
-    rows, units = study()
+    rows, runs = workspace()
     strong = rows["1/255:pgd20"].copy()
     strong[:20] = metrics.to_half(-9.0 * np.eye(4)[rows["labels"][:20]])
-    record = summarise({**rows, "1/255:pgd20": strong}, units, n_boot=N_BOOT)
+    record = summarise({**rows, "1/255:pgd20": strong}, runs, n_boot=N_BOOT)
     curve = [
         record["clean"]["slice"]["accuracy"]["value"],
         *(worst["union"]["accuracy"]["value"] for worst in record["worst_case"].values()),
@@ -441,62 +445,62 @@ def test_auroc_under_attack_needs_a_binary_attack_and_is_the_most_wrong_ranking(
 ) -> None:
     worst = record["worst_case"]["4/255"]["auroc"]["value"]
     assert worst <= record["attacks"]["4/255"]["pgd20_binary"]["auroc"]["value"]
-    rows, units = study()
+    rows, runs = workspace()
     without = summarise(
-        {name: x for name, x in rows.items() if not name.endswith("_binary")}, units, n_boot=N_BOOT
+        {name: x for name, x in rows.items() if not name.endswith("_binary")}, runs, n_boot=N_BOOT
     )
     assert without["worst_case"]["4/255"]["auroc"]["value"] is None
 
 
 def test_pooled_predictions_are_scored_not_fold_means() -> None:
-    rows, units = study()
-    record = summarise(rows, units, n_boot=N_BOOT)
+    rows, runs = workspace()
+    record = summarise(rows, runs, n_boot=N_BOOT)
     pooled = balanced_accuracy_score(rows["labels"], rows["clean"].argmax(1))
     assert record["clean"]["slice"]["balanced_accuracy"]["value"] == pytest.approx(pooled, abs=1e-6)
 
 
-def test_units_stand_whole_in_the_record_so_that_it_can_be_rebuilt() -> None:
-    rows, units = study()
-    record = json.loads(json.dumps(summarise(rows, units, n_boot=N_BOOT)))
+def test_runs_stand_whole_in_the_record_so_that_it_can_be_rebuilt() -> None:
+    rows, runs = workspace()
+    record = json.loads(json.dumps(summarise(rows, runs, n_boot=N_BOOT)))
     assert summarise(rows, record["units"], n_boot=N_BOOT) == record
 
 
 @pytest.mark.parametrize(
     "key, other", [("profile", "cpu"), ("data", "phantom"), ("cohort_sha256", "cd")]
 )
-def test_units_that_cannot_be_pooled_are_refused(key: str, other: str) -> None:
-    rows, units = study()
-    units[1][key] = other
-    with pytest.raises(StudyError, match=key):
-        summarise(rows, units, n_boot=N_BOOT)
+def test_runs_that_cannot_be_pooled_are_refused(key: str, other: str) -> None:
+    rows, runs = workspace()
+    runs[1][key] = other
+    with pytest.raises(UserError, match=key):
+        summarise(rows, runs, n_boot=N_BOOT)
 
 
 def test_mixed_initialisation_is_said() -> None:
-    rows, units = study()
-    units[1]["init"] = "imagenet1k"
-    assert summarise(rows, units, n_boot=N_BOOT)["init"] == "random + imagenet1k"
+    rows, runs = workspace()
+    runs[1]["init"] = "imagenet1k"
+    assert summarise(rows, runs, n_boot=N_BOOT)["init"] == "random + imagenet1k"
 
 
-def test_rows_without_a_unit_are_refused() -> None:
-    rows, units = study()
-    with pytest.raises(StudyError, match="no unit"):
-        summarise(rows, units[:1], n_boot=N_BOOT)
+def test_rows_without_a_run_are_refused() -> None:
+    rows, runs = workspace()
+    with pytest.raises(UserError, match="no unit"):
+        summarise(rows, runs[:1], n_boot=N_BOOT)
 
 
-def test_people_of_the_search_are_left_out_of_a_second_headline() -> None:
-    rows, units = study(search="fold0", search_people=[1, 12])
-    part = summarise(rows, units, n_boot=N_BOOT)["clean_without_search_people"]
+def test_patients_of_the_search_are_left_out_of_a_second_headline() -> None:
+    rows, runs = workspace(search="fold0", search_people=[1, 12])
+    part = summarise(rows, runs, n_boot=N_BOOT)["clean_without_search_people"]
     kept = ~np.isin(rows["patient_id"], [1, 12])
     assert part["n_people"] == 21 and part["n_slices"] == kept.sum()
     assert part["slice"]["accuracy"]["value"] == pytest.approx(
         (rows["clean"].argmax(1) == rows["labels"])[kept].mean(), abs=1e-6
     )
     assert part["worst_case"]["4/255"]["n_people"] == 21
-    assert "clean_without_search_people" not in summarise(*study(), n_boot=N_BOOT)
+    assert "clean_without_search_people" not in summarise(*workspace(), n_boot=N_BOOT)
 
 
 def test_variants_have_blocks_of_their_own() -> None:
-    rows, units = study("Ensemble")
+    rows, runs = workspace("Ensemble")
     mean = {f"mean/{name}": x for name, x in rows.items() if name == "clean" or ":" in name}
     pooled = {**rows, **mean, "knn/clean": metrics.to_half(9.0 * np.eye(4)[rows["labels"]])}
     assert variants_of(pooled) == [None, "mean", "knn"]
@@ -505,7 +509,7 @@ def test_variants_have_blocks_of_their_own() -> None:
     ) and not attacks_of(pooled, "knn")
     record = summarise(
         pooled,
-        [{**unit, "variants": {"mean": {"attacks": unit["attacks"]}}} for unit in units],
+        [{**run, "variants": {"mean": {"attacks": run["attacks"]}}} for run in runs],
         n_boot=N_BOOT,
     )
     assert record["variants"]["mean"]["worst_case"] == record["worst_case"]
@@ -517,25 +521,25 @@ def test_variants_have_blocks_of_their_own() -> None:
             if name not in rows
             or name in ("labels", "fold", "seed", "patient_id", "slice_index", "file_sha256")
         },
-        units,
+        runs,
         n_boot=N_BOOT,
     )
 
 
 def test_temperatures_are_applied_fold_by_fold() -> None:
-    rows, units = study()
-    for unit, temperature in zip(units, (1.0, 4.0), strict=True):
-        unit["temperature"] = temperature
+    rows, runs = workspace()
+    for run, temperature in zip(runs, (1.0, 4.0), strict=True):
+        run["temperature"] = temperature
     scaled = rows["clean"] / np.where(rows["fold"] == 0, 1.0, 4.0)[:, None]
     expected = metrics.score(scaled, rows["labels"], rows["patient_id"], n_boot=2)["ece"]["value"]
-    assert summarise(rows, units, n_boot=N_BOOT)["clean_calibrated"]["ece"]["value"] == expected
+    assert summarise(rows, runs, n_boot=N_BOOT)["clean_calibrated"]["ece"]["value"] == expected
 
 
 def test_record_of_another_schema_version_is_refused(tmp_path: Path, record: dict) -> None:
     path = tmp_path / "assets" / "Resnet" / "patient.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({**record, "schema_version": 99}))
-    with pytest.raises(StudyError, match="99"):
+    with pytest.raises(UserError, match="99"):
         read_entries(tmp_path)
 
 
@@ -543,7 +547,7 @@ def test_record_of_another_schema_version_is_refused(tmp_path: Path, record: dic
 
 
 def test_constant_answer_stands_first_in_every_table(tree: Path) -> None:
-    rows = study_rows(read_entries(tree))
+    rows = table_rows(read_entries(tree))
     assert [row.name for row in rows] == ["Constant answer", "Resnet", "Resnet_atk"]
     assert [row.number for row in rows] == [1, 2, 3]
     text = report.results_text([entry.record for entry in read_entries(tree).values()])
@@ -558,8 +562,8 @@ def test_constant_answer_stands_first_in_every_table(tree: Path) -> None:
 
 def test_tables_work_with_any_subset_of_records(tmp_path: Path) -> None:
     assert "No record" in report.results_text([]) and "No record" in report.results_markdown({})
-    rows, units = study("Dinov2_atk", "slice")
-    record = summarise(rows, units, n_boot=N_BOOT)
+    rows, runs = workspace("Dinov2_atk", "slice")
+    record = summarise(rows, runs, n_boot=N_BOOT)
     write_record(tmp_path / "assets" / "Dinov2_atk" / "slice.json", record, rows)
     assert "Dinov2_atk" in report.results_text([record]) and "WORST CASE" in report.attacks_text(
         record
@@ -581,11 +585,11 @@ def test_numbers_in_the_readme_are_those_of_the_records(tree: Path) -> None:
 
 def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# no markers\n")
-    with pytest.raises(StudyError, match="results:begin"):
+    with pytest.raises(UserError, match="results:begin"):
         report.write_readme(tmp_path)
 
 
-def test_twins_are_compared_on_the_same_images(tree: Path) -> None:
+def test_counterparts_are_compared_on_the_same_images(tree: Path) -> None:
     entries = read_entries(tree)
     difference = comparisons.counterpart_difference(entries, "Resnet", "patient")
     robust, clean = (
@@ -601,25 +605,25 @@ def test_twins_are_compared_on_the_same_images(tree: Path) -> None:
     )
 
 
-def test_twins_trained_with_other_means_are_no_pair(tree: Path, tmp_path: Path) -> None:
-    write_study(tmp_path, ("Resnet",), profile="cpu")
-    write_study(tmp_path, ("Resnet_atk",))
+def test_counterparts_trained_with_other_means_are_no_pair(tree: Path, tmp_path: Path) -> None:
+    write_workspace(tmp_path, ("Resnet",), profile="cpu")
+    write_workspace(tmp_path, ("Resnet_atk",))
     assert comparisons.counterpart_difference(read_entries(tmp_path), "Resnet", "patient") is None
 
 
 def test_where_there_are_results_the_findings_pass_over_rehearsals(tmp_path: Path) -> None:
-    write_study(tmp_path, ("Resnet",), profile="cpu")
-    write_study(tmp_path, ("Resnet_atk",))  # a rehearsal, and the most robust of both
+    write_workspace(tmp_path, ("Resnet",), profile="cpu")
+    write_workspace(tmp_path, ("Resnet_atk",))  # a rehearsal, and the most robust of both
     text = report.findings_markdown(read_entries(tmp_path))
     assert "`Resnet` (row 2)" in text and "Resnet_atk" not in text
 
 
 def test_an_attack_on_fewer_slices_prints_its_own_n(tmp_path: Path) -> None:
-    rows, units = study()
+    rows, runs = workspace()
     few = np.arange(len(rows["labels"])) % 4 == 0
     for name in [name for name in rows if ":" in name]:
         rows[name] = np.where(few[:, None], rows[name], np.float16(np.nan))
-    record = summarise(rows, units, n_boot=N_BOOT)
+    record = summarise(rows, runs, n_boot=N_BOOT)
     assert (
         record["clean"]["n_slices"],
         record["worst_case"]["4/255"]["n_slices"],
@@ -647,11 +651,11 @@ def test_the_transfer_matrix_holds_each_direction_once_and_pgd_on_its_diagonal(t
     )
 
 
-def test_sample_measures_of_all_folds_are_pooled_with_their_own_people(tree: Path) -> None:
+def test_sample_measures_of_all_folds_are_pooled_with_their_own_patients(tree: Path) -> None:
     entry = read_entries(tree)["Resnet", "patient"]
     pooled = figures._pooled_measures(entry)
     assert len(pooled["labels"]) == sum(
-        len(unit["measures"]["rows"]) for unit in entry.record["units"]
+        len(run["measures"]["rows"]) for run in entry.record["units"]
     )
     for number, fold in enumerate((0, 1)):
         own = np.flatnonzero(entry.predictions["fold"] == fold)[
@@ -670,20 +674,20 @@ def test_sample_measures_of_all_folds_are_pooled_with_their_own_people(tree: Pat
     )
 
 
-def test_probes_of_all_folds_are_pooled_with_their_own_people(tree: Path) -> None:
+def test_probes_of_all_folds_are_pooled_with_their_own_patients(tree: Path) -> None:
     entry = read_entries(tree)["Resnet", "patient"]
     pooled = comparisons.pooled_probe(entry)
     own = np.concatenate(
         [
-            np.flatnonzero(entry.predictions["fold"] == unit["fold"])[unit["leak_probe"]["rows"]]
-            for unit in entry.record["units"]
+            np.flatnonzero(entry.predictions["fold"] == run["fold"])[run["leak_probe"]["rows"]]
+            for run in entry.record["units"]
         ]
     )
     assert np.array_equal(pooled["people"], entry.predictions["patient_id"][own])
     assert pooled["recognised"]["4/255"].all() and not pooled["right"]["4/255"].any()
     without = records.Entry(
         entry.path,
-        entry.record | {"units": [{**unit, "leak_probe": {}} for unit in entry.record["units"]]},
+        entry.record | {"units": [{**run, "leak_probe": {}} for run in entry.record["units"]]},
     )
     assert comparisons.pooled_probe(without) == {}
 
@@ -692,8 +696,8 @@ def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(
     tree: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tree / "assets", tmp_path / "assets")
-    drawn = report.draw_model_figures(tmp_path, "Resnet_atk") | report.draw_study_figures(tmp_path)
-    assert [path.stem for path in drawn] == [*figures.MODEL_FIGURES, *figures.STUDY_FIGURES]
+    drawn = report.draw_model_figures(tmp_path, "Resnet_atk") | report.draw_result_figures(tmp_path)
+    assert [path.stem for path in drawn] == [*figures.MODEL_FIGURES, *figures.RESULT_FIGURES]
     for path, figure in drawn.items():
         words = " ".join(
             text.get_text() for text in figure.findobj(match=lambda x: hasattr(x, "get_text"))
@@ -720,7 +724,7 @@ def test_no_legend_of_the_figures_that_compare_models_leaves_the_page(tmp_path: 
     shutil.copytree(
         ROOT / "assets", tmp_path / "assets", ignore=shutil.ignore_patterns("*.png", "*.gif")
     )
-    for path, figure in report.draw_study_figures(tmp_path).items():
+    for path, figure in report.draw_result_figures(tmp_path).items():
         figure.canvas.draw()
         page, footer = (
             figure.bbox,
@@ -777,16 +781,16 @@ def as_results(root: Path, models: dict[str, float], controls: bool = False) -> 
     """Records of profile `cpu`, each model's attacks as strong as `models` says."""
     for number, (model, fall) in enumerate(models.items()):
         for protocol in ("slice", "patient"):
-            rows, units = study(
+            rows, runs = workspace(
                 model, protocol, fall=fall, full=True, seed=number, n_folds=5, profile="cpu"
             )
             write_record(
                 root / "assets" / model / f"{protocol}.json",
-                summarise(rows, units, n_boot=N_BOOT),
+                summarise(rows, runs, n_boot=N_BOOT),
                 rows,
             )
     if controls:
-        rows, units = study("Baselines", "patient", n_folds=5, profile="cpu")
+        rows, runs = workspace("Baselines", "patient", n_folds=5, profile="cpu")
         plain = {
             name: rows[name]
             for name in ("labels", "fold", "seed", "patient_id", "slice_index", "file_sha256")
@@ -802,10 +806,10 @@ def as_results(root: Path, models: dict[str, float], controls: bool = False) -> 
                 "attacks": {eps: {"exact": {"norm": "linf"}} for eps in EPS}
             }
         }
-        units = [{**unit, "attacks": {}, "variants": meta} for unit in units]
+        runs = [{**run, "attacks": {}, "variants": meta} for run in runs]
         write_record(
             root / "assets" / "Baselines" / "patient.json",
-            summarise(plain, units, n_boot=N_BOOT),
+            summarise(plain, runs, n_boot=N_BOOT),
             plain,
         )
     return read_entries(root)
@@ -813,7 +817,7 @@ def as_results(root: Path, models: dict[str, float], controls: bool = False) -> 
 
 def test_verdicts_are_corrected_for_their_number(tmp_path: Path) -> None:
     entries = as_results(tmp_path, {"Resnet": 5.0, "Resnet_atk": 0.0})
-    rows = study_rows(entries)
+    rows = table_rows(entries)
     alone = comparisons.Comparison(
         rows[1], rows[0], "", {"value": 0.1, "ci": [0.01, 0.2], "p": 0.03}, 9, 9
     )
@@ -831,7 +835,7 @@ def test_verdicts_are_corrected_for_their_number(tmp_path: Path) -> None:
 
 def test_networks_stand_beside_controls_with_a_corrected_verdict(tmp_path: Path) -> None:
     entries = as_results(tmp_path, {"Resnet": 5.0, "Resnet_atk": 0.0}, controls=True)
-    found = comparisons.patient_auroc_against_controls(study_rows(entries))
+    found = comparisons.patient_auroc_against_controls(table_rows(entries))
     assert len(found) == 2 * len(comparisons.RIVALS)
     same = next(
         one for one in found if one.first.model == "Resnet"
@@ -843,7 +847,7 @@ def test_networks_stand_beside_controls_with_a_corrected_verdict(tmp_path: Path)
     )
     adjusted = metrics.holm([one.score["p"] for one in found])
     assert [one.p_holm for one in found] == pytest.approx(adjusted.tolist())
-    robust = comparisons.robust_accuracy_against_exact(study_rows(entries), EPS)
+    robust = comparisons.robust_accuracy_against_exact(table_rows(entries), EPS)
     assert [one.what for one in robust] == [*EPS, *EPS]
     assert (
         next(
@@ -868,31 +872,31 @@ def test_a_cost_is_said_with_the_variance_that_its_interval_lacks(tmp_path: Path
 
 def test_the_withdrawn_table_stays_withdrawn(tmp_path: Path) -> None:
     entries = as_results(tmp_path, {"Resnet": 0.9})
-    for unit in (entry := entries["Resnet", "patient"]).record["units"]:
-        size = len(unit["leak_probe"]["rows"])
-        unit["leak_probe"]["neighbour"] = dict.fromkeys(unit["leak_probe"]["right"], [1] * size)
-        unit["leak_probe"]["recognised"] = {
-            name: [1 if name == "clean" else 0] * size for name in unit["leak_probe"]["right"]
+    for run in (entry := entries["Resnet", "patient"]).record["units"]:
+        size = len(run["leak_probe"]["rows"])
+        run["leak_probe"]["neighbour"] = dict.fromkeys(run["leak_probe"]["right"], [1] * size)
+        run["leak_probe"]["recognised"] = {
+            name: [1 if name == "clean" else 0] * size for name in run["leak_probe"]["right"]
         }
-        unit["leak_probe"]["right"] = {
+        run["leak_probe"]["right"] = {
             name: [1] * (size // 2) + [int(name == "clean")] * (size - size // 2)
-            for name in unit["leak_probe"]["right"]
+            for name in run["leak_probe"]["right"]
         }
-    text = report.withdrawn_markdown(study_rows({("Resnet", "patient"): entry}))
+    text = report.withdrawn_markdown(table_rows({("Resnet", "patient"): entry}))
     assert "of 1 records the patients seemed to go first in 1 and the diagnoses in 0" in text
     assert "in 0 and 1 of 1 where all slices count" in text and text.startswith("**Withdrawn")
 
 
 def test_a_row_that_lacks_folds_stands_in_no_table_of_all_patients(tmp_path: Path) -> None:
     as_results(tmp_path, {"Resnet": 0.9})
-    rows, units = study("Ensemble", "patient", profile="cpu")
+    rows, runs = workspace("Ensemble", "patient", profile="cpu")
     plain = {name: values for name, values in rows.items() if ":" not in name and name != "clean"}
     plain["weighted mixed/clean"] = rows["clean"]
     weights = {"weights": {"weights": {"Resnet": 1.0, "Resnet_atk": 1e-9}}, "attacks": {}}
-    units = [{**unit, "attacks": {}, "variants": {"weighted mixed": weights}} for unit in units]
+    runs = [{**run, "attacks": {}, "variants": {"weighted mixed": weights}} for run in runs]
     write_record(
         tmp_path / "assets" / "Ensemble" / "patient.json",
-        summarise(plain, units, n_boot=N_BOOT),
+        summarise(plain, runs, n_boot=N_BOOT),
         plain,
     )
     text = report.results_markdown(read_entries(tmp_path))
@@ -902,10 +906,10 @@ def test_a_row_that_lacks_folds_stands_in_no_table_of_all_patients(tmp_path: Pat
 
 
 def test_choices_on_fold_0_are_named_and_scored_without_its_patients(tmp_path: Path) -> None:
-    rows, units = study(
+    rows, runs = workspace(
         "Resnet", "patient", profile="cpu", search="fold0 recipes", search_people=[0, 1, 10]
     )
-    record = summarise(rows, units, n_boot=N_BOOT)
+    record = summarise(rows, runs, n_boot=N_BOOT)
     assert (
         record["search"] == "fold0 recipes"
         and record["clean_without_search_people"]["n_people"] == 20
@@ -957,7 +961,7 @@ def test_the_age_matched_part_is_a_column_only_for_the_cohort_it_was_made_of(
 
 
 def test_scores_are_recomputed_from_the_predictions(tmp_path: Path) -> None:
-    write_study(tmp_path, ("Resnet",))
+    write_workspace(tmp_path, ("Resnet",))
     path = tmp_path / "assets" / "Resnet" / "patient.json"
     record = records.read_record(path)
     right = record["clean"]["slice"]["accuracy"]["value"]
@@ -1007,18 +1011,20 @@ def test_publish_copies_records_figures_and_notebooks(tree: Path, tmp_path: Path
 
 def test_publish_refuses_phantom_data(tree: Path, tmp_path: Path) -> None:
     run, place = (
-        write_study(tmp_path / "run", models=("Resnet",), data="phantom"),
+        write_workspace(tmp_path / "run", models=("Resnet",), data="phantom"),
         copy_of(tree, tmp_path / "place"),
     )
-    with pytest.raises(StudyError, match="phantom"):
+    with pytest.raises(UserError, match="phantom"):
         report.publish(run, place)
     assert not (place / "assets").exists()
 
 
 def test_publish_never_replaces_a_higher_profile(tree: Path, tmp_path: Path) -> None:
-    place = write_study(copy_of(tree, tmp_path / "place"), models=("Resnet_atk",), profile="cpu")
-    run = write_study(tmp_path / "run", models=("Resnet", "Resnet_atk"))
-    with pytest.raises(StudyError, match="profile cpu"):
+    place = write_workspace(
+        copy_of(tree, tmp_path / "place"), models=("Resnet_atk",), profile="cpu"
+    )
+    run = write_workspace(tmp_path / "run", models=("Resnet", "Resnet_atk"))
+    with pytest.raises(UserError, match="profile cpu"):
         report.publish(run, place)
     assert not (place / "assets" / "Resnet").exists(), "nothing is copied where anything is refused"
 

@@ -80,10 +80,10 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path):
 
 
 def trials_of(folder: Path) -> list[tuple]:
-    study = optuna_search.open_study(folder, small("Resnet", trials=5, search_epochs=4))
+    workspace = optuna_search.open_search(folder, small("Resnet", trials=5, search_epochs=4))
     return [
         (trial.number, trial.state, trial.value, trial.params, trial.intermediate_values)
-        for trial in study.trials
+        for trial in workspace.trials
     ]
 
 
@@ -106,9 +106,9 @@ def test_a_search_killed_at_any_moment_goes_on_to_the_same_trials(tmp_path):
 # ------------------------------------------------------------------------------------------------ shards of the grid
 
 
-def units_of_the_grid() -> set[str]:
-    units = experiment.grid_units("cpu", killable.SHARDED, ("patient", "slice"), (0,))
-    return {f"{unit.model} {unit.protocol} {unit.unit}" for unit in units}
+def runs_of_the_grid() -> set[str]:
+    runs = experiment.grid_runs("cpu", killable.SHARDED, ("patient", "slice"), (0,))
+    return {f"{run.model} {run.protocol} {run.run_name}" for run in runs}
 
 
 def logged(root: Path, what: str) -> list[tuple[str, int]]:
@@ -121,12 +121,12 @@ def logged(root: Path, what: str) -> list[tuple[str, int]]:
     ]
 
 
-def recorded_units(root: Path) -> dict[str, dict]:
+def recorded_runs(root: Path) -> dict[str, dict]:
     """Unit → what its record says of it; every record must follow from its predictions."""
     found = {}
     for model in killable.SHARDED:
         for protocol in ("patient", "slice"):
-            path = killable.sharded_study(root).record(model, protocol)
+            path = killable.sharded_workspace(root).record(model, protocol)
             if path.is_file():
                 record, rows = report.read_record(path), report.read_predictions(path)
                 assert record == report.summarise(
@@ -159,21 +159,21 @@ def ended_well(*processes: multiprocessing.Process) -> bool:
     return [process.exitcode for process in processes] == [0] * len(processes)
 
 
-def test_two_shards_at_the_same_time_run_every_unit_once(tmp_path):
+def test_two_shards_at_the_same_time_run_every_run_once(tmp_path):
     """Folds of one model lie in one record, and both shards write it."""
     shards = [start_shard(tmp_path, f"{number}/2", 0.02) for number in (1, 2)]
     assert ended_well(*shards)
     began = logged(tmp_path, "began")
-    assert len(began) == 12 and {unit for unit, _ in began} == units_of_the_grid()
+    assert len(began) == 12 and {run for run, _ in began} == runs_of_the_grid()
     assert [sum(process == shard.pid for _, process in began) for shard in shards] == [6, 6]
-    kept = {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()}
+    kept = {run: meta["process"] for run, meta in recorded_runs(tmp_path).items()}
     assert kept == dict(began), "nobody's unit got lost in the other's"
     assert ended_well(start_shard(tmp_path, "1/2"), start_shard(tmp_path, "2/2"))
     assert logged(tmp_path, "began") == began, "nothing is left to do"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
+def test_a_killed_shard_does_not_repeat_a_finished_run(tmp_path):
     """Killed in the middle of its third unit, then three times at moments that nobody chose, while the other shard runs."""
     other, moments, killed, kept = start_shard(tmp_path, "2/2", 0.1), random.Random(2), 0, {}
     for attempt in range(4):
@@ -191,7 +191,7 @@ def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
             os.kill(doomed.pid, signal.SIGKILL)
             killed += 1
         doomed.join(60)
-        finished = {unit: meta["process"] for unit, meta in recorded_units(tmp_path).items()}
+        finished = {run: meta["process"] for run, meta in recorded_runs(tmp_path).items()}
         assert attempt > 0 or list(finished.values()).count(doomed.pid) == 2, (
             "two units were finished, the third was not"
         )
@@ -200,10 +200,10 @@ def test_a_killed_shard_does_not_repeat_a_finished_unit(tmp_path):
         )
         kept = finished
     assert killed == 4 and ended_well(start_shard(tmp_path, "1/2"), other)
-    finished, began = recorded_units(tmp_path), logged(tmp_path, "began")
+    finished, began = recorded_runs(tmp_path), logged(tmp_path, "began")
     assert (
-        set(finished) == units_of_the_grid()
-        and kept.items() <= {unit: meta["process"] for unit, meta in finished.items()}.items()
+        set(finished) == runs_of_the_grid()
+        and kept.items() <= {run: meta["process"] for run, meta in finished.items()}.items()
     )
     assert len(began) <= 12 + killed, "a kill costs the unit that it met, and nothing else"
 
@@ -325,7 +325,7 @@ def work(folder: Path, storage: str) -> None:
 
 
 def die_once_a_trial_is_taken(folder: Path, storage: str) -> None:
-    optuna_search._signs_of_life = lambda study, trial_id: os.kill(os.getpid(), signal.SIGKILL)
+    optuna_search._signs_of_life = lambda workspace, trial_id: os.kill(os.getpid(), signal.SIGKILL)
     work(folder, storage)
 
 
@@ -334,28 +334,38 @@ def test_a_worker_killed_before_its_trial_gave_a_sign_of_life_holds_nobody_up(
 ):
     monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
     monkeypatch.setattr(optuna_search, "GRACE", 8)
-    study = optuna_search.open_study(tmp_path, small("Resnet", trials=2, search_epochs=4), postgres)
-    optuna_search.enqueue(study, 2)
+    workspace = optuna_search.open_search(
+        tmp_path, small("Resnet", trials=2, search_epochs=4), postgres
+    )
+    optuna_search.enqueue(workspace, 2)
     doomed = FORKS.Process(target=die_once_a_trial_is_taken, args=(tmp_path / "doomed", postgres))
     doomed.start()
     doomed.join(60)
     assert doomed.exitcode == -signal.SIGKILL
-    assert [trial.state for trial in study.get_trials()] == [TrialState.RUNNING, TrialState.WAITING]
+    assert [trial.state for trial in workspace.get_trials()] == [
+        TrialState.RUNNING,
+        TrialState.WAITING,
+    ]
     finish(work, tmp_path / "survivor", postgres)
-    assert [trial.state for trial in study.get_trials()] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert [trial.state for trial in workspace.get_trials()] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+    ]
 
 
-def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path, monkeypatch):
+def test_two_workers_share_a_postgresql_workspace_and_one_may_die(postgres, tmp_path, monkeypatch):
     monkeypatch.setattr(optuna_search, "HEARTBEAT", 1)
     monkeypatch.setattr(optuna_search, "GRACE", 8)
-    study = optuna_search.open_study(tmp_path, small("Resnet", trials=6, search_epochs=4), postgres)
-    optuna_search.enqueue(study, 6)
+    workspace = optuna_search.open_search(
+        tmp_path, small("Resnet", trials=6, search_epochs=4), postgres
+    )
+    optuna_search.enqueue(workspace, 6)
     doomed, survivor = (
         FORKS.Process(target=work, args=(tmp_path / name, postgres))
         for name in ("doomed", "survivor")
     )
     doomed.start()
-    while not study.get_trials(states=(TrialState.RUNNING,)):
+    while not workspace.get_trials(states=(TrialState.RUNNING,)):
         assert doomed.is_alive()
         time.sleep(0.02)
     os.kill(doomed.pid, signal.SIGKILL)
@@ -365,14 +375,18 @@ def test_two_workers_share_a_postgresql_study_and_one_may_die(postgres, tmp_path
     for process in (survivor, second):
         process.join(300)
         assert process.exitcode == 0
-    states = [trial.state for trial in study.get_trials()]
+    states = [trial.state for trial in workspace.get_trials()]
     assert len(states) == 6, "nothing lost, nothing doubled"
     assert states.count(TrialState.FAIL) == 1 and all(state.is_finished() for state in states)
     assert len(
-        {str(trial.params) for trial in study.get_trials() if trial.state == TrialState.COMPLETE}
+        {
+            str(trial.params)
+            for trial in workspace.get_trials()
+            if trial.state == TrialState.COMPLETE
+        }
     ) == states.count(TrialState.COMPLETE)
     best = {
         json.loads((tmp_path / name / "patient_fold0_best.json").read_text())["value"]
         for name in ("survivor", "second")
     }
-    assert best == {study.best_value}, "both workers leave the same best settings"
+    assert best == {workspace.best_value}, "both workers leave the same best settings"

@@ -27,7 +27,7 @@ from utils.robustness import (
     attack_images,
     direction_success,
     evaluate_suite,
-    fallen,
+    misclassified,
     minimal_perturbations,
     model_from_factory,
     other_norms_plan,
@@ -40,12 +40,12 @@ from utils.robustness import (
     verdict,
     worst_case,
 )
-from utils.utils_funcs import StudyError
+from utils.utils_funcs import UserError
 
 CONFIG = make_config(
     "demo", "Resnet", pgd_steps=8, eps=("2/255", "4/255", "0.005"), sample=24, attack_batch=32
 )
-IMAGES, LABELS, PEOPLE = zoo.blobs(64, seed=11)
+IMAGES, LABELS, PATIENTS = zoo.blobs(64, seed=11)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +58,7 @@ def one_thread():
 
 
 def evaluate(model: nn.Module, stages: list[Stage] | None = None, **options) -> SuiteResult:
-    return evaluate_suite(model, IMAGES, LABELS, PEOPLE, CONFIG, stages=stages, **options)
+    return evaluate_suite(model, IMAGES, LABELS, PATIENTS, CONFIG, stages=stages, **options)
 
 
 @functools.cache
@@ -245,9 +245,11 @@ def attacked_as_one_and_through_members(options: dict) -> bool:
         if stage.attack in ("pgd", "transfer") and stage.view == "four"
     ]
     result = evaluate(zoo.MeanOfMembers(*members.values()), plan, sources=members)
-    standing = {name: (~fallen(rows, LABELS)).mean() for (_, name), rows in result.logits.items()}
+    robust = {
+        name: (~misclassified(rows, LABELS)).mean() for (_, name), rows in result.logits.items()
+    }
     worst = worst_case(result.logits, LABELS, "4/255").mean()
-    return {"pgd8", "transfer_a", "transfer_b"} <= set(standing) and worst <= min(standing.values())
+    return {"pgd8", "transfer_a", "transfer_b"} <= set(robust) and worst <= min(robust.values())
 
 
 def fails_loudly(runner: Callable[[Callable[..., Tensor]], object]) -> bool:
@@ -255,7 +257,7 @@ def fails_loudly(runner: Callable[[Callable[..., Tensor]], object]) -> bool:
     for useless in (crashing, idle, endless):
         try:
             runner(useless)
-        except StudyError:
+        except UserError:
             continue
         return False
     return True
@@ -438,7 +440,9 @@ CONDITIONS: dict[str, tuple[Callable, object, object]] = {
     "12 the mean of minima, not the minimum of means": (
         counts_by_image,
         lambda logits, labels: worst_case(logits, labels, "4/255").mean(),
-        lambda logits, labels: min((~fallen(rows, labels)).mean() for rows in logits.values()),
+        lambda logits, labels: min(
+            (~misclassified(rows, labels)).mean() for rows in logits.values()
+        ),
     ),
     "13 any successful iterate counts": (
         counts_any_iterate,
@@ -477,8 +481,10 @@ CONDITIONS: dict[str, tuple[Callable, object, object]] = {
     ),
     "18 every image counts, a clean error as not robust": (
         counts_every_image,
-        lambda clean, attacked, labels: (~fallen(attacked, labels)).mean(),
-        lambda clean, attacked, labels: (~fallen(attacked, labels))[~fallen(clean, labels)].mean(),
+        lambda clean, attacked, labels: (~misclassified(attacked, labels)).mean(),
+        lambda clean, attacked, labels: (~misclassified(attacked, labels))[
+            ~misclassified(clean, labels)
+        ].mean(),
     ),
     "19 no choice looks at the test set": (
         sees_one_image_at_a_time,
@@ -526,7 +532,7 @@ def test_an_image_that_no_round_misclassifies_keeps_its_right_answer_and_others_
     result = hard_to_find(ThinShell, 5)
     truth = np.zeros(len(result.clean_logits), int)
     found = sum(part["misclassified"] for part in result.meta["8/255", "pgd5"]["rounds"])
-    assert fallen(result.logits["8/255", "pgd5"], truth).sum() == found < len(truth)
+    assert misclassified(result.logits["8/255", "pgd5"], truth).sum() == found < len(truth)
 
 
 def test_a_stage_whose_steps_are_too_short_ends_with_the_errors_of_a_sound_one():
@@ -569,18 +575,18 @@ def test_an_order_of_attacks_may_be_off_by_one_image_whatever_its_printed_figure
     """39 of 80 is 0.4875 and prints as 0.487: one image more must not count as more than one."""
     labels = np.zeros(80, np.int64)
 
-    def standing(count: int) -> np.ndarray:
+    def robust(count: int) -> np.ndarray:
         return np.eye(4, dtype=np.float32)[np.where(np.arange(80) < count, 0, 1)]
 
     logits = {
-        ("4/255", "noise"): standing(43),
-        ("4/255", "fgsm"): standing(39),
-        ("4/255", "pgd8"): standing(39 + more),
+        ("4/255", "noise"): robust(43),
+        ("4/255", "fgsm"): robust(39),
+        ("4/255", "pgd8"): robust(39 + more),
     }
     run = types.SimpleNamespace(
         first_round=logits,
         labels=labels,
-        clean=standing(43),
+        clean=robust(43),
         meta={key: {"view": "four", "scope": "all"} for key in logits},
     )
     rows = {row["check"]: row for row in robustness._ordered(run, ["4/255"])}
@@ -643,7 +649,7 @@ def test_the_flag_names_the_defect(defence, flag):
 def test_not_a_number_is_never_a_right_answer():
     result = evaluate(zoo.NonFiniteLogits(), [Stage("fgsm", "fgsm")])
     for view in robustness.VIEWS:
-        assert fallen(result.logits["0.005", "fgsm"], LABELS, view).all()
+        assert misclassified(result.logits["0.005", "fgsm"], LABELS, view).all()
 
 
 # -- the runner --------------------------------------------------------------------------------------------------------
@@ -665,7 +671,7 @@ def test_every_stage_of_the_suites_keeps_the_contract():
         zoo.honest_model(),
         IMAGES,
         LABELS,
-        PEOPLE,
+        PATIENTS,
         config,
         stages=plan,
         sources={"other": zoo.honest_model(1)},
@@ -729,7 +735,9 @@ def test_a_suite_in_bfloat16_ends_with_a_search_in_float32_and_tells_what_that_f
         for stage in suite_plan(config)
         if stage.attack in ("pgd", "fgsm") and stage.view != "binary"
     ]
-    result = evaluate_suite(model(), IMAGES, LABELS, PEOPLE, config, stages=plan, precision="bf16")
+    result = evaluate_suite(
+        model(), IMAGES, LABELS, PATIENTS, config, stages=plan, precision="bf16"
+    )
     check = next(row for row in result.sanity if row["check"] == "float32_finds_no_more")
     assert list(check["figure"]) == ["apgd_t_float32", "apgd_t_float32_merged"]
     assert check["passed"] == (model is zoo.honest_model) and (
@@ -747,17 +755,17 @@ def test_a_suite_in_bfloat16_ends_with_a_search_in_float32_and_tells_what_that_f
     }
     fell, asked = check["figure"]["apgd_t_float32"]
     assert result.meta["4/255", "apgd_t_float32"]["n_attacked"] == asked > 0
-    standing = {
-        name: (~fallen(rows, LABELS))[~np.isnan(rows).any(1)].sum()
+    robust = {
+        name: (~misclassified(rows, LABELS))[~np.isnan(rows).any(1)].sum()
         for (eps, name), rows in result.logits.items()
         if eps == "4/255"
     }
     assert (
         fell <= asked
         and worst_case(result.logits, LABELS, "4/255").sum()
-        <= (~fallen(result.clean_logits, LABELS)).sum() - fell
+        <= (~misclassified(result.clean_logits, LABELS)).sum() - fell
     )
-    assert standing["apgd_t_float32"] == asked - fell
+    assert robust["apgd_t_float32"] == asked - fell
 
 
 def test_a_state_of_another_precision_is_not_continued(tmp_path):
@@ -769,7 +777,7 @@ def test_a_state_of_another_precision_is_not_continued(tmp_path):
     assert len(files) == 2 * sum(name == "fgsm" for _, name in once.logits) * 2, files
 
 
-def test_skipped_images_carry_the_logits_that_felled_them():
+def test_skipped_images_carry_the_logits_that_misclassified_them():
     plan = [
         Stage("pgd", "pgd8", budget=dict(steps=8)),
         Stage("square", "square", scope="standing", budget=dict(queries=20)),
@@ -778,14 +786,15 @@ def test_skipped_images_carry_the_logits_that_felled_them():
         zoo.honest_model(),
         IMAGES,
         LABELS,
-        PEOPLE,
+        PATIENTS,
         dataclasses.replace(CONFIG, eps=("4/255",)),
         stages=plan,
     )
-    felled = fallen(result.logits["4/255", "pgd8"], LABELS)
-    assert felled.any() and not felled.all()
+    wrong = misclassified(result.logits["4/255", "pgd8"], LABELS)
+    assert wrong.any() and not wrong.all()
     assert np.array_equal(
-        result.logits["4/255", "square"][felled], result.logits["4/255", "pgd8"][felled]
+        result.logits["4/255", "square"][wrong],
+        result.logits["4/255", "pgd8"][wrong],
     )
 
 
@@ -795,11 +804,11 @@ def test_the_sample_leaves_the_rest_outside():
         [Stage("fgsm", "fgsm"), Stage("pgd_l2", "pgd_l2", scope="sample", eps="0.5")],
     )
     rows = result.logits["0.5", "pgd_l2"]
-    inside = stratified_sample(LABELS, PEOPLE, CONFIG.sample)
+    inside = stratified_sample(LABELS, PATIENTS, CONFIG.sample)
     assert np.isfinite(rows[inside]).all() and np.isnan(np.delete(rows, inside, axis=0)).all()
     assert result.meta["0.5", "pgd_l2"]["norm"] == "l2"
     assert result.meta["0.5", "pgd_l2"]["standing_before"] == (
-        ~fallen(result.clean_logits, LABELS)
+        ~misclassified(result.clean_logits, LABELS)
     ).mean().round(4), "what an L-infinity attack felled must not count against another norm"
 
 
@@ -818,20 +827,20 @@ def test_other_norms_run_apart_from_the_worst_case():
     assert {meta["norm"] for meta in result.meta.values()} == {"l2", "l0"}
 
 
-def test_the_stratified_sample_spreads_over_classes_people_and_stacks():
-    labels, people = (
+def test_the_stratified_sample_spreads_over_classes_patients_and_stacks():
+    labels, patients = (
         np.repeat([0, 1, 2, 3], [100 * 8, 70 * 8, 28 * 8, 2 * 8]),
         np.repeat(np.arange(200), 8),
     )
-    sample = stratified_sample(labels, people, 40)
+    sample = stratified_sample(labels, patients, 40)
     counts = np.bincount(labels[sample], minlength=4)
     assert (
         len(sample) == len(set(sample)) == 40 and (counts >= 1).all() and abs(counts[0] - 20) <= 2
     )
-    assert len(set(people[sample][labels[sample] == 0])) == counts[0], (
+    assert len(set(patients[sample][labels[sample] == 0])) == counts[0], (
         "a person twice before every person once"
     )
-    assert np.array_equal(stratified_sample(labels, people, 5000), np.arange(1600))
+    assert np.array_equal(stratified_sample(labels, patients, 5000), np.arange(1600))
 
 
 def test_an_interrupted_evaluation_continues_to_the_same_numbers(tmp_path):
@@ -893,19 +902,19 @@ def test_state_of_another_model_or_other_images_is_not_continued(tmp_path):
     [(crashing, "out of memory"), (idle, "changed none"), (endless, "out of time")],
 )
 def test_a_failed_attack_says_which_and_where(attack, message):
-    with pytest.raises(StudyError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         our_runner(attack)
     assert "useless at eps" in str(error.value) and "not a robust model" in str(error.value)
 
 
 @pytest.mark.parametrize("images", [IMAGES.astype(np.float32), IMAGES[:, 0]])
 def test_only_uint8_images_are_taken(images):
-    with pytest.raises(StudyError, match="uint8"):
-        evaluate_suite(zoo.honest_model(), images, LABELS, PEOPLE, CONFIG)
+    with pytest.raises(UserError, match="uint8"):
+        evaluate_suite(zoo.honest_model(), images, LABELS, PATIENTS, CONFIG)
 
 
 def test_a_model_with_other_outputs_is_refused():
-    with pytest.raises(StudyError, match="expected 4 logits"):
+    with pytest.raises(UserError, match="expected 4 logits"):
         evaluate(nn.Sequential(nn.Flatten(), nn.Linear(zoo.SIDE**2, 3)))
 
 
@@ -915,9 +924,9 @@ def test_a_model_with_other_outputs_is_refused():
 def test_curves_never_rise_and_the_worst_case_lies_below_all():
     curves = accuracy_curves(honest_result(), LABELS)
     assert {"noise", "fgsm", "pgd8", "worst_case"} <= set(curves)
-    for name, standing in curves.items():
-        assert (np.diff(standing.mean(1)) <= 0).all()
-        assert (curves["worst_case"] <= standing).all(), name
+    for name, robust in curves.items():
+        assert (np.diff(robust.mean(1)) <= 0).all()
+        assert (curves["worst_case"] <= robust).all(), name
 
 
 def test_transfer_is_weaker_than_attacking_the_model_itself():
@@ -930,12 +939,14 @@ def test_transfer_is_weaker_than_attacking_the_model_itself():
 def test_minimal_perturbations_agree_with_pgd():
     model, chosen = zoo.honest_model(), slice(0, 32)
     sizes = minimal_perturbations(model, IMAGES[chosen], LABELS[chosen], steps=20)
-    clean_error = fallen(predict_logits(model, as_pixels(IMAGES[chosen])).numpy(), LABELS[chosen])
+    clean_error = misclassified(
+        predict_logits(model, as_pixels(IMAGES[chosen])).numpy(), LABELS[chosen]
+    )
     assert np.array_equal(sizes == 0, clean_error)
     eps = float(np.median(sizes[~clean_error]))
     made = attack_images(model, as_pixels(IMAGES[chosen]), LABELS[chosen], "pgd_targeted", eps)
-    felled = fallen(predict_logits(model, made).numpy(), LABELS[chosen])
-    assert abs(felled.mean() - (sizes <= eps).mean()) <= 0.1
+    wrong = misclassified(predict_logits(model, made).numpy(), LABELS[chosen])
+    assert abs(wrong.mean() - (sizes <= eps).mean()) <= 0.1
 
 
 def test_directions_exist_only_where_there_is_a_class_to_go_to():
@@ -950,26 +961,26 @@ def test_directions_exist_only_where_there_is_a_class_to_go_to():
     }
 
 
-def test_more_steps_and_restarts_leave_no_more_standing():
-    standing = pgd_convergence(
+def test_more_steps_and_restarts_leave_no_more_robust():
+    robust = pgd_convergence(
         zoo.honest_model(), IMAGES, LABELS, 5 / 255, steps=(1, 10), restarts=(1, 2), restart_steps=5
     )
-    assert standing["steps", 10].sum() <= standing["steps", 1].sum()
-    assert standing["restarts", 2].sum() <= standing["restarts", 1].sum()
+    assert robust["steps", 10].sum() <= robust["steps", 1].sum()
+    assert robust["restarts", 2].sum() <= robust["restarts", 1].sum()
 
 
 def test_the_measures_of_a_sample_are_json_of_its_own_rows():
     config = make_config(
         "cpu", "Resnet", eps=("5/255",), headline_eps="5/255", pgd_steps=4, sample=12
     )
-    measures = sample_measures(zoo.honest_model(), IMAGES, LABELS, PEOPLE, config)
+    measures = sample_measures(zoo.honest_model(), IMAGES, LABELS, PATIENTS, config)
     rows = np.array(measures["rows"])
     assert (
         json.loads(json.dumps(measures, allow_nan=False)) == measures and measures["eps"] == "5/255"
     )
-    assert np.array_equal(rows, stratified_sample(LABELS, PEOPLE, 12))
+    assert np.array_equal(rows, stratified_sample(LABELS, PATIENTS, 12))
     assert [value is None for value in measures["healthier"]] == (LABELS[rows] == 0).tolist()
-    clean_error = fallen(
+    clean_error = misclassified(
         predict_logits(zoo.honest_model(), as_pixels(IMAGES[rows])).numpy(), LABELS[rows]
     )
     assert [size == 0 for size in measures["minimal_linf"]] == clean_error.tolist()
@@ -991,5 +1002,5 @@ def test_a_users_model_comes_from_a_factory(tmp_path, monkeypatch):
         ("their_model:absent", "gave no model"),
         ("their_model:wrong", "int"),
     ):
-        with pytest.raises(StudyError, match=message):
+        with pytest.raises(UserError, match=message):
             model_from_factory(spec)

@@ -11,7 +11,7 @@ from torch import nn
 from utils import sequence
 from utils.attacks import BINARY, group_labels, group_logits, margin
 from utils.training import macro_cross_entropy
-from utils.utils_funcs import StudyError
+from utils.utils_funcs import UserError
 
 FEATURES = 10
 
@@ -30,28 +30,28 @@ class Pixels(nn.Module):
 
 
 def studies(
-    people: int = 24, slices: int = 8, side: int = 6, seed: int = 0, shuffled: bool = True
-) -> sequence.Studies:
+    patients: int = 24, slices: int = 8, side: int = 6, seed: int = 0, shuffled: bool = True
+) -> sequence.Scans:
     """People whose class shows in the brightness of their slices, the later the more; of different length."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
-    for person in range(people):
-        label, count = person % 4, slices - person % 3
+    for patient in range(patients):
+        label, count = patient % 4, slices - patient % 3
         for place in range(count):
             image = 0.4 + 0.05 * torch.randn(1, side, side, generator=generator)
             image[:, : side // 2] += 0.15 * label * place / slices
-            rows.append((image.clamp(0, 1), label, person, place))
+            rows.append((image.clamp(0, 1), label, patient, place))
     if shuffled:
         rows = [rows[k] for k in torch.randperm(len(rows), generator=generator)]
-    return sequence.gather_studies(
+    return sequence.gather_scans(
         torch.stack([row[0] for row in rows]),
         *(torch.tensor([row[k] for row in rows]) for k in (1, 2, 3)),
     )
 
 
-def study_model(name: str, seed: int = 0) -> sequence.StudyModel:
+def scan_model(name: str, seed: int = 0) -> sequence.ScanModel:
     torch.manual_seed(seed)
-    return sequence.StudyModel(
+    return sequence.ScanModel(
         Pixels(),
         sequence.build_aggregator(name, FEATURES),
         torch.zeros(FEATURES),
@@ -64,10 +64,10 @@ def study_model(name: str, seed: int = 0) -> sequence.StudyModel:
 
 def test_slices_come_back_in_body_order_and_shorter_stacks_are_masked():
     values = torch.tensor([[5.0], [3.0], [9.0], [7.0]])
-    found = sequence.gather_studies(
+    found = sequence.gather_scans(
         values, torch.tensor([1, 1, 0, 1]), torch.tensor([4, 4, 2, 4]), torch.tensor([10, 2, 0, 31])
     )
-    assert found.people.tolist() == [2, 4] and found.labels.tolist() == [0, 1]
+    assert found.patients.tolist() == [2, 4] and found.labels.tolist() == [0, 1]
     assert found.mask.tolist() == [[True, False, False], [True, True, True]]
     assert found.values[1].flatten().tolist() == [3.0, 5.0, 7.0] and found.values[
         0
@@ -75,9 +75,9 @@ def test_slices_come_back_in_body_order_and_shorter_stacks_are_masked():
 
 
 @pytest.mark.parametrize("slices", [[0, 1, -1], [0, 1, 1]])
-def test_a_person_without_slice_order_is_refused(slices):
-    with pytest.raises(StudyError, match="Person 7 has no slice order"):
-        sequence.gather_studies(
+def test_a_patient_without_slice_order_is_refused(slices):
+    with pytest.raises(UserError, match="Person 7 has no slice order"):
+        sequence.gather_scans(
             torch.zeros(3, 2),
             torch.zeros(3, dtype=torch.int64),
             torch.full((3,), 7),
@@ -87,10 +87,10 @@ def test_a_person_without_slice_order_is_refused(slices):
 
 def test_slices_of_nobody_and_of_two_classes_are_refused():
     labels, order = torch.tensor([0, 1]), torch.tensor([0, 1])
-    with pytest.raises(StudyError, match="no known person"):
-        sequence.gather_studies(torch.zeros(2, 2), labels, torch.tensor([-1, 3]), order)
-    with pytest.raises(StudyError, match="2 classes"):
-        sequence.gather_studies(torch.zeros(2, 2), labels, torch.tensor([3, 3]), order)
+    with pytest.raises(UserError, match="no known person"):
+        sequence.gather_scans(torch.zeros(2, 2), labels, torch.tensor([-1, 3]), order)
+    with pytest.raises(UserError, match="2 classes"):
+        sequence.gather_scans(torch.zeros(2, 2), labels, torch.tensor([3, 3]), order)
 
 
 # --------------------------------------------------------------------------------------------------------- aggregators
@@ -98,52 +98,52 @@ def test_slices_of_nobody_and_of_two_classes_are_refused():
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(name):
-    model, people = study_model(name), studies()
+    model, patients = scan_model(name), studies()
     with torch.no_grad():
-        together = model(people.values, people.mask)
+        together = model(patients.values, patients.mask)
         for row in (0, 5, 11):
-            own = int(people.mask[row].sum())
-            alone = model(people.values[row : row + 1, :own], people.mask[row : row + 1, :own])
+            own = int(patients.mask[row].sum())
+            alone = model(patients.values[row : row + 1, :own], patients.mask[row : row + 1, :own])
             assert torch.allclose(alone[0], together[row], atol=1e-5), (name, row)
-    order = torch.randperm(len(people), generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert torch.allclose(
-            model(people.values[order], people.mask[order]), together[order], atol=1e-5
+            model(patients.values[order], patients.mask[order]), together[order], atol=1e-5
         )
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_fewer_slices_are_accepted_wherever_they_are_missing(name):
-    model, people = study_model(name), studies(people=4)
-    thinned = people.mask.clone()
+    model, patients = scan_model(name), studies(patients=4)
+    thinned = patients.mask.clone()
     thinned[:, 2] = False
     packed = (
-        people.values[:, [0, 1, *range(3, people.values.shape[1])]],
-        people.mask[:, [0, 1, *range(3, people.mask.shape[1])]],
+        patients.values[:, [0, 1, *range(3, patients.values.shape[1])]],
+        patients.mask[:, [0, 1, *range(3, patients.mask.shape[1])]],
     )
     with torch.no_grad():
-        one = model(people.values[:1, :1], people.mask[:1, :1])
+        one = model(patients.values[:1, :1], patients.mask[:1, :1])
         assert one.shape == (1, 4) and bool(one.isfinite().all())
         if name != "transformer":  # which knows where in the body a slice lay
-            assert torch.allclose(model(people.values, thinned), model(*packed), atol=1e-5)
+            assert torch.allclose(model(patients.values, thinned), model(*packed), atol=1e-5)
 
 
 def test_what_lies_under_the_mask_changes_nothing():
-    people = studies(people=6)
-    filled = people.values.clone()
-    filled[~people.mask] = 0.9
+    patients = studies(patients=6)
+    filled = patients.values.clone()
+    filled[~patients.mask] = 0.9
     for name in sequence.AGGREGATORS:
-        model = study_model(name)
+        model = scan_model(name)
         with torch.no_grad():
             assert torch.allclose(
-                model(filled, people.mask), model(people.values, people.mask), atol=1e-6
+                model(filled, patients.mask), model(patients.values, patients.mask), atol=1e-6
             ), name
 
 
 def test_order_matters_to_the_recurrent_network_and_not_to_the_mean():
-    people = studies(people=4, slices=8)
-    people = people.pick([0, 3])  # of full length
-    turned = people.values.flip(1)
+    patients = studies(patients=4, slices=8)
+    patients = patients.pick([0, 3])  # of full length
+    turned = patients.values.flip(1)
     with torch.no_grad():
         for name, same in (
             ("mean", True),
@@ -151,21 +151,21 @@ def test_order_matters_to_the_recurrent_network_and_not_to_the_mean():
             ("gru", False),
             ("transformer", False),
         ):
-            model = study_model(name)
+            model = scan_model(name)
             assert (
                 torch.allclose(
-                    model(turned, people.mask), model(people.values, people.mask), atol=1e-4
+                    model(turned, patients.mask), model(patients.values, patients.mask), atol=1e-4
                 )
                 == same
             ), name
 
 
 def test_the_mean_is_the_mean_of_the_slices_probabilities():
-    model, people = study_model("mean"), studies(people=4)
+    model, patients = scan_model("mean"), studies(patients=4)
     with torch.no_grad():
-        found = model(people.values, people.mask).softmax(1)
+        found = model(patients.values, patients.mask).softmax(1)
         for row in range(4):
-            own = people.values[row][people.mask[row]]
+            own = patients.values[row][patients.mask[row]]
             assert torch.allclose(
                 found[row],
                 model.aggregator.head(model.backbone.features(own)).softmax(1).mean(0),
@@ -174,29 +174,35 @@ def test_the_mean_is_the_mean_of_the_slices_probabilities():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(StudyError, match="Unknown aggregator 'lstm'"):
+    with pytest.raises(UserError, match="Unknown aggregator 'lstm'"):
         sequence.build_aggregator("lstm", 3)
-    with pytest.raises(StudyError, match="Unknown choice"):
-        people = studies(people=2)
+    with pytest.raises(UserError, match="Unknown choice"):
+        patients = studies(patients=2)
         sequence.slice_budgets(
-            study_model("mean"), people.values, people.mask, people.labels, 0.1, (1,), choice="best"
+            scan_model("mean"),
+            patients.values,
+            patients.mask,
+            patients.labels,
+            0.1,
+            (1,),
+            choice="best",
         )
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def featured(part: sequence.Studies) -> sequence.Studies:
-    model = study_model("mean")
+def featured(part: sequence.Scans) -> sequence.Scans:
+    model = scan_model("mean")
     with torch.no_grad():
-        return sequence.Studies(
-            5 * model.features(part.values, part.mask), part.mask, part.labels, part.people
+        return sequence.Scans(
+            5 * model.features(part.values, part.mask), part.mask, part.labels, part.patients
         )
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
-    everyone = featured(studies(people=80, seed=1))
+    everyone = featured(studies(patients=80, seed=1))
     train, validation = everyone.pick(range(60)), everyone.pick(range(60, 80))
     state = torch.get_rng_state()
     model, told = sequence.fit_aggregator(name, train, validation, epochs=30, seed=4)
@@ -215,18 +221,18 @@ def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_a_fit_depends_neither_on_threads_nor_on_the_last_bits_of_the_features(name):
-    everyone = featured(studies(people=60, seed=1))
+    everyone = featured(studies(patients=60, seed=1))
     noise = 1e-6 * torch.randn(everyone.values.shape, generator=torch.Generator().manual_seed(9))
     moved = dataclasses.replace(everyone, values=everyone.values + noise * everyone.mask[..., None])
     assert not torch.equal(moved.values, everyone.values)
     threads, fits = torch.get_num_threads(), []
     try:
-        for count, people in ((1, everyone), (2, everyone), (2, moved)):
+        for count, patients in ((1, everyone), (2, everyone), (2, moved)):
             torch.set_num_threads(count)
             state = torch.get_rng_state()
             fits.append(
                 sequence.fit_aggregator(
-                    name, people.pick(range(44)), people.pick(range(44, 60)), epochs=12
+                    name, patients.pick(range(44)), patients.pick(range(44, 60)), epochs=12
                 )[0]
             )
             assert torch.get_num_threads() == count and torch.equal(state, torch.get_rng_state())
@@ -246,12 +252,12 @@ def test_a_fit_depends_neither_on_threads_nor_on_the_last_bits_of_the_features(n
 
 
 def test_a_fit_that_diverges_leaves_threads_and_random_state():
-    everyone = featured(studies(people=12))
+    everyone = featured(studies(patients=12))
     broken = dataclasses.replace(everyone, values=1e6 * everyone.values)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     try:
         torch.set_num_threads(2)
-        with pytest.raises(StudyError, match="is not finite"):
+        with pytest.raises(UserError, match="is not finite"):
             sequence.fit_aggregator(
                 "mean", broken.pick(range(8)), broken.pick(range(8, 12)), epochs=1
             )
@@ -261,7 +267,7 @@ def test_a_fit_that_diverges_leaves_threads_and_random_state():
 
 
 def test_a_fit_keeps_its_last_epoch_and_chooses_none():
-    everyone = featured(studies(people=24))
+    everyone = featured(studies(patients=24))
     model, told = sequence.fit_aggregator(
         "mean", everyone.pick(range(16)), everyone.pick(range(16, 24)), epochs=4
     )
@@ -275,8 +281,8 @@ def test_a_fit_keeps_its_last_epoch_and_chooses_none():
 
 
 def test_nobody_may_be_in_training_and_validation():
-    everyone = featured(studies(people=12))
-    with pytest.raises(StudyError, match="Person 5 is in training and validation"):
+    everyone = featured(studies(patients=12))
+    with pytest.raises(UserError, match="Person 5 is in training and validation"):
         sequence.fit_aggregator("mean", everyone.pick(range(6)), everyone.pick(range(5, 12)))
 
 
@@ -302,22 +308,22 @@ def attack_four(model, pixels, mask, labels, eps, *, steps=20, allowed=None):
 
 
 @functools.cache
-def trained(name: str) -> sequence.StudyModel:
-    everyone = featured(studies(people=80, seed=1))
+def trained(name: str) -> sequence.ScanModel:
+    everyone = featured(studies(patients=80, seed=1))
     reader, _ = sequence.fit_aggregator(
         name, everyone.pick(range(60)), everyone.pick(range(60, 80)), epochs=30
     )
-    return sequence.StudyModel(
+    return sequence.ScanModel(
         Pixels(), reader, torch.zeros(FEATURES), torch.full((FEATURES,), 1 / 5)
     ).eval()
 
 
 def attacked(name: str = "gru"):
     """(model, pixels, mask, labels): a trained model and people that it answers, whose answers are the labels."""
-    people, model = studies(people=40, seed=2), trained(name)
+    patients, model = studies(patients=40, seed=2), trained(name)
     with torch.no_grad():
-        labels = model(people.values, people.mask).argmax(1)
-    return model, people.values, people.mask, labels
+        labels = model(patients.values, patients.mask).argmax(1)
+    return model, patients.values, patients.mask, labels
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
@@ -368,7 +374,7 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
     least = sequence.slice_budgets(
         model, pixels, mask, labels, 0.008, budgets, steps=10, choice=choice, view="four"
     )
-    curve = sequence.standing_curve(least, budgets)
+    curve = sequence.robust_curve(least, budgets)
     with torch.no_grad():
         clean = (model(pixels, mask).argmax(1) == labels).numpy()
     assert np.array_equal(curve[0], clean) and clean.sum() == len(labels) - 3
@@ -411,7 +417,7 @@ def test_slices_are_chosen_by_the_view_that_is_attacked():
                 [second * 0 - 20, 30 * second - 2, second * 0, 10 * first - 0.1], dim=1
             )
 
-    model = sequence.StudyModel(Brightness(), Reader(), torch.zeros(1), torch.ones(1)).eval()
+    model = sequence.ScanModel(Brightness(), Reader(), torch.zeros(1), torch.ones(1)).eval()
     given = (
         model,
         torch.full((1, 2, 1, 2, 2), 0.5),
@@ -466,7 +472,7 @@ class MeanLogits(nn.Module):
         return features.sum(1) / mask.sum(1, keepdim=True)
 
 
-def counted(model: sequence.StudyModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counted(model: sequence.ScanModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets an entry at every further look at a changed scan."""
     looks, reread = [], model.reread
     monkeypatch.setattr(model, "reread", lambda *given: (looks.append(1), reread(*given))[1])
@@ -474,7 +480,7 @@ def counted(model: sequence.StudyModel, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def test_a_fall_from_mild_to_moderate_is_not_taken_for_robustness_in_three_classes(monkeypatch):
-    model = sequence.StudyModel(Halves(), MeanLogits(), torch.zeros(4), torch.ones(4)).eval()
+    model = sequence.ScanModel(Halves(), MeanLogits(), torch.zeros(4), torch.ones(4)).eval()
     pixels, mask, labels = (
         torch.full((1, 3, 1, 2, 2), 0.5),
         torch.ones(1, 3, dtype=torch.bool),

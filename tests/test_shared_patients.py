@@ -16,10 +16,10 @@ from sklearn.metrics import roc_auc_score
 
 from utils import audit, cohort as c, metrics, records, shared_patients as sp
 from utils.phantom import draw_cohort, write_phantom
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
-PEOPLE = (12, 9, 7, 2)
-PHANTOM = {"people": PEOPLE, "slices": 10, "size": 96, "synthetic": 8, "duplicates": 3, "seed": 4}
+PATIENTS = (12, 9, 7, 2)
+PHANTOM = {"patients": PATIENTS, "slices": 10, "size": 96, "synthetic": 8, "duplicates": 3, "seed": 4}
 HALF_TURN = (2, False)
 
 
@@ -37,7 +37,9 @@ def cohort(raw) -> c.Cohort:
 @pytest.fixture(scope="module")
 def strangers() -> list[np.ndarray]:
     """One slice each of 14 phantom people who are nobody of the cohort."""
-    drawn = draw_cohort(people=(6, 4, 2, 2), slices=10, size=96, synthetic=0, duplicates=0, seed=77)
+    drawn = draw_cohort(
+        patients=(6, 4, 2, 2), slices=10, size=96, synthetic=0, duplicates=0, seed=77
+    )
     return [drawn.images[i] for i in np.flatnonzero(drawn.slice_index == 5)]
 
 
@@ -94,7 +96,7 @@ def test_everybody_shared_is_found_and_no_stranger_in_every_orientation(
     }
     assert found.orientation == orientation
     assert found.gap[0] < found.gap[1] and found.repeats == 0
-    assert (found.n_patients, found.n_other) == (sum(PEOPLE), len(images))
+    assert (found.n_patients, found.n_other) == (sum(PATIENTS), len(images))
 
 
 def test_one_patient_among_strangers_is_found(raw, cohort, strangers):
@@ -223,12 +225,12 @@ def test_what_cannot_be_read_is_counted_and_not_named(tmp_path, strangers):
     folder = write_other(tmp_path / "other", strangers[:2])
     (folder / "SUBJ0009_MR1_a.jpg").write_bytes(b"no image")
     for pattern, message in ((None, "1 files of the other set"), ("(", "no regular expression")):
-        with pytest.raises(StudyError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             sp.read_other(folder, pattern) if pattern is None else sp._ids_of(["SUBJ0009"], pattern)
         assert "SUBJ" not in str(error.value)
-    with pytest.raises(StudyError, match="2 of 2 files"):
+    with pytest.raises(UserError, match="2 of 2 files"):
         sp._ids_of(["SUBJ0001", "SUBJ0002"], r"P\d+")
-    with pytest.raises(StudyError, match="nothing at"):
+    with pytest.raises(UserError, match="nothing at"):
         sp.read_other(tmp_path / "nowhere")
 
 
@@ -242,13 +244,13 @@ def test_ages_are_read_and_bad_tables_are_refused(tmp_path):
     assert sp.read_ages(write_table(tmp_path / "a.csv", [("P1", "61.5"), ("P2", "")])) == {
         "P1": 61.5
     }
-    with pytest.raises(StudyError, match="no column 'Years'"):
+    with pytest.raises(UserError, match="no column 'Years'"):
         sp.read_ages(tmp_path / "a.csv", age_column="Years")
     for rows, message in (
         ([("P1", "old")], "no number"),
         ([("P1", "60"), ("P1", "61")], "two ages"),
     ):
-        with pytest.raises(StudyError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             sp.read_ages(write_table(tmp_path / "b.csv", rows))
         assert "P1" not in str(error.value)
 
@@ -304,7 +306,7 @@ def test_the_part_holds_the_found_patients_within_the_range():
     assert part.range_name == "60 years and more"
     assert sp.part_of_age(shared, other, ages, age_to=59).patient_id.tolist() == [7]
     assert "80" not in repr(part) and "patient_id" not in repr(part) + repr(shared)
-    with pytest.raises(StudyError, match="--id-pattern"):
+    with pytest.raises(UserError, match="--id-pattern"):
         sp.part_of_age(shared, other, {"z": 70.0})
 
 
@@ -317,13 +319,13 @@ def simulated(n: Sequence[int] = (40, 30, 20, 2), slices: int = 4, seed: int = 0
     label = np.repeat(np.arange(4), n)
     base = 0.8 * np.eye(4)[label] + rng.normal(0, 0.7, (len(label), 4))
     logits = np.repeat(base, slices, 0) + rng.normal(0, 0.3, (len(label) * slices, 4))
-    people = np.repeat(np.arange(len(label)), slices)
+    patients = np.repeat(np.arange(len(label)), slices)
     return {
         "clean": logits.astype(np.float32),
         "labels": np.repeat(label, slices),
-        "patient_id": people,
-        "fold": np.zeros_like(people),
-        "seed": np.zeros_like(people),
+        "patient_id": patients,
+        "fold": np.zeros_like(patients),
+        "seed": np.zeros_like(patients),
     }
 
 
@@ -347,8 +349,8 @@ def test_scores_of_the_part_are_those_of_its_patients_alone():
         low, high = score["difference"]["ci"]
         assert low <= score["difference"]["value"] <= high and low < high
     arrays = (predictions[name] for name in ("clean", "labels", "patient_id"))
-    person = metrics.score_people(*arrays, n_boot=10)["auroc"]["value"]
-    assert found["person_auroc"]["everybody"]["value"] == pytest.approx(person, abs=6e-4)
+    patient = metrics.score_patients(*arrays, n_boot=10)["auroc"]["value"]
+    assert found["person_auroc"]["everybody"]["value"] == pytest.approx(patient, abs=6e-4)
 
 
 def test_the_difference_is_surer_than_two_separate_intervals():
@@ -390,9 +392,9 @@ def test_records_of_another_cohort_are_refused_and_small_parts_too(tmp_path):
     entries = list(records.read_entries(tmp_path).values())
     part = np.arange(20, 92)
     assert list(sp.score_rows(entries, part, "a" * 64, n_boot=10)) == ["Resnet/patient"]
-    with pytest.raises(StudyError, match="aaaaaaaa.*bbbbbbbb"):
+    with pytest.raises(UserError, match="aaaaaaaa.*bbbbbbbb"):
         sp.score_rows(entries, part, "b" * 64)
-    with pytest.raises(StudyError, match="fewer than 5"):
+    with pytest.raises(UserError, match="fewer than 5"):
         sp.score_rows(entries, part[:4], "a" * 64)
 
 
@@ -493,7 +495,7 @@ def test_the_command_tells_counts_ages_and_scores_and_nobody_s_name(case, cohort
     assert written["other"] == "Set B" and written["gap"][0] < written["gap"][1]
     assert written["rows"]["Resnet/patient"]["n_people"] == case["n"]
     page = out.read_text(encoding="utf-8")
-    assert f"{case['n'] + 1} of {sum(PEOPLE)} patients are also in Set B" in page
+    assert f"{case['n'] + 1} of {sum(PATIENTS)} patients are also in Set B" in page
     assert "Not found: either" in page
     everything = scores.read_text(encoding="utf-8") + page + done.stdout + done.stderr
     assert "SUBJ" not in everything
@@ -524,11 +526,13 @@ def test_sets_without_shared_patients_end_with_3_and_a_sentence(case, strangers,
     with pytest.raises(SystemExit) as stopped:
         audit.main(case["raw"], against=other, out=tmp_path / "page.html")
     printed = capsys.readouterr()
-    assert stopped.value.code == audit.NO_PEOPLE == 3 and "No gap separates patients" in printed.err
+    assert (
+        stopped.value.code == audit.NO_PATIENTS == 3 and "No gap separates patients" in printed.err
+    )
     assert not (tmp_path / "page.html").exists() and "SUBJ" not in printed.out + printed.err
 
 
 def test_scores_of_other_patients_records_are_refused(case, tmp_path):
-    with pytest.raises(StudyError, match="is a record of the cohort"):
+    with pytest.raises(UserError, match="is a record of the cohort"):
         audit.main(case["raw"], against=case["other"], scores=tmp_path / "age.json")
     assert not (tmp_path / "age.json").exists()

@@ -16,7 +16,7 @@ from utils import training
 from utils.backbones import build_model, load_model, save_model
 from utils.config import RunConfig, make_config
 from utils.data import ImageSet
-from utils.utils_funcs import ROOT, StudyError
+from utils.utils_funcs import ROOT, UserError
 
 
 def striped(count: int, seed: int) -> ImageSet:
@@ -26,11 +26,11 @@ def striped(count: int, seed: int) -> ImageSet:
     images = torch.rand(count, 1, 32, 32, generator=generator) * 40
     for row, label in enumerate(labels.tolist()):
         images[row, 0, 8:24, 2 + 8 * label : 6 + 8 * label] += 180
-    people = torch.arange(count) // 4 + 1000 * seed
+    patients = torch.arange(count) // 4 + 1000 * seed
     return ImageSet(
         images.to(torch.uint8),
         labels,
-        people,
+        patients,
         torch.arange(count) % 4,
         [f"{seed:02d}{row:062d}" for row in range(count)],
         "bars",
@@ -174,11 +174,11 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
     )
 
 
-def test_a_warm_start_begins_at_the_weights_of_the_clean_twin(tiny):
+def test_a_warm_start_begins_at_the_weights_of_the_clean_counterpart(tiny):
     training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
     config = small("Resnet_atk", warm_start=True, epochs=1, lr=0.0)
     robust = tiny.with_name("robust.safetensors")
-    with pytest.raises(StudyError, match="clean twin"):
+    with pytest.raises(UserError, match="clean twin"):
         training.fit(TRAIN, VALIDATION, config, robust, DEVICE)
     training.fit(TRAIN, VALIDATION, config, robust, DEVICE, start=tiny)
     assert all(
@@ -196,7 +196,7 @@ def test_a_finished_training_is_not_run_again(tiny):
 
 def test_a_checkpoint_of_other_settings_is_an_error_until_retrained(tiny):
     training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
-    with pytest.raises(StudyError, match="lr 0.0003 instead of 0.01"):
+    with pytest.raises(UserError, match="lr 0.0003 instead of 0.01"):
         training.fit(TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE)
     assert training.fit(
         TRAIN, VALIDATION, small("Resnet", lr=0.01), tiny, DEVICE, retrain=True
@@ -213,7 +213,7 @@ def test_an_exploding_loss_is_a_clear_error_and_loses_nothing(tiny, monkeypatch)
         return (loss * float("nan") if len(seen) == 4 else loss), logits
 
     monkeypatch.setattr(training, "loss_of_batch", poisoned)
-    with pytest.raises(StudyError, match="loss became nan in epoch 2"):
+    with pytest.raises(UserError, match="loss became nan in epoch 2"):
         training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
     monkeypatch.setattr(training, "loss_of_batch", original)
     assert len(training.fit(TRAIN, VALIDATION, config, tiny, DEVICE).history) == 3
@@ -357,7 +357,7 @@ def test_a_state_of_another_backbone_does_not_load(tiny):
     state = torch.load(path, weights_only=True)
     state["model"]["conv.weight"] = torch.zeros(8, 1, 3, 3)
     torch.save(state, path)
-    with pytest.raises(StudyError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
 
 
@@ -390,7 +390,7 @@ def test_an_exploding_gradient_costs_its_step_and_many_in_a_row_end_the_training
     assert [entry["skipped_steps"] for entry in fit.history] == [0, 1, 0]
     assert all(torch.isfinite(tensor.float()).all() for tensor in weights(tiny).values())
     broken.update(range(1, 99))
-    with pytest.raises(StudyError, match="gradient was not finite in 5 steps"):
+    with pytest.raises(UserError, match="gradient was not finite in 5 steps"):
         training.fit(
             TRAIN,
             VALIDATION,
@@ -484,7 +484,7 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
 
     (tmp_path / "a.json").write_text("old")
     with (
-        pytest.raises(StudyError, match="the disk is full"),
+        pytest.raises(UserError, match="the disk is full"),
         atomic_path(tmp_path / "a.json") as temporary,
     ):
         temporary.write_text("half")

@@ -7,7 +7,7 @@ import pytest
 
 from utils.utils_funcs import (
     ROOT,
-    StudyError,
+    UserError,
     atomic_path,
     choose_device,
     read_json,
@@ -34,7 +34,7 @@ def test_nan_never_reaches_a_record(tmp_path):
 
 def test_a_half_written_json_is_a_clear_error(tmp_path):
     (tmp_path / "record.json").write_text('{"value":')
-    with pytest.raises(StudyError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         read_json(tmp_path / "record.json")
 
 

@@ -24,12 +24,12 @@ from PIL import Image
 
 from utils import audit_figures, cohort as recovery
 from utils import records, shared_patients
-from utils.cohort import Cohort, NoPeopleError, RawImages, Recovery, features, members_of, nearest
+from utils.cohort import Cohort, NoPatientsError, RawImages, Recovery, features, members_of, nearest
 from utils.controls import as_rows, baseline_record, nearest_rows, shrunk
-from utils.data import Folds, split_people, split_slices
-from utils.utils_funcs import CLASSES, PROTOCOLS, ROOT, StudyError, atomic_path, progress
+from utils.data import Folds, split_patients, split_slices
+from utils.utils_funcs import CLASSES, PROTOCOLS, ROOT, UserError, atomic_path, progress
 
-NO_PEOPLE = 3
+NO_PATIENTS = 3
 ARRAYS = audit_figures.ARRAYS
 #: Above so many images the audit measures correlations at the search size only, to stay within memory.
 FULL_SIZE_LIMIT = 12_000
@@ -40,7 +40,7 @@ EDGES = np.linspace(0, 1, 201)
 # ---------------------------------------------------------------------------------------------- people from pixels
 
 
-def link_evidence(vectors: np.ndarray, person: np.ndarray) -> dict[str, np.ndarray]:
+def link_evidence(vectors: np.ndarray, patient: np.ndarray) -> dict[str, np.ndarray]:
     """How far people lie apart: histograms over `EDGES` of each image's best correlation with its own person and with
     anybody else, and how many groups remain at each of `THRESHOLDS`.
 
@@ -53,11 +53,11 @@ def link_evidence(vectors: np.ndarray, person: np.ndarray) -> dict[str, np.ndarr
         weakest link that joins a slice to its own, on these vectors.
     """
     own, within = np.empty(len(vectors)), []
-    for members in members_of(person):
+    for members in members_of(patient):
         matrix = vectors[members] @ vectors[members].T
         within.append(recovery.tree_of(matrix))
         own[members] = np.where(np.eye(len(members), dtype=bool), -1, matrix).max(1)
-    between, other = people_tree(vectors, person)
+    between, other = patient_tree(vectors, patient)
     weights = np.concatenate([*within, between])
     groups = len(vectors) - np.array([(weights >= threshold).sum() for threshold in THRESHOLDS])
     return {
@@ -68,16 +68,16 @@ def link_evidence(vectors: np.ndarray, person: np.ndarray) -> dict[str, np.ndarr
     }
 
 
-def people_tree(vectors: np.ndarray, person: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def patient_tree(vectors: np.ndarray, patient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Correlations (P - 1,) of the strongest tree that joins the people to one whole, and each image's best correlation
     (N,) with anybody else; in as many passes over all pairs as the number of parts takes to shrink to one."""
-    part, links, other = np.asarray(person), np.empty((0, 3)), None
+    part, links, other = np.asarray(patient), np.empty((0, 3)), None
     while part.max() > 0:
         found, best = recovery.join_parts(vectors, part)
         other = best if other is None else other
-        found[:, :2] = person[found[:, :2].astype(np.int64)]
-        links = recovery.kruskal(np.vstack([links, found]), person.max() + 1)
-        part = recovery.groups_above(links, person.max() + 1, -2)[person]
+        found[:, :2] = patient[found[:, :2].astype(np.int64)]
+        links = recovery.kruskal(np.vstack([links, found]), patient.max() + 1)
+        part = recovery.groups_above(links, patient.max() + 1, -2)[patient]
     return links[:, 2], other
 
 
@@ -85,10 +85,10 @@ def _histogram(correlations: np.ndarray) -> np.ndarray:
     return np.histogram(np.clip(correlations, 0, 1), EDGES)[0].astype(np.int32)
 
 
-def sizes_by_class(person: np.ndarray, label: np.ndarray) -> np.ndarray:
+def sizes_by_class(patient: np.ndarray, label: np.ndarray) -> np.ndarray:
     """(P, 2) class and number of images of each person."""
     return np.array(
-        [[np.bincount(label[members]).argmax(), len(members)] for members in members_of(person)]
+        [[np.bincount(label[members]).argmax(), len(members)] for members in members_of(patient)]
     )
 
 
@@ -99,7 +99,7 @@ def recompressed(image: np.ndarray, quality: int) -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
-def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -> list[dict]:
+def stability(images: Sequence[np.ndarray], patient: np.ndarray, seed: int = 0) -> list[dict]:
     """Does the recovery depend on how it is done? The same images under other blur widths, sizes, compression, noise.
 
     Returns:
@@ -133,20 +133,20 @@ def stability(images: Sequence[np.ndarray], person: np.ndarray, seed: int = 0) -
     rows = []
     for name, change, options in progress(variants, "stability"):
         vectors = features([change(image) for image in images], **options)
-        rows.append({"variant": name, **_regroup(vectors, person)})
+        rows.append({"variant": name, **_regroup(vectors, patient)})
     return rows
 
 
-def _regroup(vectors: np.ndarray, person: np.ndarray) -> dict:
+def _regroup(vectors: np.ndarray, patient: np.ndarray) -> dict:
     tree = recovery.strongest_tree(vectors, rounds=1)
     gap = recovery.find_gap(tree, len(vectors))
     if gap is None:
         return {"people": 0, "same": False, "low": float("nan"), "high": float("nan")}
     group = recovery.groups_above(tree, len(vectors), recovery.middle(gap))
-    pairs = len(set(zip(group.tolist(), person.tolist(), strict=True)))
+    pairs = len(set(zip(group.tolist(), patient.tolist(), strict=True)))
     return {
         "people": int(group.max()) + 1,
-        "same": pairs == group.max() + 1 == len(np.unique(person)),
+        "same": pairs == group.max() + 1 == len(np.unique(patient)),
         "low": gap[0],
         "high": gap[1],
     }
@@ -155,7 +155,7 @@ def _regroup(vectors: np.ndarray, person: np.ndarray) -> dict:
 # ---------------------------------------------------------------------------------------------- what the split measures
 
 
-def shared_people(cohort: Cohort) -> dict[str, int]:
+def patients_on_both_sides(cohort: Cohort) -> dict[str, int]:
     """How many people stand in the published train, in the published test folder, and in both."""
     known = cohort.patient_id >= 0
     train, test = (
@@ -268,7 +268,7 @@ def leak_arrays(
         thorough: measure at full size and the stability too; else at the search size alone, in a fraction of the time.
     """
     real = np.flatnonzero(cohort.kind == "real")
-    images, person = [raw.images[i] for i in real], cohort.patient_id[real]
+    images, patient = [raw.images[i] for i in real], cohort.patient_id[real]
     side = (
         recovery.full_side(images)
         if thorough and len(raw) <= FULL_SIZE_LIMIT
@@ -276,17 +276,17 @@ def leak_arrays(
     )
     arrays = {
         f"links_{name}": value
-        for name, value in link_evidence(features(images, side), person).items()
+        for name, value in link_evidence(features(images, side), patient).items()
     }
     arrays |= {
         f"synthetic_{name}": value for name, value in synthetic_evidence(raw, cohort).items()
     }
     if thorough:
-        rows = stability(images, person)
+        rows = stability(images, patient)
         arrays |= {f"stability_{name}": np.array([row[name] for row in rows]) for name in rows[0]}
-    shared = shared_people(cohort)
+    shared = patients_on_both_sides(cohort)
     return arrays | {
-        "sizes": sizes_by_class(person, cohort.label[real]),
+        "sizes": sizes_by_class(patient, cohort.label[real]),
         "distance": distance_to_training(cohort).astype(np.int16),
         "shared": np.array([shared[name] for name in audit_figures.SHARED]),
         "data": np.array(data),
@@ -352,10 +352,10 @@ def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
         cells = []
         for k in range(len(CLASSES)):
             members = rows[cohort.label[rows] == k]
-            people = len(set(cohort.patient_id[members].tolist()) - {-1})
-            cells.append(f"{people} / {len(members):,}" if len(members) else "–")
-        people = len(set(cohort.patient_id[rows].tolist()) - {-1})
-        return f"| {name} | " + " | ".join(cells) + f" | {people} / {len(rows):,} |"
+            patients = len(set(cohort.patient_id[members].tolist()) - {-1})
+            cells.append(f"{patients} / {len(members):,}" if len(members) else "–")
+        patients = len(set(cohort.patient_id[rows].tolist()) - {-1})
+        return f"| {name} | " + " | ".join(cells) + f" | {patients} / {len(rows):,} |"
 
     lines = [
         "| people / images | " + " | ".join(CLASSES) + " | all |",
@@ -366,7 +366,7 @@ def data_card(cohort: Cohort, folds: Folds | None = None) -> str:
     lines += [row(f"`slice`, {name}", rows) for name, rows in split_slices(cohort).items()]
     if folds is not None:
         lines += [
-            row(f"`patient`, test fold {fold}", split_people(cohort, folds, fold)["test"])
+            row(f"`patient`, test fold {fold}", split_patients(cohort, folds, fold)["test"])
             for fold in sorted(set(folds.fold.tolist()))
         ]
     moderate = len(set(cohort.patient_id[(cohort.label == 3) & (cohort.patient_id >= 0)].tolist()))
@@ -429,7 +429,7 @@ def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
     """The audit as one self-contained HTML page, and whether people were found."""
     try:
         cohort, found = recovery.build_cohort(raw)
-    except NoPeopleError as error:
+    except NoPatientsError as error:
         body = [
             f"<p class='verdict'>{html.escape(str(error))}</p>",
             "<p>So nothing can be said from the pixels about who stands on both "
@@ -447,7 +447,7 @@ def report_page(raw: RawImages, source: str) -> tuple[str, bool]:
 
 
 def _findings(raw: RawImages, cohort: Cohort, found: Recovery, source: str) -> list[str]:
-    shared, control = shared_people(cohort), split_control(raw, cohort)
+    shared, control = patients_on_both_sides(cohort), split_control(raw, cohort)
     sizes = [
         len(members)
         for members in members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))
@@ -612,7 +612,7 @@ def main(
         )
         return
     if ages is None and (age_from, age_to) != (None, None):
-        raise StudyError("A range of ages needs a table of ages: name it with --ages.")
+        raise UserError("A range of ages needs a table of ages: name it with --ages.")
     table = None if ages is None else shared_patients.read_ages(ages, id_column, age_column)
     other = shared_patients.read_other(against, id_pattern)
     _audit_two(
@@ -637,11 +637,11 @@ def _audit_one(
         f"--{name.replace('_', '-')}" for name, value in needs_other.items() if value is not None
     ]
     if given:
-        raise StudyError(
+        raise UserError(
             f"{' and '.join(given)} need another set of images: name it with --against."
         )
     if out is None:
-        raise StudyError("Name the page to write with --out.")
+        raise UserError("Name the page to write with --out.")
     page, found = report_page(images, raw.name)
     _write_page(page, out)
     if not found:
@@ -649,7 +649,7 @@ def _audit_one(
             f"No people can be told apart in {raw}: its images show no gap between groups of slices.",
             file=sys.stderr,
         )
-        sys.exit(NO_PEOPLE)
+        sys.exit(NO_PATIENTS)
 
 
 def _audit_two(
@@ -666,15 +666,15 @@ def _audit_two(
     records_root: Path,
 ) -> None:
     """What two sets share, printed, and written where a page or a file of scores is asked for."""
-    images = shared_patients.in_study_order(images)
+    images = shared_patients.in_model_order(images)
     try:
         cohort = recovery.cohort_for(images)
         comparison, part = shared_patients.compare(
             images, cohort, other, other_name, ages, age_from=age_from, age_to=age_to
         )
-    except (NoPeopleError, shared_patients.NoGapError) as error:
+    except (NoPatientsError, shared_patients.NoGapError) as error:
         print(error, file=sys.stderr)
-        sys.exit(NO_PEOPLE)
+        sys.exit(NO_PATIENTS)
     for name, value in shared_patients.facts(comparison):
         print(f"{name}: {value}")
     print(shared_patients.explanation(comparison))
@@ -700,6 +700,6 @@ if __name__ == "__main__":
 
     try:
         tyro.cli(main)
-    except StudyError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.figures import BASE, COLOURS, GREY, PROTOCOL_TITLES, canvas, styled
-from utils.utils_funcs import CLASSES, PROTOCOLS, StudyError
+from utils.utils_funcs import CLASSES, PROTOCOLS, UserError
 
 #: The small arrays' file in assets/Baselines/.
 ARRAYS = "leak_audit.npz"
@@ -31,8 +31,8 @@ CONTROL_NAMES = {
 
 
 def _label(arrays: dict[str, np.ndarray]) -> str:
-    people = len(arrays["sizes"])
-    return f"data: {arrays['data']} · n = {int(arrays['sizes'][:, 1].sum()):,} real images of {people} people"
+    patients = len(arrays["sizes"])
+    return f"data: {arrays['data']} · n = {int(arrays['sizes'][:, 1].sum()):,} real images of {patients} people"
 
 
 def _centres(count: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def _centres(count: int) -> np.ndarray:
 
 
 @styled
-def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
+def patients_figure(arrays: dict[str, np.ndarray]) -> Figure:
     """People from pixels: best correlations with their gap, number of groups against the threshold, sizes by class."""
     figure, axes = canvas(1, 3, (11.5, 3.6), "People come out of the pixels", _label(arrays))
     links, count, sizes = axes[0]
@@ -66,13 +66,13 @@ def people_figure(arrays: dict[str, np.ndarray]) -> Figure:
     thresholds = 0.5 + 0.005 * np.arange(len(arrays["links_groups"]))
     count.axvspan(low, high, color="#f0f0f0", zorder=0)
     count.step(thresholds, arrays["links_groups"], where="post", color=BASE)
-    people = len(arrays["sizes"])
-    count.axhline(people, color=OWN, linestyle=":", linewidth=1.1)
+    patients = len(arrays["sizes"])
+    count.axhline(patients, color=OWN, linestyle=":", linewidth=1.1)
     count.set(
         yscale="log",
         xlabel="threshold on the correlation",
         ylabel="groups (connected components)",
-        title=f"{people} groups at every threshold inside the gap",
+        title=f"{patients} groups at every threshold inside the gap",
     )
     position = 0
     for k, name in enumerate(CLASSES):
@@ -325,7 +325,7 @@ def stack_figure(
 
 #: File name in assets/Baselines/ → figure, drawn from the committed arrays alone.
 AUDIT_FIGURES = {
-    "people": people_figure,
+    "people": patients_figure,
     "stability": stability_figure,
     "split": split_figure,
     "synthetic": synthetic_figure,
@@ -336,7 +336,7 @@ def read_arrays(folder: Path | str) -> dict[str, np.ndarray]:
     """The audit's arrays in `assets/Baselines`."""
     path = Path(folder) / ARRAYS
     if not path.is_file():
-        raise StudyError(
+        raise UserError(
             f"There is no leak audit at {path}: run dataset/leak_audit.ipynb, which writes it."
         )
     with np.load(path) as file:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.utils_funcs import CLASSES, MODELS, StudyError, atomic_path
+from utils.utils_funcs import CLASSES, MODELS, UserError, atomic_path
 
 #: Seconds that a hub gets to answer before the model starts from random weights.
 HUB_TIMEOUT = 8
@@ -36,7 +36,7 @@ class PixelClassifier(nn.Module):
 
     def pixels_to_input(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 1:
-            raise StudyError(
+            raise UserError(
                 f"The model takes images of shape (N, 1, H, W) in [0, 1], not {tuple(images.shape)}."
             )
         if self.input_size and images.shape[-2:] != (self.input_size, self.input_size):
@@ -117,12 +117,12 @@ def build_model(
         StudyError: unknown name, or a DINOv2 size that is no multiple of 14 (it would ignore the remainder in silence).
     """
     if name not in MODELS:
-        raise StudyError(f"Unknown model {name!r}: expected one of {', '.join(MODELS)}.")
+        raise UserError(f"Unknown model {name!r}: expected one of {', '.join(MODELS)}.")
     backbone = name.removesuffix("_atk")
     if backbone == "Dinov2":
         input_size = input_size or 126
         if input_size % PATCH:
-            raise StudyError(
+            raise UserError(
                 f"Dinov2 was asked for {input_size} px, but its patch is 14: use a multiple of it, as 126 or 224."
             )
         build, tag = _build_dinov2, "lvd142m"
@@ -143,7 +143,7 @@ def _with_weights(
     folder = os.environ.get("ALZHEIMER_WEIGHTS")
     if folder:
         if not Path(folder).is_dir():
-            raise StudyError(
+            raise UserError(
                 f"ALZHEIMER_WEIGHTS names {folder}, which is no folder: point it to the folder of weights or unset it."
             )
         return build(Path(folder), True), tag
@@ -203,7 +203,7 @@ def _build_timm(backbone: str, folder: Path | None, load: bool) -> nn.Module:
         (folder / timm_name).glob("*.safetensors")
     )
     if not files:
-        raise StudyError(
+        raise UserError(
             f"{folder} holds no {timm_name}*.safetensors: download it from its hub or unset ALZHEIMER_WEIGHTS."
         )
     overlay = dict(file=str(files[0]))
@@ -277,7 +277,7 @@ def _build_dinov2(folder: Path | None, load: bool) -> nn.Module:
         )
     local = folder / DINOV2_NAME.split("/")[1]
     if not (local / "config.json").is_file():
-        raise StudyError(
+        raise UserError(
             f"{local} holds no DINOv2 (config.json is missing): put the hub's files there or unset ALZHEIMER_WEIGHTS."
         )
     return DinoClassifier(
@@ -329,18 +329,18 @@ def read_metadata(path: Path | str) -> dict:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise StudyError(
+        raise UserError(
             f"No checkpoint at {path}: train it first (`python -m utils.experiment train --help`)."
         )
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("alzheimer")
     except SafetensorError as error:
-        raise StudyError(
+        raise UserError(
             f"{path} is no readable safetensors file ({error}): delete it and train again."
         ) from error
     if header is None:
-        raise StudyError(
+        raise UserError(
             f"{path} was not written by this project (its header names no model): use a file that `save_model` made."
         )
     return json.loads(header)
@@ -374,7 +374,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path | str)
         model.load_state_dict(state)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise StudyError(
+        raise UserError(
             f"{source} does not fit {getattr(model, 'name', 'this model')} ({detail[:160]}): "
             "give the checkpoint of the same backbone."
         ) from error

@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from utils.utils_funcs import CLASSES, ROOT, StudyError, atomic_path, progress
+from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, progress
 
 KAGGLE_DATASET = "lukechugh/best-alzheimer-mri-dataset-99-accuracy"
 #: Who is on each image of the published set, as this repository holds it.
@@ -91,7 +91,7 @@ COLUMNS = (
 )
 
 
-class NoPeopleError(StudyError):
+class NoPatientsError(UserError):
     """The images show no people that can be told apart. `recovery` holds what was measured."""
 
     def __init__(self, message: str, recovery: "Recovery | None" = None) -> None:
@@ -176,7 +176,7 @@ def find_raw(explicit: Path | str | None = None) -> Path | None:
     ):
         if named:
             if not Path(named).exists():
-                raise StudyError(
+                raise UserError(
                     f"There is nothing at {named} ({source}): name the folder or zip of the raw images."
                 )
             return Path(named)
@@ -220,14 +220,14 @@ def read_raw(
     """
     path = Path(path)
     if not path.exists():
-        raise StudyError(f"There is nothing at {path}: name the folder or zip of the raw images.")
+        raise UserError(f"There is nothing at {path}: name the folder or zip of the raw images.")
     if path.is_dir():
         return _read_entries(path, _folder_entries(path), skip_unreadable, any_classes)
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_entries(path, _zip_entries(archive, path), skip_unreadable, any_classes)
     except zipfile.BadZipFile as error:
-        raise StudyError(
+        raise UserError(
             f"{path} is no complete zip archive ({error}): download it again."
         ) from error
 
@@ -251,7 +251,7 @@ def _zip_entries(archive: zipfile.ZipFile, path: Path) -> list[tuple[str, Callab
             or ".." in name.split("/")
             or stat.S_ISLNK(info.external_attr >> 16)
         ):
-            raise StudyError(
+            raise UserError(
                 f"{path} holds an entry that points outside its folder ({info.filename}): "
                 "do not trust this archive, get it from its source."
             )
@@ -272,7 +272,7 @@ def _read_entries(
         if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
     ]
     if not entries:
-        raise StudyError(
+        raise UserError(
             f"{source} holds no image: expected class folders such as train/Non_Demented/*.jpg."
         )
     names = _without_outer_folders([name for name, _ in entries])
@@ -303,7 +303,7 @@ def _read_entries(
     _report_unreadable(unreadable, skip_unreadable)
     missing = [name for k, name in enumerate(classes) if k not in set(label)]
     if missing:
-        raise StudyError(
+        raise UserError(
             f"{source} holds no readable image of the class {' and '.join(missing)}: "
             "expected all of " + ", ".join(classes) + "; is it unpacked completely?"
         )
@@ -325,7 +325,7 @@ def _report_unreadable(unreadable: list[tuple[str, Exception]], skip: bool) -> N
     for name, error in unreadable:
         if not skip:
             others = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
-            raise StudyError(
+            raise UserError(
                 f"{name}{others} cannot be read as an image ({error}): replace it, or go on without it "
                 "with --skip-unreadable (skip_unreadable=True)."
             )
@@ -359,7 +359,7 @@ def _labels_of(
                 if "/" in name
                 else "no class folder"
             )
-            raise StudyError(
+            raise UserError(
                 f"{source} holds {name} in {where}: expected Non, Very Mild, Mild and Moderate Demented "
                 "(or No … Impairment), in any case, with spaces, underscores or nothing between."
             )
@@ -628,7 +628,7 @@ def find_gap(
         i, j = (forest.root(int(end)) for end in links[row, :2])
         hangs_on = any(forest.size[end] < LEAST_SLICES and not trusted[end] for end in (i, j))
         if not hangs_on:
-            if above is not None and tally.shows_people(n) and links[above, 2] ** 2 >= 0.5:
+            if above is not None and tally.shows_patients(n) and links[above, 2] ** 2 >= 0.5:
                 steps.append(z[above] - z[row])
                 edges.append((float(links[row, 2]), float(links[above, 2])))
             above = row
@@ -645,20 +645,20 @@ def find_gap(
 class _Tally:
     """Groups of at least `LEAST_SLICES`: how many, how many images they hold, and the largest of all."""
 
-    people: int = 0
+    patients: int = 0
     covered: int = 0
     largest: int = 1
 
     def join(self, one: int, two: int) -> None:
         whole, parts = one + two, [size for size in (one, two) if size >= LEAST_SLICES]
         if whole >= LEAST_SLICES:
-            self.people += 1 - len(parts)
+            self.patients += 1 - len(parts)
             self.covered += whole - sum(parts)
         self.largest = max(self.largest, whole)
 
-    def shows_people(self, n: int) -> bool:
+    def shows_patients(self, n: int) -> bool:
         return (
-            self.people >= 2
+            self.patients >= 2
             and self.covered >= n / 2
             and self.largest < min(0.9 * n, LONGEST_STACK)
         )
@@ -673,11 +673,11 @@ def middle(gap: tuple[float, float]) -> float:
 
 
 @dataclass(frozen=True)
-class People:
+class Patients:
     """Groups of distinct images: `person` (N,) numbered by first appearance, -1 for images that join nobody; `rivals`
     (R, 2) are the pairs of images that come nearest to joining two people."""
 
-    person: np.ndarray
+    patient: np.ndarray
     gap: tuple[float, float]
     links: np.ndarray
     candidates: int
@@ -685,7 +685,7 @@ class People:
     rivals: np.ndarray
 
 
-def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
+def find_patients(vectors: np.ndarray, levels: np.ndarray) -> Patients:
     """Groups images into people, synthetic ones left out.
 
     A real image is one that joins a person; the background is evidence that only decides where to look first.
@@ -710,7 +710,7 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
         if gap is not None:
             break
     if gap is None:
-        raise NoPeopleError(
+        raise NoPatientsError(
             f"No gap separates people in these {len(vectors)} images: their links thin out evenly, so nobody can be "
             "told apart from the pixels; expected several neighbouring slices of each of several people.",
             Recovery(
@@ -725,9 +725,9 @@ def find_people(vectors: np.ndarray, levels: np.ndarray) -> People:
     group = np.full(len(vectors), -1)
     group[rows], rivals = _exact_groups(vectors[rows], tree, middle(gap))
     group = _drop_small(_without_side_branches(vectors, group, ~usual))
-    person = _by_first_appearance(_admit(vectors, group, gap))
-    return People(
-        person, gap, tree[:, 2], len(rows), int(((person >= 0) & ~usual).sum()), rows[rivals]
+    patient = _by_first_appearance(_admit(vectors, group, gap))
+    return Patients(
+        patient, gap, tree[:, 2], len(rows), int(((patient >= 0) & ~usual).sum()), rows[rivals]
     )
 
 
@@ -794,9 +794,9 @@ def _admit(vectors: np.ndarray, group: np.ndarray, gap: tuple[float, float]) -> 
     )
     # A part that would make two people one is a blend of both.
     known = np.unique(np.column_stack([part, group])[group >= 0], axis=0)[:, 0]
-    people = np.bincount(known, minlength=n)
+    patients = np.bincount(known, minlength=n)
     tainted = np.flatnonzero(
-        (2 * suspects > size) & (people == 0) | (size > LONGEST_STACK) | (people > 1)
+        (2 * suspects > size) & (patients == 0) | (size > LONGEST_STACK) | (patients > 1)
     )
     joined = np.where(np.isin(part, tainted), np.where(group >= 0, n + group, -1), part)
     return _drop_small(_without_side_branches(vectors, joined, group < 0))
@@ -847,7 +847,7 @@ def _beside(vectors: np.ndarray, trusted: np.ndarray) -> np.ndarray:
 
 
 def measure_gap(
-    images: Sequence[np.ndarray], people: People, matrices: Sequence[np.ndarray]
+    images: Sequence[np.ndarray], patients: Patients, matrices: Sequence[np.ndarray]
 ) -> tuple[float, float]:
     """The gap at full size: strongest link among the rivals, weakest link that joins a slice to its own person.
 
@@ -858,7 +858,7 @@ def measure_gap(
         NoPeopleError: what was empty at `SEARCH_SIDE` is not at full size.
     """
     weakest = float(min(tree_of(matrix).min() for matrix in matrices))
-    pairs, strongest = people.rivals[people.rivals[:, 1] >= 0], -1.0
+    pairs, strongest = patients.rivals[patients.rivals[:, 1] >= 0], -1.0
     for start in range(0, len(pairs), 256):
         chunk = pairs[start : start + 256]
         rows, place = np.unique(chunk, return_inverse=True)
@@ -869,7 +869,7 @@ def measure_gap(
         )
         strongest = max(strongest, float((first * second).sum(1).max()))
     if strongest >= weakest:
-        raise NoPeopleError(
+        raise NoPatientsError(
             f"No gap separates people at full size: two groups reach a correlation of {strongest:.3f}, a slice "
             f"joins its own at {weakest:.3f}; expected several neighbouring slices of each person."
         )
@@ -887,11 +887,11 @@ def correlations(images: Sequence[np.ndarray], members: np.ndarray) -> np.ndarra
     return vectors @ vectors.T
 
 
-def members_of(person: np.ndarray) -> list[np.ndarray]:
+def members_of(patient: np.ndarray) -> list[np.ndarray]:
     """Indices of each person's images, by person id."""
-    order = np.argsort(person, kind="stable")
-    order = order[person[order] >= 0]
-    return np.split(order, np.flatnonzero(np.diff(person[order])) + 1) if len(order) else []
+    order = np.argsort(patient, kind="stable")
+    order = order[patient[order] >= 0]
+    return np.split(order, np.flatnonzero(np.diff(patient[order])) + 1) if len(order) else []
 
 
 def tree_of(matrix: np.ndarray) -> np.ndarray:
@@ -986,12 +986,14 @@ def align_ends(
 
 
 def slice_indices(
-    images: Sequence[np.ndarray], person: np.ndarray, matrices: Sequence[np.ndarray]
+    images: Sequence[np.ndarray], patient: np.ndarray, matrices: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Position (N,) of each image in its person's stack, 0 the most superior; -1 for images of nobody. `matrices` are
     each person's correlations."""
-    index = np.full(len(person), -1)
-    orders = [members[order_stack(matrix)] for members, matrix in zip(members_of(person), matrices)]
+    index = np.full(len(patient), -1)
+    orders = [
+        members[order_stack(matrix)] for members, matrix in zip(members_of(patient), matrices)
+    ]
     stacks = [
         features([images[i] for i in order], SEARCH_SIDE, narrow=4.0, wide=24.0) for order in orders
     ]
@@ -1016,15 +1018,18 @@ def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
     pixel = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in raw.images])
     kept, copy_of = first_of_each(pixel)
     images = [raw.images[i] for i in kept]
-    people = find_people(features(images), background(images))
+    patients = find_patients(features(images), background(images))
     matrices = [
         correlations(images, members)
-        for members in progress(members_of(people.person), "measuring people")
+        for members in progress(members_of(patients.patient), "measuring people")
     ]
-    gap = measure_gap(images, people, matrices)
-    person, position = np.full(len(raw), -1), np.full(len(raw), -1)
-    person[kept], position[kept] = people.person, slice_indices(images, people.person, matrices)
-    cohort = _assemble(raw, np.array(raw.file_sha256), pixel, person[copy_of], position[copy_of])
+    gap = measure_gap(images, patients, matrices)
+    patient, position = np.full(len(raw), -1), np.full(len(raw), -1)
+    patient[kept], position[kept] = (
+        patients.patient,
+        slice_indices(images, patients.patient, matrices),
+    )
+    cohort = _assemble(raw, np.array(raw.file_sha256), pixel, patient[copy_of], position[copy_of])
     conflicts = {
         int(who): dict(sorted(Counter(raw.label[members].tolist()).items()))
         for who, members in enumerate(members_of(cohort.patient_id))
@@ -1036,10 +1041,10 @@ def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
     return cohort, Recovery(
         middle(gap),
         gap,
-        people.gap,
-        people.links,
-        people.candidates,
-        people.admitted,
+        patients.gap,
+        patients.links,
+        patients.candidates,
+        patients.admitted,
         conflicts,
         mislabelled,
     )
@@ -1055,12 +1060,12 @@ def _assemble(
     raw: RawImages,
     file_sha256: np.ndarray,
     pixel: np.ndarray,
-    person: np.ndarray,
+    patient: np.ndarray,
     position: np.ndarray,
 ) -> Cohort:
     _, first = first_of_each(pixel)
     copy = first != np.arange(len(pixel))
-    kind = np.where(copy, "duplicate", np.where(person >= 0, "real", "synthetic"))
+    kind = np.where(copy, "duplicate", np.where(patient >= 0, "real", "synthetic"))
     return Cohort(
         file_sha256,
         pixel,
@@ -1068,7 +1073,7 @@ def _assemble(
         np.asarray(raw.label, np.int64),
         kind,
         np.where(copy, pixel[first], ""),
-        person.astype(np.int64),
+        patient.astype(np.int64),
         position.astype(np.int64),
     )
 
@@ -1094,13 +1099,13 @@ def read_cohort(path: Path | str) -> Cohort:
     """
     path = Path(path)
     if not path.is_file():
-        raise StudyError(
+        raise UserError(
             f"There is no cohort at {path}: build it with `python -m utils.cohort RAW --out {path}`."
         )
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
-        raise StudyError(
+        raise UserError(
             f"{path} has not the columns {', '.join(COLUMNS)}: build it again with `python -m utils.cohort`."
         )
     columns = list(zip(*rows[1:])) or [()] * len(COLUMNS)
@@ -1202,6 +1207,6 @@ if __name__ == "__main__":
 
     try:
         tyro.cli(main)
-    except StudyError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from utils import metrics
-from utils.records import CONSTANT, Entry, StudyRow, attacks_of, clean_of, headline_eps, standing
+from utils.records import (
+    CONSTANT,
+    Entry,
+    TableRow,
+    attacks_of,
+    clean_of,
+    headline_eps,
+    robust_decisions,
+)
 from utils.utils_funcs import BACKBONES, MODELS
 
 #: Controls that a network has to beat, and the one whose robust accuracy is exact.
@@ -32,8 +40,8 @@ class Comparison:
     """First minus second: a score with its paired interval, the bootstrap's two-sided p, and the same after Holm's
     correction over the table that the comparison stands in."""
 
-    first: StudyRow
-    second: StudyRow
+    first: TableRow
+    second: TableRow
     what: str
     score: dict
     n_slices: int
@@ -87,15 +95,15 @@ def _robust_flags(
     within = attacks_of(entry.predictions, variant).get(eps, {})
     attacked = [within[name][rows] for name in blocks["attacks"].get(eps, {})]
     clean = clean_of(entry.predictions, variant)[rows]
-    return standing(clean, attacked, entry.rows.labels[rows])
+    return robust_decisions(clean, attacked, entry.rows.labels[rows])
 
 
 # -- networks against controls ----------------------------------------------------------------------------------------
 
 
 def _networks_and_controls(
-    rows: Sequence[StudyRow], controls: Sequence[str]
-) -> list[tuple[StudyRow, StudyRow]]:
+    rows: Sequence[TableRow], controls: Sequence[str]
+) -> list[tuple[TableRow, TableRow]]:
     networks = [row for row in rows if row.model in MODELS and "patient" in row.entries]
     networks = [row for row in networks if row.entries["patient"].record["profile"] != "demo"]
     rivals = [
@@ -106,7 +114,7 @@ def _networks_and_controls(
     return [(network, control) for network in networks for control in rivals]
 
 
-def patient_auroc_against_controls(rows: Sequence[StudyRow]) -> list[Comparison]:
+def patient_auroc_against_controls(rows: Sequence[TableRow]) -> list[Comparison]:
     """AUROC by patient (Non against the rest) of every network minus that of every control, patients kept apart."""
     found = []
     for network, control in _networks_and_controls(rows, RIVALS):
@@ -116,8 +124,11 @@ def patient_auroc_against_controls(rows: Sequence[StudyRow]) -> list[Comparison]
             continue
         who = first.rows.take(own)
         sides = [
-            metrics.by_person(
-                clean_of(entry.predictions, row.variant)[chosen], who.labels, who.people, who.seeds
+            metrics.by_patient(
+                clean_of(entry.predictions, row.variant)[chosen],
+                who.labels,
+                who.patients,
+                who.seeds,
             )
             for entry, row, chosen in ((first, network, own), (second, control, other))
         ]
@@ -139,7 +150,7 @@ def patient_auroc_against_controls(rows: Sequence[StudyRow]) -> list[Comparison]
 
 
 def robust_accuracy_against_exact(
-    rows: Sequence[StudyRow], sweep: Sequence[str]
+    rows: Sequence[TableRow], sweep: Sequence[str]
 ) -> list[Comparison]:
     """Robust accuracy over three classes of every network minus the exact one of the robust linear model, at each eps,
     on the slices that the network was attacked on."""
@@ -157,8 +168,8 @@ def robust_accuracy_against_exact(
                 continue
             who = first.rows.take(own[covered])
             sides = [(four[covered], three[covered]) for four, three, _ in flags]
-            score = metrics.paired_standing_difference(
-                *sides, who.labels, who.people, n_boot=N_BOOT
+            score = metrics.paired_robust_difference(
+                *sides, who.labels, who.patients, n_boot=N_BOOT
             )
             size = who.size()
             found.append(
@@ -174,7 +185,7 @@ def robust_accuracy_against_exact(
     return corrected(found)
 
 
-def robust_accuracy_against_constant(rows: Sequence[StudyRow], eps: str) -> list[Comparison]:
+def robust_accuracy_against_constant(rows: Sequence[TableRow], eps: str) -> list[Comparison]:
     """Robust accuracy over three classes of every network at eps minus that of always answering Non on the same
     slices, which no attack moves."""
     found = []
@@ -190,7 +201,7 @@ def robust_accuracy_against_constant(rows: Sequence[StudyRow], eps: str) -> list
         who = entry.rows.take(covered)
         always_non = who.labels == 0
         sides = (four[covered], three[covered]), (always_non, always_non)
-        score = metrics.paired_standing_difference(*sides, who.labels, who.people, n_boot=N_BOOT)
+        score = metrics.paired_robust_difference(*sides, who.labels, who.patients, n_boot=N_BOOT)
         size = who.size()
         found.append(
             Comparison(
@@ -227,7 +238,7 @@ def counterpart_difference(
         return None
     who = pair[0].rows.take(rows[0])
     clean = [entry.predictions["clean"][own] for entry, own in zip(pair, rows, strict=True)]
-    difference = metrics.paired_difference(*clean, who.labels, who.people, n_boot=n_boot)
+    difference = metrics.paired_difference(*clean, who.labels, who.patients, n_boot=n_boot)
     result = {"clean": difference, "worst_case": {}, **who.size()}
     eps = headline_eps(pair[0].record)
     flags = [_robust_flags(entry, None, eps, own) for entry, own in zip(pair, rows, strict=True)]
@@ -236,13 +247,13 @@ def counterpart_difference(
     if covered.any():
         part = who.take(covered)
         sides = [(four[covered], three[covered]) for four, three, _ in flags]
-        result["worst_case"] = metrics.paired_standing_difference(
-            *sides, part.labels, part.people, n_boot=n_boot
+        result["worst_case"] = metrics.paired_robust_difference(
+            *sides, part.labels, part.patients, n_boot=n_boot
         )
     return result
 
 
-def counterpart_comparisons(rows: Sequence[StudyRow], protocols: Sequence[str]) -> list[Comparison]:
+def counterpart_comparisons(rows: Sequence[TableRow], protocols: Sequence[str]) -> list[Comparison]:
     """Every difference of the table of adversarial training, clean and under attack, with Holm's correction."""
     entries = {
         (row.model, protocol): entry
@@ -284,7 +295,7 @@ def pooled_probe(entry: Entry) -> dict:
             own = np.flatnonzero((rows["fold"] == run["fold"]) & (rows["seed"] == run["seed"]))[
                 probe["rows"]
             ]
-            parts.append((probe, entry.rows.labels[own], entry.rows.people[own]))
+            parts.append((probe, entry.rows.labels[own], entry.rows.patients[own]))
     if not parts:
         return {}
     found = {
@@ -295,8 +306,8 @@ def pooled_probe(entry: Entry) -> dict:
         for what in ("recognised", "neighbour", "right")
         if all(what in part for part, _, _ in parts)
     }
-    labels, people = (np.concatenate([part[place] for part in parts]) for place in (1, 2))
-    return {**found, "labels": labels, "people": people}
+    labels, patients = (np.concatenate([part[place] for part in parts]) for place in (1, 2))
+    return {**found, "labels": labels, "people": patients}
 
 
 def probe_differences(entries: Sequence[Entry], recognition: str) -> list[dict]:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.utils_funcs import MODELS, StudyError
+from utils.utils_funcs import MODELS, UserError
 
 Profile = Literal["demo", "cpu", "paper"]
 Protocol = Literal["slice", "patient"]
@@ -114,7 +114,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
-            raise StudyError(f"Unknown model {self.model!r}: expected one of {', '.join(MODELS)}.")
+            raise UserError(f"Unknown model {self.model!r}: expected one of {', '.join(MODELS)}.")
 
     @property
     def adversarial(self) -> bool:
@@ -133,7 +133,7 @@ class RunConfig:
         return dataclasses.replace(self, sample=min(self.sample, self.explained or self.sample))
 
     @property
-    def unit(self) -> str:
+    def run_name(self) -> str:
         """The unit's name in paths, `fold<k>_seed<s>`."""
         return f"fold{self.fold}_seed{self.seed}"
 
@@ -144,9 +144,9 @@ def parse_eps(text: str) -> float:
     try:
         value = float(numerator) / (float(denominator) if denominator else 1.0)
     except (ValueError, ZeroDivisionError) as error:
-        raise StudyError(f"{text!r} is no eps: write it as 4/255 or 0.005.") from error
+        raise UserError(f"{text!r} is no eps: write it as 4/255 or 0.005.") from error
     if not 0 <= value <= 1:
-        raise StudyError(
+        raise UserError(
             f"eps {text!r} lies outside [0, 1], the range of pixel values; did you forget /255?"
         )
     return value
@@ -208,7 +208,7 @@ VIT_INPUT = {48: 56, None: 126, 128: 126}
 def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -> RunConfig:
     """The profile's settings for this model, then `overrides`."""
     if profile not in PROFILES:
-        raise StudyError(f"Unknown profile {profile!r}: expected one of {', '.join(PROFILES)}.")
+        raise UserError(f"Unknown profile {profile!r}: expected one of {', '.join(PROFILES)}.")
     settings = {**PROFILES[profile], "profile": profile, "model": model}
     backbone = model.removesuffix("_atk")
     if rate := LEARNING_RATES.get(model, LEARNING_RATES.get(backbone)):
@@ -234,7 +234,7 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
         )
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
-        raise StudyError(
+        raise UserError(
             f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`."
         )
     return RunConfig(**{**settings, **overrides})

@@ -24,7 +24,7 @@ from utils import metrics, records
 from utils.attacks import THREE, Groups, group_labels
 from utils.cohort import Cohort, RawImages
 from utils.config import RunConfig, parse_eps
-from utils.data import Folds, split_people, split_slices, stack_images
+from utils.data import Folds, split_patients, split_slices, stack_images
 from utils.utils_funcs import CLASSES, environment, git_state, hardware, progress
 
 #: Control → what it is, in the order of tables.
@@ -450,11 +450,11 @@ def _certain(answers: np.ndarray, classes: int = len(CLASSES)) -> np.ndarray:
     return np.log(np.full((len(answers), classes), rest) + (0.97 - rest) * np.eye(classes)[answers])
 
 
-def permuted_people(people: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[int, int]:
+def permuted_patients(patients: np.ndarray, test: np.ndarray, seed: int = 0) -> dict[int, int]:
     """Who is given whose label, at random: the people of the test images among themselves, all others among themselves.
     What is left to learn is who somebody is."""
     rng = np.random.default_rng(seed)
-    everybody, tested = (set(rows[rows >= 0].tolist()) for rows in (people, people[test]))
+    everybody, tested = (set(rows[rows >= 0].tolist()) for rows in (patients, patients[test]))
     return {
         int(who): int(donor)
         for part in (tested, everybody - tested)
@@ -463,17 +463,20 @@ def permuted_people(people: np.ndarray, test: np.ndarray, seed: int = 0) -> dict
 
 
 def _permuted_answers(
-    labels: np.ndarray, people: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int
+    labels: np.ndarray, patients: np.ndarray, tests: np.ndarray, neighbour: np.ndarray, seed: int
 ) -> np.ndarray:
     """Answers learned from permuted labels, turned back so that they are scored on the given ones: a row holds the
     answer for an image of the patient who was given the label of that row's patient (in turn, where the two have
     different numbers of test images)."""
-    donor = permuted_people(people, tests, seed)
-    own = {int(who): int(np.bincount(labels[people == who]).argmax()) for who in donor}
-    guess = np.array([own[donor[int(who)]] for who in people[neighbour]])
+    donor = permuted_patients(patients, tests, seed)
+    own = {int(who): int(np.bincount(labels[patients == who]).argmax()) for who in donor}
+    guess = np.array([own[donor[int(who)]] for who in patients[neighbour]])
     answers = np.empty(len(tests), np.int64)
     for who, other in donor.items():
-        asked, held = np.flatnonzero(people[tests] == who), np.flatnonzero(people[tests] == other)
+        asked, held = (
+            np.flatnonzero(patients[tests] == who),
+            np.flatnonzero(patients[tests] == other),
+        )
         if len(asked):
             answers[held] = np.resize(guess[asked], len(held))
     return answers
@@ -484,12 +487,12 @@ def _neighbours(fit: Slices, test: Slices, seed: int) -> tuple[Answers, Answers]
     known, queries = np.flatnonzero(fit.patients >= 0), rows[len(fit) :]
     nearest = nearest_rows(queries, rows[: len(fit)])
     nearest_known = known[nearest_rows(queries, rows[known])] if len(known) < len(fit) else nearest
-    labels, people = (
+    labels, patients = (
         np.concatenate([getattr(part, name) for part in (fit, test)])
         for name in ("labels", "patients")
     )
     tests = np.arange(len(fit), len(labels))
-    permuted = _permuted_answers(labels, people, tests, nearest_known, seed)
+    permuted = _permuted_answers(labels, patients, tests, nearest_known, seed)
     return Answers(_certain(fit.labels[nearest]), {}, {}), Answers(_certain(permuted), {}, {})
 
 
@@ -691,7 +694,7 @@ def control_runs(
     images, runs = stack_images(raw)[:, 0].numpy(), []
     every = Slices(images, cohort.label, cohort.patient_id, cohort.slice_index)
     for fold in (0,) if protocol == "slice" else test_folds:
-        rows = split_slices(cohort) if protocol == "slice" else split_people(cohort, folds, fold)
+        rows = split_slices(cohort) if protocol == "slice" else split_patients(cohort, folds, fold)
         test = rows["test"]
         predictions = {
             "labels": cohort.label[test].astype(np.int8),
@@ -759,7 +762,7 @@ def baseline_record(
         "attacks": {},
         "sanity": [],
     }
-    units = [
+    metas = [
         {
             **common,
             "fold": int(predictions["fold"][0]),
@@ -771,4 +774,4 @@ def baseline_record(
     pooled = {
         name: np.concatenate([predictions[name] for predictions, _ in runs]) for name in runs[0][0]
     }
-    return records.summarise(pooled, units), pooled
+    return records.summarise(pooled, metas), pooled

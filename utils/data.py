@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.cohort import Cohort, RawImages
-from utils.utils_funcs import CLASSES, ROOT, StudyError, atomic_path
+from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path
 
 SETS = ("train", "validation", "test")
 N_FOLDS = 5
@@ -24,7 +24,7 @@ VALIDATION_SHARE = 1 / 8
 COMMITTED_FOLDS = ROOT / "dataset" / "folds.csv"
 
 
-class PeopleSharedError(StudyError):
+class SharedPatientsError(UserError):
     """Somebody stands in two sets of the `patient` protocol."""
 
 
@@ -38,7 +38,7 @@ class ImageSet:
 
     images: Tensor
     labels: Tensor
-    people: Tensor
+    patients: Tensor
     slices: Tensor
     files: list[str]
     name: str
@@ -52,21 +52,21 @@ class ImageSet:
             self,
             images=self.images[rows],
             labels=self.labels[rows],
-            people=self.people[rows],
+            patients=self.patients[rows],
             slices=self.slices[rows],
             files=[self.files[row] for row in rows.tolist()],
         )
 
     def balance(self) -> dict[str, tuple[int, int]]:
         """Class → (people, slices); images of nobody known count as slices only."""
-        return balance(self.labels.numpy(), self.people.numpy())
+        return balance(self.labels.numpy(), self.patients.numpy())
 
 
-def balance(labels: np.ndarray, people: np.ndarray) -> dict[str, tuple[int, int]]:
+def balance(labels: np.ndarray, patients: np.ndarray) -> dict[str, tuple[int, int]]:
     """Class → (people, slices); images of nobody known (-1) count as slices only."""
     return {
         name: (
-            len(np.unique(people[(people >= 0) & (labels == label)])),
+            len(np.unique(patients[(patients >= 0) & (labels == label)])),
             int((labels == label).sum()),
         )
         for label, name in enumerate(CLASSES)
@@ -88,8 +88,8 @@ class Folds:
     def roles(self, fold: int) -> dict[int, str]:
         """Patient id → `train`, `validation` or `test` when `fold` is the test fold."""
         return {
-            int(person): "test" if own == fold else "validation" if fold in validates else "train"
-            for person, own, validates in zip(self.patient_id, self.fold, self.validation_of)
+            int(patient): "test" if own == fold else "validation" if fold in validates else "train"
+            for patient, own, validates in zip(self.patient_id, self.fold, self.validation_of)
         }
 
 
@@ -139,22 +139,24 @@ def read_folds(path: Path) -> Folds:
     )
 
 
-def people_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
+def patients_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
     """(patient ids, class of each). Somebody with images in two classes counts as the higher one."""
     real = cohort.patient_id >= 0
-    people = np.unique(cohort.patient_id[real])
-    return people, np.array([cohort.label[cohort.patient_id == person].max() for person in people])
+    patients = np.unique(cohort.patient_id[real])
+    return patients, np.array(
+        [cohort.label[cohort.patient_id == patient].max() for patient in patients]
+    )
 
 
 def folds_for(cohort: Cohort, cache: Path, committed: Path = COMMITTED_FOLDS) -> Folds:
     """The committed assignment where it fits this cohort's people, else the one beside the prepared sets, else a new one."""
-    people, label = people_of(cohort)
+    patients, label = patients_of(cohort)
     for path in (committed, cache):
         if path.is_file():
             folds = read_folds(path)
-            if np.array_equal(folds.patient_id, people) and np.array_equal(folds.label, label):
+            if np.array_equal(folds.patient_id, patients) and np.array_equal(folds.label, label):
                 return folds
-    folds = assign_folds(people, label)
+    folds = assign_folds(patients, label)
     write_folds(folds, cache)
     return folds
 
@@ -186,32 +188,32 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
     return {name: np.array(sorted(rows), dtype=int) for name, rows in parts.items()}
 
 
-def split_people(cohort: Cohort, folds: Folds, fold: int) -> dict[str, np.ndarray]:
+def split_patients(cohort: Cohort, folds: Folds, fold: int) -> dict[str, np.ndarray]:
     """Row numbers of the `patient` protocol with this test fold: real, de-duplicated images only."""
     roles = folds.roles(fold)
     role = np.array(
         [
-            roles[person] if kind == "real" else ""
-            for person, kind in zip(cohort.patient_id.tolist(), cohort.kind)
+            roles[patient] if kind == "real" else ""
+            for patient, kind in zip(cohort.patient_id.tolist(), cohort.kind)
         ]
     )
     return {name: np.flatnonzero(role == name) for name in SETS}
 
 
-def check_people_apart(sets: dict[str, ImageSet]) -> None:
+def check_patients_apart(sets: dict[str, ImageSet]) -> None:
     """Raises `PeopleSharedError`, naming the person, where any two sets share one, or hold an image of nobody known."""
     names = list(sets)
     for position, first in enumerate(names):
-        people = set(sets[first].people.tolist())
-        if -1 in people:
-            raise PeopleSharedError(
+        patients = set(sets[first].patients.tolist())
+        if -1 in patients:
+            raise SharedPatientsError(
                 f"{first} holds an image whose person is unknown (synthetic?); the patient protocol takes "
                 "images of known people only: prepare the sets again."
             )
         for second in names[position + 1 :]:
-            shared = people & set(sets[second].people.tolist())
+            shared = patients & set(sets[second].patients.tolist())
             if shared:
-                raise PeopleSharedError(
+                raise SharedPatientsError(
                     f"Person {min(shared)} is in both {first} and {second} ({len(shared)} such people); the patient "
                     "protocol keeps people apart: prepare the sets again with dataset/prepare_dataset.ipynb."
                 )
@@ -245,11 +247,11 @@ def set_path(folder: Path, protocol: str, fold: int, name: str) -> Path:
 def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
     """Writes `slice/` and `patient/fold<k>/`, each {train,validation,test}_set.pt, under `folder`."""
     plans = {("slice", 0): split_slices(cohort)}
-    plans |= {("patient", fold): split_people(cohort, folds, fold) for fold in range(N_FOLDS)}
+    plans |= {("patient", fold): split_patients(cohort, folds, fold) for fold in range(N_FOLDS)}
     for (protocol, fold), parts in plans.items():
         for name in SETS:
             if not len(parts[name]):
-                raise StudyError(
+                raise UserError(
                     f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has too few "
                     f"people or images ({len(np.unique(cohort.patient_id)) - 1} people found, at least {N_FOLDS} needed)."
                 )
@@ -258,7 +260,7 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
             for name, rows in parts.items()
         }
         if protocol == "patient":
-            check_people_apart(sets)
+            check_patients_apart(sets)
         for name, part in sets.items():
             # One set at a time: beside the raw images there is never more than one copy of a part of them.
             save_set(
@@ -285,7 +287,7 @@ def save_set(part: ImageSet, path: Path) -> None:
             {
                 "images": part.images.contiguous(),
                 "labels": part.labels,
-                "people": part.people,
+                "people": part.patients,
                 "slices": part.slices,
                 "files": list(part.files),
             },
@@ -296,11 +298,11 @@ def save_set(part: ImageSet, path: Path) -> None:
 def load_set(folder: Path, protocol: str, fold: int, name: str) -> ImageSet:
     path = set_path(folder, protocol, fold, name)
     if not path.is_file():
-        raise StudyError(
+        raise UserError(
             f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment prepare`) first."
         )
     content = torch.load(path, weights_only=True)
-    return ImageSet(name=f"{protocol} {name}", **content)
+    return ImageSet(name=f"{protocol} {name}", patients=content.pop("people"), **content)
 
 
 def load_sets(
@@ -318,7 +320,7 @@ def load_sets(
     """
     sets = {name: load_set(folder, protocol, fold, name) for name in SETS}
     if protocol == "patient":
-        check_people_apart(sets)
+        check_patients_apart(sets)
     limits = {"train": max_train, "validation": max_test, "test": max_test}
     return {
         name: part if limits[name] is None else part.pick(spread(part, limits[name]))
@@ -328,13 +330,15 @@ def load_sets(
 
 def spread(part: ImageSet, count: int) -> np.ndarray:
     """At most `count` sorted rows spread evenly over classes, then over people, then over the slices of a person."""
-    labels, people = part.labels.numpy(), part.people.numpy().copy()
-    people[people < 0] = -1 - np.arange((people < 0).sum())  # an image of nobody known stands alone
+    labels, patients = part.labels.numpy(), part.patients.numpy().copy()
+    patients[patients < 0] = -1 - np.arange(
+        (patients < 0).sum()
+    )  # an image of nobody known stands alone
     turn = np.empty(
         len(labels)
     )  # how early a row is drawn: bit-reversed position in the person's stack, then the person
-    for person in np.unique(people):
-        rows = np.flatnonzero(people == person)
+    for patient in np.unique(patients):
+        rows = np.flatnonzero(patients == patient)
         rows = rows[np.argsort(part.slices.numpy()[rows], kind="stable")]
         turn[rows[_van_der_corput(len(rows))]] = np.arange(len(rows))
     queues = []
@@ -353,10 +357,10 @@ def spread(part: ImageSet, count: int) -> np.ndarray:
 def every_nth(part: ImageSet, stride: int) -> np.ndarray:
     """Sorted rows of about one in `stride` slices of each person, at least one, from the middle of equal stretches of the
     person's own slices (neither end of the head leads); images of nobody known count as one person's."""
-    people, slices = part.people.numpy(), part.slices.numpy()
-    order = np.lexsort((slices, people))
+    patients, slices = part.patients.numpy(), part.slices.numpy()
+    order = np.lexsort((slices, patients))
     chosen = []
-    for own in np.split(order, np.flatnonzero(np.diff(people[order])) + 1):
+    for own in np.split(order, np.flatnonzero(np.diff(patients[order])) + 1):
         count = max(1, round(len(own) / stride))
         chosen.append(own[((np.arange(count) + 0.5) * len(own) / count).astype(int)])
     return np.sort(np.concatenate(chosen))
@@ -387,14 +391,14 @@ def epoch_rows(part: ImageSet, stride: int, generator: torch.Generator) -> Tenso
     order = torch.randperm(len(part), generator=generator)
     if stride <= 1:
         return order
-    people, slices = part.people.numpy(), part.slices.numpy()
-    by_person = np.lexsort((np.where(people >= 0, slices, order.argsort().numpy()), people))
+    patients, slices = part.patients.numpy(), part.slices.numpy()
+    by_patient = np.lexsort((np.where(patients >= 0, slices, order.argsort().numpy()), patients))
     start = torch.randint(stride, (len(part),), generator=generator).numpy()
     position, keep, last = 0, np.zeros(len(part), bool), None
-    for row in by_person:
-        position = 0 if people[row] != last else position + 1
+    for row in by_patient:
+        position = 0 if patients[row] != last else position + 1
         if position == 0:
-            last, phase = people[row], start[row]
+            last, phase = patients[row], start[row]
         keep[row] = position % stride == phase
     return order[torch.from_numpy(keep)[order]]
 

@@ -32,24 +32,24 @@ from utils.backbones import load_model
 from utils.config import RunConfig, folds_of, make_config, parse_eps
 from utils.data import ImageSet
 from utils.experiment import (
-    Study,
-    Unit,
+    Workspace,
+    Run,
     describe,
-    open_study,
+    open_workspace,
     recorded_as,
     save,
     spread_out,
     suite_rows,
-    unit_rows,
+    prediction_rows,
 )
 from utils.metrics import score, to_half
 from utils.robustness import VIEWS, Stage, evaluate_suite, headline_of, model_digest, suite_plan
-from utils.utils_funcs import BACKBONES, CLASSES, StudyError, atomic_path, choose_device, progress
+from utils.utils_funcs import BACKBONES, CLASSES, UserError, atomic_path, choose_device, progress
 
 MEMBERSHIPS = {
     "clean": BACKBONES,
     "robust": tuple(f"{name}_atk" for name in BACKBONES),
-    "mixed": tuple(f"{name}{twin}" for name in BACKBONES for twin in ("", "_atk")),
+    "mixed": tuple(f"{name}{counterpart}" for name in BACKBONES for counterpart in ("", "_atk")),
 }
 #: (combiner, membership): who is in, and with which weights.
 FORMS = (
@@ -119,38 +119,42 @@ SOURCES = {
 }
 
 
-class MissingMembersError(StudyError):
+class MissingMembersError(UserError):
     """A member's weights are not on this machine."""
 
 
-def members_of(study: Study, config: RunConfig, names: tuple[str, ...]) -> dict[str, nn.Module]:
+def members_of(
+    workspace: Workspace, config: RunConfig, names: tuple[str, ...]
+) -> dict[str, nn.Module]:
     """The trained models of one protocol, fold and seed, by name.
 
     Raises:
         MissingMembersError: a member's weights are not on this machine.
     """
-    if missing := untrained(study, config, names):
+    if missing := untrained(workspace, config, names):
         raise MissingMembersError(
             f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no checkpoint of {config.protocol} "
-            f"{config.unit} here: run `python -m utils.experiment train --profile "
+            f"{config.run_name} here: run `python -m utils.experiment train --profile "
             f"{config.profile} --model {missing[0]} --protocol {config.protocol} "
             f"--fold {config.fold}` first."
         )
     return {
-        name: load_model(study.weights(dataclasses.replace(config, model=name))).to(choose_device())
+        name: load_model(workspace.weights(dataclasses.replace(config, model=name))).to(
+            choose_device()
+        )
         for name in names
     }
 
 
-def untrained(study: Study, config: RunConfig, names: tuple[str, ...]) -> list[str]:
+def untrained(workspace: Workspace, config: RunConfig, names: tuple[str, ...]) -> list[str]:
     """Which of these models have no weights of this protocol, fold and seed here."""
     return [
-        name for name in names if study.weights(dataclasses.replace(config, model=name)) is None
+        name for name in names if workspace.weights(dataclasses.replace(config, model=name)) is None
     ]
 
 
 def run_available(
-    study: Study,
+    workspace: Workspace,
     model: Literal["Ensemble", "Sequence"],
     protocol: Literal["slice", "patient"] = "patient",
     *,
@@ -159,12 +163,12 @@ def run_available(
     """Every fold whose members are trained on this machine, or that the record holds; says which are not. Returns the
     record, None where there is nothing."""
     record = None
-    for fold in folds_of(study.profile, protocol):
+    for fold in folds_of(workspace.profile, protocol):
         try:
             record = (
-                run_ensemble(study, protocol, fold, retrain=retrain)
+                run_ensemble(workspace, protocol, fold, retrain=retrain)
                 if model == "Ensemble"
-                else run_sequence(study, fold, retrain=retrain)
+                else run_sequence(workspace, fold, retrain=retrain)
             )
         except MissingMembersError as error:
             print(f"{model} · {protocol} fold {fold} is left out: {error}")
@@ -176,14 +180,16 @@ def protocols_of(profile: str) -> tuple[str, ...]:
     return ("patient",) if profile == "demo" else ("patient", "slice")
 
 
-def _config(study: Study, protocol: str, fold: int, seed: int) -> RunConfig:
+def _config(workspace: Workspace, protocol: str, fold: int, seed: int) -> RunConfig:
     """The settings that ensembles and sequences share with the models of their fold."""
-    return make_config(study.profile, "Resnet", protocol=protocol, fold=fold, seed=seed)
+    return make_config(workspace.profile, "Resnet", protocol=protocol, fold=fold, seed=seed)
 
 
-def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, nn.Module]) -> dict:
+def _origin(
+    workspace: Workspace, config: RunConfig, model: str, members: Mapping[str, nn.Module]
+) -> dict:
     """What a record says of where these members come from."""
-    meta = describe(study, config)
+    meta = describe(workspace, config)
     settings = {
         key: value
         for key, value in meta["config"].items()
@@ -205,7 +211,7 @@ def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, n
     halved = [
         name
         for name in members
-        if not study.checkpoint(dataclasses.replace(config, model=name)).is_file()
+        if not workspace.checkpoint(dataclasses.replace(config, model=name)).is_file()
     ]
     return {
         **meta,
@@ -217,15 +223,15 @@ def _origin(study: Study, config: RunConfig, model: str, members: Mapping[str, n
     }
 
 
-def _folder(study: Study, model: str, config: RunConfig) -> Path:
-    return study.root / "checkpoints" / model / config.protocol / config.unit
+def _folder(workspace: Workspace, model: str, config: RunConfig) -> Path:
+    return workspace.root / "checkpoints" / model / config.protocol / config.run_name
 
 
 # ----------------------------------------------------------------------------------------------------------- ensembles
 
 
 def run_ensemble(
-    study: Study,
+    workspace: Workspace,
     protocol: Literal["slice", "patient"] = "patient",
     fold: int = 0,
     seed: int = 0,
@@ -249,9 +255,9 @@ def run_ensemble(
         StudyError: an unknown form, or a record whose ensembles are of other backbones.
         MissingMembersError: a member's weights are not here, and the record holds no form of this fold.
     """
-    config = _config(study, protocol, fold, seed)
-    known = None if retrain else recorded_as(study, "Ensemble", config)
-    backbones = _backbones_of(study, protocol, backbones)
+    config = _config(workspace, protocol, fold, seed)
+    known = None if retrain else recorded_as(workspace, "Ensemble", config)
+    backbones = _backbones_of(workspace, protocol, backbones)
     every = {
         f"{combiner} {membership}": (
             combiner,
@@ -259,36 +265,36 @@ def run_ensemble(
                 name for name in MEMBERSHIPS[membership] if name.removesuffix("_atk") in backbones
             ),
         )
-        for combiner, membership in (DEMO["forms"] if study.profile == "demo" else FORMS)
+        for combiner, membership in (DEMO["forms"] if workspace.profile == "demo" else FORMS)
     }
     if unknown := set(forms or ()) - set(every):
-        raise StudyError(
+        raise UserError(
             f"Unknown form {sorted(unknown)[0]!r} of an ensemble: expected one of {', '.join(every)}."
         )
     wanted = [
         form for form in forms or every if known is None or form not in known.meta["variants"]
     ]
     names = tuple(dict.fromkeys(name for _, own in every.values() for name in own))
-    if known is not None and wanted and (missing := untrained(study, config, names)):
+    if known is not None and wanted and (missing := untrained(workspace, config, names)):
         print(
-            f"Ensemble {protocol} {config.unit}: without {', '.join(wanted)}, since {', '.join(missing)} "
+            f"Ensemble {protocol} {config.run_name}: without {', '.join(wanted)}, since {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not trained here.",
             flush=True,
         )
         wanted = []
     if known is not None and not wanted:
-        return report.read_record(study.record("Ensemble", protocol))
+        return report.read_record(workspace.record("Ensemble", protocol))
     headline = headline_of(config)
     # The eps that the original project trained with beside the headline one; a rehearsal has time for one alone.
     config = (
         dataclasses.replace(config, eps=(headline,), sample=4)
-        if study.profile == "demo"
+        if workspace.profile == "demo"
         else dataclasses.replace(config, eps=("0.005", headline), suite="standard")
     )
-    members = members_of(study, config, names)
-    meta = _origin(study, config, "Ensemble", members)
+    members = members_of(workspace, config, names)
+    meta = _origin(workspace, config, "Ensemble", members)
     sets = data.load_sets(
-        study.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test
+        workspace.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test
     )
     test = sets["test"]
     answers = {
@@ -300,17 +306,17 @@ def run_ensemble(
     }
     chosen = (
         data.spread(test, DEMO["attacked"])
-        if study.profile == "demo"
+        if workspace.profile == "demo"
         else data.every_nth(test, config.attack_stride)
     )
     meta["diversity"] = ensemble.diversity(
         {name: values.cpu().numpy() for name, values in answers["test"].items()},
         test.labels.numpy(),
-        test.people.numpy(),
+        test.patients.numpy(),
     )
-    size = {"n_slices": len(test), "n_people": len(test.people.unique())}
+    size = {"n_slices": len(test), "n_people": len(test.patients.unique())}
     meta["members"] = {
-        name: score(values.cpu().numpy(), test.labels.numpy(), test.people.numpy())[
+        name: score(values.cpu().numpy(), test.labels.numpy(), test.patients.numpy())[
             "balanced_accuracy_3"
         ]
         | size
@@ -321,7 +327,7 @@ def run_ensemble(
         combiner, own = every[form][0], {name: members[name] for name in every[form][1]}
         started = time.perf_counter()
         rows, told, sanity = _evaluated_form(
-            study,
+            workspace,
             config,
             form,
             _fitted(combiner, own, answers["validation"], sets, protocol).to(choose_device()),
@@ -333,9 +339,9 @@ def run_ensemble(
         )
         seconds = {"train": 0.0, "attack": round(time.perf_counter() - started, 1)}
         record = save(
-            study,
-            Unit(
-                unit_rows(test, config) | rows,
+            workspace,
+            Run(
+                prediction_rows(test, config) | rows,
                 {**meta, "variants": {form: told}, "sanity": sanity, "wall_seconds": seconds},
             ),
             None if retrain and form == wanted[0] else grow,
@@ -343,18 +349,20 @@ def run_ensemble(
     return record
 
 
-def _backbones_of(study: Study, protocol: str, given: tuple[str, ...] | None) -> tuple[str, ...]:
+def _backbones_of(
+    workspace: Workspace, protocol: str, given: tuple[str, ...] | None
+) -> tuple[str, ...]:
     """Whose models an ensemble is made of: those of the record's ensembles of this profile and cohort, if it holds any.
 
     Raises:
         StudyError: `given` are others, whose scores would be pooled with theirs.
     """
-    path = study.record("Ensemble", protocol)
-    for unit in report.read_record(path)["units"] if path.is_file() else ():
-        if (unit["profile"], unit["cohort_sha256"]) == (study.profile, study.cohort_sha256):
-            held = tuple(name for name in BACKBONES if name in unit["config"]["members"])
+    path = workspace.record("Ensemble", protocol)
+    for run in report.read_record(path)["units"] if path.is_file() else ():
+        if (run["profile"], run["cohort_sha256"]) == (workspace.profile, workspace.cohort_sha256):
+            held = tuple(name for name in BACKBONES if name in run["config"]["members"])
             if given is not None and set(given) != set(held):
-                raise StudyError(
+                raise UserError(
                     f"{path} holds ensembles of {', '.join(held)}, and these are of {', '.join(given)}: give the same "
                     "--backbones, or delete that record to begin another."
                 )
@@ -363,13 +371,13 @@ def _backbones_of(study: Study, protocol: str, given: tuple[str, ...] | None) ->
         tuple(name for name in BACKBONES if name in given)
         if given
         else DEMO["backbones"]
-        if study.profile == "demo"
+        if workspace.profile == "demo"
         else BACKBONES
     )
 
 
 def _evaluated_form(
-    study: Study,
+    workspace: Workspace,
     config: RunConfig,
     form: str,
     model: nn.Module,
@@ -383,7 +391,7 @@ def _evaluated_form(
     """One form under every attack: (columns of its predictions, what was done, sanity checks)."""
     print(f"{form}: {_weights_text(model)}", flush=True)
     attacked, names = test.pick(chosen), list(model.members)
-    folder = _folder(study, "Ensemble", config) / form.replace(" ", "_")
+    folder = _folder(workspace, "Ensemble", config) / form.replace(" ", "_")
     stages = suite_plan(config, () if config.suite == "quick" else tuple(sources))
     if config.suite == "quick":
         stages += [
@@ -400,7 +408,7 @@ def _evaluated_form(
         model,
         attacked.images,
         attacked.labels,
-        attacked.people,
+        attacked.patients,
         config,
         stages=stages,
         sources=dict(sources),
@@ -483,12 +491,17 @@ def _fitted(
 ) -> nn.Module:
     part = sets["validation"]
     # Under `slice` everybody is on both sides, which is that protocol's fault and not the weights'.
-    test_people = (
-        sets["test"].people.numpy() if protocol == "patient" else np.array([], dtype=np.int64)
+    test_patients = (
+        sets["test"].patients.numpy() if protocol == "patient" else np.array([], dtype=np.int64)
     )
     z = torch.stack([validation[name].cpu() for name in members]).double().numpy()
     return ensemble.build_ensemble(
-        combiner, members, z, part.labels.numpy(), part.people.numpy(), test_people=test_people
+        combiner,
+        members,
+        z,
+        part.labels.numpy(),
+        part.patients.numpy(),
+        test_patients=test_patients,
     )
 
 
@@ -526,7 +539,7 @@ class JoinedFeatures(nn.Module):
 
 
 def run_sequence(
-    study: Study,
+    workspace: Workspace,
     fold: int = 0,
     seed: int = 0,
     *,
@@ -542,39 +555,42 @@ def run_sequence(
     Raises:
         MissingMembersError: no source is trained here, and the record holds none.
     """
-    config, sources = _config(study, "patient", fold, seed), sources or SOURCES[study.profile]
-    known = None if retrain else recorded_as(study, "Sequence", config)
+    config, sources = (
+        _config(workspace, "patient", fold, seed),
+        sources or SOURCES[workspace.profile],
+    )
+    known = None if retrain else recorded_as(workspace, "Sequence", config)
     wanted = [
         names
         for names in sources
         if known is None or _variant(names, sequence.AGGREGATORS[0]) not in known.meta["variants"]
     ]
-    sources = [names for names in wanted if not untrained(study, config, names)]
+    sources = [names for names in wanted if not untrained(workspace, config, names)]
     if not sources and known is None:
-        members_of(study, config, wanted[-1])  # raises, and names the command that trains them
+        members_of(workspace, config, wanted[-1])  # raises, and names the command that trains them
     if left := [" + ".join(names) for names in wanted if names not in sources]:
         print(
-            f"Sequence patient {config.unit}: without the features of {', '.join(left)}, whose models are not trained here.",
+            f"Sequence patient {config.run_name}: without the features of {', '.join(left)}, whose models are not trained here.",
             flush=True,
         )
     if not sources:
-        return report.read_record(study.record("Sequence", "patient"))
-    budget = SCAN_BUDGETS[study.profile]
+        return report.read_record(workspace.record("Sequence", "patient"))
+    budget = SCAN_BUDGETS[workspace.profile]
     members = members_of(
-        study, config, tuple(dict.fromkeys(name for names in sources for name in names))
+        workspace, config, tuple(dict.fromkeys(name for names in sources for name in names))
     )
-    meta = _origin(study, config, "Sequence", members)
+    meta = _origin(workspace, config, "Sequence", members)
     started, device = time.perf_counter(), choose_device()
     parts = {
-        name: few_people(data.load_set(study.sets, "patient", fold, name), budget[name])
+        name: few_patients(data.load_set(workspace.sets, "patient", fold, name), budget[name])
         for name in data.SETS
     }
-    data.check_people_apart(parts)
+    data.check_patients_apart(parts)
     test = parts["test"]
-    people = sequence.gather_studies(test.images, test.labels, test.people, test.slices)
-    chosen = _some_people(people.labels.numpy(), budget["attacked"])
-    curve = chosen[_some_people(people.labels.numpy()[chosen], budget["curve"])]
-    rows, meta["variants"], meta["sanity"] = _person_rows(test, people, config), {}, []
+    patients = sequence.gather_scans(test.images, test.labels, test.patients, test.slices)
+    chosen = _some_patients(patients.labels.numpy(), budget["attacked"])
+    curve = chosen[_some_patients(patients.labels.numpy()[chosen], budget["curve"])]
+    rows, meta["variants"], meta["sanity"] = _patient_rows(test, patients, config), {}, []
     seconds = {"train": 0.0}
     for names in sources:
         source = (
@@ -583,7 +599,8 @@ def run_sequence(
             else JoinedFeatures({name: members[name] for name in names}).eval()
         )
         folder = (
-            _folder(study, "Sequence", config) / f"{'+'.join(names)}_{model_digest(source)[:12]}"
+            _folder(workspace, "Sequence", config)
+            / f"{'+'.join(names)}_{model_digest(source)[:12]}"
         )
         features = {
             name: _features(source, part, folder / f"{name}.npz") for name, part in parts.items()
@@ -606,7 +623,7 @@ def run_sequence(
                 seed=seed,
             )
             seconds["train"] += time.perf_counter() - fit_started
-            model = sequence.StudyModel(
+            model = sequence.ScanModel(
                 source, reader.to(device), centre.to(device), scale.to(device)
             ).eval()
             with torch.no_grad():
@@ -616,7 +633,14 @@ def run_sequence(
                     .numpy()
                 )
             found = _attacked_scans(
-                model, people, chosen, curve, config, budget, folder / f"{aggregator}.npz", variant
+                model,
+                patients,
+                chosen,
+                curve,
+                config,
+                budget,
+                folder / f"{aggregator}.npz",
+                variant,
             )
             rows[f"{variant}/clean"] = to_half(clean)
             attacks: dict[str, dict] = {}
@@ -631,28 +655,28 @@ def run_sequence(
                 "slice_budget": {
                     "eps": budget["eps"][-1],
                     "view": CURVE_VIEW,
-                    "budgets": [0, *budget["budgets"], int(people.mask.sum(1).max())],
-                    "people": people.people[curve].tolist(),
-                    "labels": people.labels[curve].tolist(),
+                    "budgets": [0, *budget["budgets"], int(patients.mask.sum(1).max())],
+                    "people": patients.patients[curve].tolist(),
+                    "labels": patients.labels[curve].tolist(),
                     "least": {
                         choice: found[f"least_{choice}"].tolist()
                         for choice in ("gradient", "random")
                     },
                 },
             }
-            meta["sanity"] += _scan_checks(variant, people, chosen, curve, clean, found, budget)
+            meta["sanity"] += _scan_checks(variant, patients, chosen, curve, clean, found, budget)
     meta["wall_seconds"] = {
         "train": round(seconds["train"], 1),
         "attack": round(time.perf_counter() - started - seconds["train"], 1),
     }
     order = tuple(
         _variant(names, aggregator)
-        for names in SOURCES[study.profile]
+        for names in SOURCES[workspace.profile]
         for aggregator in sequence.AGGREGATORS
     )
     return save(
-        study,
-        Unit(rows, meta),
+        workspace,
+        Run(rows, meta),
         None if retrain else functools.partial(with_more_variants, order=order),
     )
 
@@ -661,7 +685,7 @@ def _variant(names: tuple[str, ...], aggregator: str) -> str:
     return f"{' + '.join(names)} {aggregator}"
 
 
-def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> Unit:
+def with_more_variants(known: Run, more: Run, order: tuple[str, ...] = ()) -> Run:
     """One unit that holds the variants of both, which are of the same people and, where they share members, of the same
     weights; those of `order` first and in this order.
 
@@ -670,12 +694,12 @@ def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> 
     """
     old, new = known.meta["weights_sha256"], more.meta["weights_sha256"]
     if not np.array_equal(known.rows["file_sha256"], more.rows["file_sha256"]):
-        raise StudyError(
+        raise UserError(
             f"The record of {more.meta['model']} holds other people for fold {more.meta['fold']} than its test set now: run "
             "it with --retrain to replace the unit."
         )
     if changed := [name for name in new if old.get(name, new[name]) != new[name]]:
-        raise StudyError(
+        raise UserError(
             f"{' and '.join(changed)} {'has' if len(changed) == 1 else 'have'} other weights now than when "
             f"{more.meta['model']} fold {more.meta['fold']} was recorded: run it with --retrain to replace the unit."
         )
@@ -705,7 +729,7 @@ def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> 
             dict.fromkeys(name for part in both for name in part[key].split(" + "))
         )
     columns = known.rows | more.rows
-    return Unit(
+    return Run(
         {
             name: columns[name]
             for name in sorted(
@@ -716,16 +740,16 @@ def with_more_variants(known: Unit, more: Unit, order: tuple[str, ...] = ()) -> 
     )
 
 
-def few_people(part: ImageSet, count: int | None) -> ImageSet:
+def few_patients(part: ImageSet, count: int | None) -> ImageSet:
     """All slices of `count` people, the classes taking turns (None: of everybody)."""
     if count is None:
         return part
-    people, first = np.unique(part.people.numpy(), return_index=True)
-    kept = people[_some_people(part.labels.numpy()[first], count)]
-    return part.pick(np.flatnonzero(np.isin(part.people.numpy(), kept)))
+    patients, first = np.unique(part.patients.numpy(), return_index=True)
+    kept = patients[_some_patients(part.labels.numpy()[first], count)]
+    return part.pick(np.flatnonzero(np.isin(part.patients.numpy(), kept)))
 
 
-def _some_people(labels: np.ndarray, count: int | None) -> np.ndarray:
+def _some_patients(labels: np.ndarray, count: int | None) -> np.ndarray:
     """Sorted rows of `count` people spread over the classes in turn (None: all). No randomness."""
     if count is None or count >= len(labels):
         return np.arange(len(labels))
@@ -736,7 +760,7 @@ def _some_people(labels: np.ndarray, count: int | None) -> np.ndarray:
     return np.sort(np.lexsort((labels, place))[:count])
 
 
-def _features(source: nn.Module, part: ImageSet, path: Path, batch: int = 64) -> sequence.Studies:
+def _features(source: nn.Module, part: ImageSet, path: Path, batch: int = 64) -> sequence.Scans:
     """Features (P, S, D) of every slice of a set, kept on disk."""
     if not path.is_file():
         device = choose_device()
@@ -750,8 +774,8 @@ def _features(source: nn.Module, part: ImageSet, path: Path, batch: int = 64) ->
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, values=values.numpy())
     with np.load(path, allow_pickle=False) as file:
-        return sequence.gather_studies(
-            torch.from_numpy(file["values"]), part.labels, part.people, part.slices
+        return sequence.gather_scans(
+            torch.from_numpy(file["values"]), part.labels, part.patients, part.slices
         )
 
 
@@ -760,8 +784,8 @@ CURVE_VIEW = "three"
 
 
 def _attacked_scans(
-    model: sequence.StudyModel,
-    people: sequence.Studies,
+    model: sequence.ScanModel,
+    patients: sequence.Scans,
     chosen: np.ndarray,
     curve: np.ndarray,
     config: RunConfig,
@@ -777,14 +801,14 @@ def _attacked_scans(
     """
     settings = [
         model_digest(model),
-        people.people[chosen].tolist(),
-        people.people[curve].tolist(),
+        patients.patients[chosen].tolist(),
+        patients.patients[curve].tolist(),
         config.seed,
         SCAN_STATE,
         {key: value for key, value in budget.items() if key not in ("train", "validation", "test")},
     ]
     identity = np.frombuffer(hashlib.sha256(json.dumps(settings).encode()).digest(), np.uint8)
-    part, found, device = people.pick(chosen), {}, choose_device()
+    part, found, device = patients.pick(chosen), {}, choose_device()
     if path.is_file():
         with np.load(path, allow_pickle=False) as file:
             if np.array_equal(file["identity"], identity):
@@ -794,7 +818,7 @@ def _attacked_scans(
     given = model, data.pixels(part.values, device), part.mask.to(device), part.labels.to(device)
     if not found:
         found = {"identity": identity}
-        seeds = part.people.numpy() + config.seed
+        seeds = part.patients.numpy() + config.seed
         made: dict[str, Tensor] = {}
         for eps in progress(budget["eps"], f"attack on scans, {variant}"):
             for view in VIEWS:
@@ -937,7 +961,7 @@ def _scan_attacks(
     return told
 
 
-def _save_reader(model: sequence.StudyModel, path: Path) -> None:
+def _save_reader(model: sequence.ScanModel, path: Path) -> None:
     """The aggregator's weights with the standardisation of its features; the backbone has its own checkpoint."""
     from safetensors.torch import save_file
 
@@ -952,7 +976,7 @@ def _save_reader(model: sequence.StudyModel, path: Path) -> None:
 
 def _scan_checks(
     variant: str,
-    people: sequence.Studies,
+    patients: sequence.Scans,
     chosen: np.ndarray,
     curve: np.ndarray,
     clean: np.ndarray,
@@ -960,7 +984,7 @@ def _scan_checks(
     budget: dict,
 ) -> list[dict]:
     """What an evaluation of whole scans must satisfy, each with its figure."""
-    labels, checks, sweep = people.labels[chosen], [], budget["eps"]
+    labels, checks, sweep = patients.labels[chosen], [], budget["eps"]
     for view in ("four", "three"):
         truth = sequence.scan_labels(labels, view)
         right = (sequence.scan_decisions(torch.from_numpy(clean[chosen]), view) == truth).numpy()
@@ -1001,15 +1025,15 @@ def _scan_checks(
             )
         )
     few = np.searchsorted(chosen, curve)
-    truth = sequence.scan_labels(people.labels[curve], CURVE_VIEW)
+    truth = sequence.scan_labels(patients.labels[curve], CURVE_VIEW)
     right = (sequence.scan_decisions(torch.from_numpy(clean[curve]), CURVE_VIEW) == truth).numpy()
     worst = _worst_in_view(found, sweep[-1], CURVE_VIEW, labels)[few]
     full = (sequence.scan_decisions(torch.from_numpy(worst), CURVE_VIEW) == truth).numpy()
     curves = {
         choice: [
             int(step.sum())
-            for step in sequence.standing_curve(
-                found[f"least_{choice}"], [0, *budget["budgets"], people.mask.shape[1]]
+            for step in sequence.robust_curve(
+                found[f"least_{choice}"], [0, *budget["budgets"], patients.mask.shape[1]]
             )
         ]
         for choice in ("gradient", "random")
@@ -1046,12 +1070,13 @@ def _scan_checks(
     ]
 
 
-def _person_rows(
-    test: ImageSet, people: sequence.Studies, config: RunConfig
+def _patient_rows(
+    test: ImageSet, patients: sequence.Scans, config: RunConfig
 ) -> dict[str, np.ndarray]:
     """The columns that say which person each row is; a person's hash is that of the slices' hashes in order."""
     own = {
-        person: np.flatnonzero(test.people.numpy() == person) for person in people.people.tolist()
+        patient: np.flatnonzero(test.patients.numpy() == patient)
+        for patient in patients.patients.tolist()
     }
     digests = [
         hashlib.sha256(
@@ -1059,12 +1084,12 @@ def _person_rows(
         ).digest()
         for rows in own.values()
     ]
-    count = len(people)
+    count = len(patients)
     return {
-        "labels": people.labels.numpy().astype(np.int8),
+        "labels": patients.labels.numpy().astype(np.int8),
         "fold": np.full(count, config.fold, np.int8),
         "seed": np.full(count, config.seed, np.int8),
-        "patient_id": people.people.numpy().astype(np.int32),
+        "patient_id": patients.patients.numpy().astype(np.int32),
         "slice_index": np.full(count, -1, np.int16),
         "file_sha256": np.frombuffer(b"".join(digests), np.uint8).reshape(count, 32),
     }
@@ -1088,7 +1113,12 @@ def ensemble_command(
         report.results_text(
             [
                 run_ensemble(
-                    open_study(profile, raw), protocol, fold, seed, backbones=backbones, forms=forms
+                    open_workspace(profile, raw),
+                    protocol,
+                    fold,
+                    seed,
+                    backbones=backbones,
+                    forms=forms,
                 )
             ]
         )
@@ -1104,7 +1134,9 @@ def sequence_command(
 ) -> None:
     """Sequence models over one fold's people."""
     print(
-        report.results_text([run_sequence(open_study(profile, raw), fold, seed, retrain=retrain)])
+        report.results_text(
+            [run_sequence(open_workspace(profile, raw), fold, seed, retrain=retrain)]
+        )
     )
 
 
@@ -1113,7 +1145,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             {"ensemble": ensemble_command, "sequence": sequence_command}, description=__doc__
         )
-    except StudyError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -39,28 +39,28 @@ def ensemble_text(record: dict) -> str:
     lines = [
         "Weights, fitted on validation people (pools: coefficients of the members' log-probabilities)"
     ]
-    for unit in record["units"]:
-        for variant, own in unit["variants"].items():
+    for run in record["units"]:
+        for variant, own in run["variants"].items():
             weights = own["weights"].get("weights") or own["weights"]["coefficients"]
             lines.append(
-                f"  fold {unit['fold']}  {variant:<17} "
+                f"  fold {run['fold']}  {variant:<17} "
                 + "  ".join(f"{name} {value:.2f}" for name, value in weights.items())
             )
     lines.append(
         "\nMembers alone on the same clean test slices: balanced accuracy over three classes (%)"
     )
-    for unit in record["units"]:
-        for name, own in unit.get("members", {}).items():
+    for run in record["units"]:
+        for name, own in run.get("members", {}).items():
             lines.append(
-                f"  fold {unit['fold']}  {name:<17} {show(own):<20} n = {own['n_slices']:,} / {own['n_people']:,}"
+                f"  fold {run['fold']}  {name:<17} {show(own):<20} n = {own['n_slices']:,} / {own['n_people']:,}"
             )
     lines.append(
         "\nDiversity on clean test slices: share of different answers, correlation of errors"
     )
-    for unit in record["units"]:
-        for pair, own in unit["diversity"].items():
+    for run in record["units"]:
+        for pair, own in run["diversity"].items():
             lines.append(
-                f"  fold {unit['fold']}  {pair:<36} {show(own['disagreement']):<20} % {show(own['error_correlation'], 'decimal')}"
+                f"  fold {run['fold']}  {pair:<36} {show(own['disagreement']):<20} % {show(own['error_correlation'], 'decimal')}"
             )
     lines.append("\nOne image for all members, and one a member, which is no input: accuracy (%)")
     for variant, eps, name, block in _relaxed(record):
@@ -140,7 +140,7 @@ def sequence_text(entry: Entry, alpha: float = ALPHA) -> str:
         f"{'':<34}{'studies':<16}{'coverage (%)':<22}{'mean set size':<15}{'error when half answer (%)':<30}{'answered':<10}n people",
     ]
     for variant in entry.record["variants"]:
-        for name, own in person_reliability(entry, variant, alpha).items():
+        for name, own in patient_reliability(entry, variant, alpha).items():
             answered = (
                 "–"
                 if own["selective"]["answered"] is None
@@ -154,7 +154,7 @@ def sequence_text(entry: Entry, alpha: float = ALPHA) -> str:
     return "\n".join(lines)
 
 
-def person_reliability(entry: Entry, variant: str, alpha: float = ALPHA) -> dict[str, dict]:
+def patient_reliability(entry: Entry, variant: str, alpha: float = ALPHA) -> dict[str, dict]:
     """`clean` and each eps → {"coverage" (score), "set_size", "selective" (`metrics.selective_risk`), "n_people"}.
 
     Thresholds are of clean studies in every case: an attacker does not wait for a recalibration.
@@ -183,14 +183,14 @@ def person_reliability(entry: Entry, variant: str, alpha: float = ALPHA) -> dict
         truth = metrics.THREE[who.labels]
         probability = metrics.merge_classes(metrics.probabilities(own))
         found[name] = {
-            "coverage": metrics.share(sets[np.arange(len(truth)), truth], who.labels, who.people),
+            "coverage": metrics.share(sets[np.arange(len(truth)), truth], who.labels, who.patients),
             "set_size": float(sets.sum(axis=1).mean()),
             "selective": metrics.selective_risk(
                 probability.argmax(axis=1) != truth,
                 probability.max(axis=1),
                 half,
                 who.labels,
-                who.people,
+                who.patients,
             ),
             "n_people": len(truth),
         }
@@ -202,15 +202,17 @@ def pooled_budgets(
 ) -> tuple[list[int], list[dict], int, str]:
     """(budgets, share of people standing at each with its interval, n people, eps), pooled over the folds that have the form."""
     parts = [
-        unit["variants"][variant]["slice_budget"]
-        for unit in record["units"]
-        if variant in unit["variants"]
+        run["variants"][variant]["slice_budget"]
+        for run in record["units"]
+        if variant in run["variants"]
     ]
-    labels, people = (np.concatenate([part[key] for part in parts]) for key in ("labels", "people"))
+    labels, patients = (
+        np.concatenate([part[key] for part in parts]) for key in ("labels", "people")
+    )
     least, budgets = np.concatenate([part["least"][choice] for part in parts]), parts[0]["budgets"]
     return (
         budgets,
-        [metrics.share((least < 0) | (least > budget), labels, people) for budget in budgets],
+        [metrics.share((least < 0) | (least > budget), labels, patients) for budget in budgets],
         len(labels),
         parts[0]["eps"],
     )
@@ -294,7 +296,7 @@ def abstention_figure(entry: Entry) -> Figure:
                 inside = metrics.scored(logits)
                 who = entry.rows.take(inside)
                 curve = metrics.risk_coverage(
-                    logits[inside].astype(np.float64), who.labels, who.people
+                    logits[inside].astype(np.float64), who.labels, who.patients
                 )
                 x, y = (
                     [100 * point["coverage"] for point in curve],
@@ -334,22 +336,22 @@ def abstention_figure(entry: Entry) -> Figure:
 @styled
 def diversity_figure(entry: Entry) -> Figure:
     """Share of different answers (above) and correlation of errors (below the diagonal) of every pair of members."""
-    units = entry.record["units"]
+    runs = entry.record["units"]
     names = list(
         dict.fromkeys(
-            name for unit in units for pair in unit["diversity"] for name in pair.split(" / ")
+            name for run in runs for pair in run["diversity"] for name in pair.split(" / ")
         )
     )
     figure, axes = canvas(
         1,
-        len(units),
-        (4.4 * len(units), 4.2),
+        len(runs),
+        (4.4 * len(runs), 4.2),
         "How unlike the members are on clean test slices",
         provenance([entry]),
     )
-    for panel, unit in zip(axes[0], units, strict=True):
+    for panel, run in zip(axes[0], runs, strict=True):
         grid = np.full((len(names), len(names)), np.nan)
-        for pair, own in unit["diversity"].items():
+        for pair, own in run["diversity"].items():
             a, b = (names.index(name) for name in pair.split(" / "))
             grid[a, b], grid[b, a] = (
                 np.nan if own[key]["value"] is None else own[key]["value"]
@@ -372,7 +374,7 @@ def diversity_figure(entry: Entry) -> Figure:
             xticks=range(len(names)),
             yticks=range(len(names)),
             yticklabels=names,
-            title=f"fold {unit['fold']}: above the diagonal different answers,\nbelow it correlation of errors",
+            title=f"fold {run['fold']}: above the diagonal different answers,\nbelow it correlation of errors",
         )
         panel.set_xticklabels(names, rotation=45, ha="right", color=GREY)
     return figure

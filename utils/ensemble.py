@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from utils import metrics
 from utils.attacks import ATTACKS
-from utils.utils_funcs import CLASSES, StudyError
+from utils.utils_funcs import CLASSES, UserError
 
 #: How the members' weights are found.
 COMBINERS = ("uniform", "weighted", "stacking", "blending")
@@ -47,7 +47,7 @@ class Mixture(nn.Module):
             else np.asarray(weights, dtype=np.float64)
         )
         if given.shape != (len(members),) or (given < 0).any() or abs(given.sum() - 1) > 1e-6:
-            raise StudyError(
+            raise UserError(
                 f"A mixture of {len(members)} members needs as many weights, none negative, that sum to 1, not "
                 f"{given.tolist()}."
             )
@@ -81,7 +81,7 @@ class LogLinearPool(nn.Module):
         super().__init__()
         self.members = nn.ModuleDict(_at_least_one(members))
         if len(coefficients) != len(members) or len(bias) != len(CLASSES):
-            raise StudyError(
+            raise UserError(
                 f"A pool of {len(members)} members needs as many coefficients and {len(CLASSES)} biases, "
                 f"not {len(coefficients)} and {len(bias)}."
             )
@@ -118,7 +118,7 @@ class SeparateImages(nn.Module):
         parts = images.split(1, dim=1)
         members = list(self.ensemble.members.values())
         if len(parts) != len(members):
-            raise StudyError(f"{len(members)} members need as many images each, not {len(parts)}.")
+            raise UserError(f"{len(members)} members need as many images each, not {len(parts)}.")
         answers = torch.stack(
             [_log_probabilities(member(part)) for member, part in zip(members, parts, strict=True)]
         )
@@ -127,7 +127,7 @@ class SeparateImages(nn.Module):
 
 def _at_least_one(members: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     if not members:
-        raise StudyError(
+        raise UserError(
             "An ensemble needs at least one member: train the models of its membership first."
         )
     return dict(members)
@@ -146,11 +146,11 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 # -- weights, from validation people only -----------------------------------------------------------------------------
 
 
-def refuse_test_people(people: np.ndarray, test_people: np.ndarray, what: str) -> None:
+def refuse_test_patients(patients: np.ndarray, test_patients: np.ndarray, what: str) -> None:
     """Raises `StudyError` where a person that weights are fitted on is a test person."""
-    shared = np.intersect1d(people, test_people)
+    shared = np.intersect1d(patients, test_patients)
     if len(shared):
-        raise StudyError(
+        raise UserError(
             f"{what} would be fitted on {len(shared)} test people (person {shared[0]} first): fit on validation people, "
             "who are in no test set of this fold."
         )
@@ -159,9 +159,9 @@ def refuse_test_people(people: np.ndarray, test_people: np.ndarray, what: str) -
 def fit_weights(
     log_probabilities: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
-    test_people: np.ndarray,
+    test_patients: np.ndarray,
     steps: int = 500,
 ) -> np.ndarray:
     """Mixture weights (M,) of the greatest likelihood, by expectation maximisation: the problem is convex.
@@ -171,7 +171,7 @@ def fit_weights(
         labels, people: (N,).
         test_people: whom these must not be; see `refuse_test_people`.
     """
-    refuse_test_people(people, test_people, "The weights of a mixture")
+    refuse_test_patients(patients, test_patients, "The weights of a mixture")
     balance = _balance(labels)
     likelihood = np.exp(
         np.asarray(log_probabilities, dtype=np.float64)[:, np.arange(len(labels)), labels]
@@ -188,9 +188,9 @@ def fit_weights(
 def fit_stacking(
     log_probabilities: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
-    test_people: np.ndarray,
+    test_patients: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients (M,), biases (4,)) of a `LogLinearPool`, its strength of regularisation and its temperature chosen out
     of fold by person (Wolpert 1992, doi:10.1016/S0893-6080(05)80023-1).
@@ -198,9 +198,9 @@ def fit_stacking(
     The people take turns in `TURNS` groups: each is predicted by a pool fitted on the others. The strength with the least
     loss of these predictions is kept, and the temperature that calibrates *them* is applied to the pool of everybody.
     """
-    refuse_test_people(people, test_people, "A stacked ensemble")
+    refuse_test_patients(patients, test_patients, "A stacked ensemble")
     z = np.asarray(log_probabilities, dtype=np.float64)
-    turns = _turns(labels, people)
+    turns = _turns(labels, patients)
     out_of_fold = {}
     for strength in STRENGTHS:
         found = np.full(z.shape[1:], np.nan)
@@ -217,18 +217,18 @@ def fit_stacking(
 def fit_blending(
     log_probabilities: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
-    test_people: np.ndarray,
+    test_patients: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(coefficients (M,), biases (4,)) of a `LogLinearPool` fitted once on one half of the held-out people, its
     temperature on the other half. Cheaper than `fit_stacking`, and it spends half of the people on each."""
-    refuse_test_people(people, test_people, "A blended ensemble")
+    refuse_test_patients(patients, test_patients, "A blended ensemble")
     z = np.asarray(log_probabilities, dtype=np.float64)
-    first = _turns(labels, people) % 2 == 0
+    first = _turns(labels, patients) % 2 == 0
     if first.all() or not first.any():
-        raise StudyError(
-            f"Blending needs people for two halves, not {len(np.unique(people))}: use stacking or uniform weights."
+        raise UserError(
+            f"Blending needs people for two halves, not {len(np.unique(patients))}: use stacking or uniform weights."
         )
     coefficients, bias = _fit_pool(z[:, first], labels[first], STRENGTHS[1])
     temperature = metrics.fit_temperature(_pooled(z[:, ~first], coefficients, bias), labels[~first])
@@ -240,9 +240,9 @@ def build_ensemble(
     members: Mapping[str, nn.Module],
     log_probabilities: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
-    test_people: np.ndarray,
+    test_patients: np.ndarray,
 ) -> Mixture | LogLinearPool:
     """The members as one model in eval mode; what is fitted is fitted on the given validation rows.
 
@@ -251,14 +251,14 @@ def build_ensemble(
         log_probabilities: (M, N, 4), members in the order of `members`, on validation images; labels, people: (N,).
     """
     if combiner not in COMBINERS:
-        raise StudyError(f"Unknown combiner {combiner!r}: expected one of {', '.join(COMBINERS)}.")
-    given = dict(test_people=test_people)
+        raise UserError(f"Unknown combiner {combiner!r}: expected one of {', '.join(COMBINERS)}.")
+    given = dict(test_patients=test_patients)
     if combiner == "uniform":
         return Mixture(members).eval()
     if combiner == "weighted":
-        return Mixture(members, fit_weights(log_probabilities, labels, people, **given)).eval()
+        return Mixture(members, fit_weights(log_probabilities, labels, patients, **given)).eval()
     fit = fit_stacking if combiner == "stacking" else fit_blending
-    return LogLinearPool(members, *fit(log_probabilities, labels, people, **given)).eval()
+    return LogLinearPool(members, *fit(log_probabilities, labels, patients, **given)).eval()
 
 
 def _balance(labels: np.ndarray) -> np.ndarray:
@@ -267,14 +267,14 @@ def _balance(labels: np.ndarray) -> np.ndarray:
     return 1 / (counts[labels] * (counts > 0).sum())
 
 
-def _turns(labels: np.ndarray, people: np.ndarray) -> np.ndarray:
+def _turns(labels: np.ndarray, patients: np.ndarray) -> np.ndarray:
     """A turn in 0 … TURNS − 1 for each row (N,): everybody's rows together, classes spread evenly over the turns."""
-    identity, first = np.unique(people, return_index=True)
+    identity, first = np.unique(patients, return_index=True)
     if len(identity) < 2:
-        raise StudyError(f"An out-of-fold fit needs at least two people, not {len(identity)}.")
+        raise UserError(f"An out-of-fold fit needs at least two people, not {len(identity)}.")
     line = identity[np.lexsort((identity, labels[first]))]
-    turn = {person: place % min(TURNS, len(line)) for place, person in enumerate(line.tolist())}
-    return np.array([turn[person] for person in people.tolist()])
+    turn = {patient: place % min(TURNS, len(line)) for place, patient in enumerate(line.tolist())}
+    return np.array([turn[patient] for patient in patients.tolist()])
 
 
 def _pooled(z: np.ndarray, coefficients: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -323,7 +323,11 @@ def _fit_pool(z: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.nd
 
 
 def diversity(
-    logits: Mapping[str, np.ndarray], labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000
+    logits: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    patients: np.ndarray,
+    *,
+    n_boot: int = 2000,
 ) -> dict[str, dict]:
     """`"A / B"` → {"disagreement", "error_correlation"} of every pair of members, each with its interval over people.
 
@@ -339,7 +343,7 @@ def diversity(
         for second in names[k + 1 :]:
             a, b = answers[first], answers[second]
             found[f"{first} / {second}"] = metrics.pair_scores(
-                a != b, a != labels, b != labels, labels, people, n_boot=n_boot
+                a != b, a != labels, b != labels, labels, patients, n_boot=n_boot
             )
     return found
 

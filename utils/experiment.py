@@ -58,7 +58,7 @@ from utils.robustness import (
     as_pixels,
     attack_images,
     evaluate_suite,
-    fallen,
+    misclassified,
     headline_of,
     model_from_factory,
     other_norms_plan,
@@ -74,7 +74,7 @@ from utils.utils_funcs import (
     MODELS,
     PROTOCOLS,
     ROOT,
-    StudyError,
+    UserError,
     atomic_path,
     choose_device,
     environment,
@@ -91,7 +91,7 @@ GRID_MODELS = ("Resnet", "Resnet_atk", "Efficientnet", "Efficientnet_atk", "Dino
 
 
 @dataclass(frozen=True)
-class Study:
+class Workspace:
     """Which data, where its tensors lie, and where results go."""
 
     root: Path
@@ -111,7 +111,7 @@ class Study:
             / "checkpoints"
             / config.model
             / config.protocol
-            / f"{config.unit}.safetensors"
+            / f"{config.run_name}.safetensors"
         )
 
     def weights(self, config: RunConfig) -> Path | None:
@@ -127,7 +127,7 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Run:
     """What a unit leaves: one row per test image (`Predictions file`, utils/report.py) and what was done to get it."""
 
     rows: dict[str, np.ndarray]
@@ -137,13 +137,13 @@ class Unit:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def open_study(
+def open_workspace(
     profile: str = "demo",
     raw: str | Path | None = None,
     *,
     again: bool = False,
     records: bool = False,
-) -> Study:
+) -> Workspace:
     """Finds the data, prepares the tensors of both protocols where they are missing or of other data (or `again`), and says
     what it found. Without any data it draws the phantom cohort, and everything it touches says `data: phantom`; or, with
     `records` and where the repository holds some of this profile, it goes without images and shows these."""
@@ -152,7 +152,7 @@ def open_study(
         print(
             f"data: real · profile: {profile} · no images here, so what the committed records hold is shown"
         )
-        return Study(ROOT, "real", profile, None, data.file_sha256(COMMITTED_COHORT))
+        return Workspace(ROOT, "real", profile, None, data.file_sha256(COMMITTED_COHORT))
     kind: Literal["real", "phantom"] = "real" if found else "phantom"
     root = result_root(profile, kind)
     folder = found or _phantom_folder(root)
@@ -165,7 +165,7 @@ def open_study(
         f"data: {kind} · profile: {profile} · {prepared['images']:,} images, {prepared['people']} people · results under "
         f"{'the repository' if root == result_root('cpu', 'real') else root.name}"
     )
-    return Study(root, kind, profile, folder, prepared["cohort_sha256"])
+    return Workspace(root, kind, profile, folder, prepared["cohort_sha256"])
 
 
 def _holds_records(profile: str) -> bool:
@@ -198,7 +198,7 @@ def _prepare(folder: Path, sets: Path, root: Path, source: list) -> dict:
     prepared = {
         "source": source,
         "images": len(cohort.label),
-        "people": len(data.people_of(cohort)[0]),
+        "people": len(data.patients_of(cohort)[0]),
         "cohort_sha256": data.file_sha256(sets / "cohort.csv"),
     }
     write_json(
@@ -207,10 +207,10 @@ def _prepare(folder: Path, sets: Path, root: Path, source: list) -> dict:
     return prepared
 
 
-def load_sets(study: Study, config: RunConfig) -> dict[str, data.ImageSet]:
+def load_sets(workspace: Workspace, config: RunConfig) -> dict[str, data.ImageSet]:
     """Training, validation and test set of a unit."""
     return data.load_sets(
-        study.sets,
+        workspace.sets,
         config.protocol,
         config.fold,
         max_train=config.max_train,
@@ -218,54 +218,54 @@ def load_sets(study: Study, config: RunConfig) -> dict[str, data.ImageSet]:
     )
 
 
-def units_of(
-    study: Study, model: str, seeds: tuple[int, ...] = (0,), *, run_missing: bool = True
+def runs_of(
+    workspace: Workspace, model: str, seeds: tuple[int, ...] = (0,), *, run_missing: bool = True
 ) -> list[RunConfig]:
     """The units of a model at the study's profile, `patient` first: all of them, or, without `run_missing`, those that its
     records hold already. Where no record holds any, all of them in either case."""
-    units = [
-        make_config(study.profile, model, protocol=protocol, fold=fold, seed=seed)
+    runs = [
+        make_config(workspace.profile, model, protocol=protocol, fold=fold, seed=seed)
         for protocol in reversed(PROTOCOLS)
         for seed in seeds
-        for fold in folds_of(study.profile, protocol)
+        for fold in folds_of(workspace.profile, protocol)
     ]
-    held = units if run_missing else [unit for unit in units if recorded(study, unit) is not None]
-    if held and len(held) < len(units):
+    held = runs if run_missing else [run for run in runs if recorded(workspace, run) is not None]
+    if held and len(held) < len(runs):
         print(
-            f"{len(units) - len(held)} of {len(units)} units are in no record yet and are left out here (run_missing = True runs them)."
+            f"{len(runs) - len(held)} of {len(runs)} units are in no record yet and are left out here (run_missing = True runs them)."
         )
-    return held or units
+    return held or runs
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
 
 
-def search(study: Study, config: RunConfig) -> RunConfig:
+def search(workspace: Workspace, config: RunConfig) -> RunConfig:
     """The config with the best settings of the model's search, which is run first where trials are still due.
 
     `paper` searches inside every fold; other profiles search on fold 0, and its validation people are named in the record.
     """
     searched = config if config.profile == "paper" else dataclasses.replace(config, fold=0)
-    folder = study.optuna(config.model)
+    folder = workspace.optuna(config.model)
     if (
         config.trials
-        and recorded(study, config) is None
+        and recorded(workspace, config) is None
         and not optuna_search.best_settings(folder, searched)
     ):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise StudyError(
+            raise UserError(
                 f"{config.model} has no searched settings yet and several processes cannot search together: run `python -m "
                 f"utils.experiment search --model {config.model} --profile {config.profile} --protocol {config.protocol} "
                 f"--fold {searched.fold} --trials {config.trials}` first, or train with --trials 0."
             )
-        sets = load_sets(study, searched)
+        sets = load_sets(workspace, searched)
         optuna_search.search(
             sets["train"],
             sets["validation"],
             searched,
             folder,
             choose_device(),
-            start=start_of(study, searched),
+            start=start_of(workspace, searched),
         )
     return (
         dataclasses.replace(config, **optuna_search.best_settings(folder, searched))
@@ -283,10 +283,10 @@ def search_label(config: RunConfig) -> str:
     return "inside" if config.profile == "paper" or config.protocol == "slice" else "fold0"
 
 
-def train(study: Study, config: RunConfig, *, retrain: bool = False) -> training.Fit:
+def train(workspace: Workspace, config: RunConfig, *, retrain: bool = False) -> training.Fit:
     """The unit's training: run, resumed, or read from the checkpoint or the record that holds it."""
-    known = None if retrain else recorded(study, config)
-    path = study.checkpoint(config)
+    known = None if retrain else recorded(workspace, config)
+    path = workspace.checkpoint(config)
     if known is not None and not path.is_file():
         meta = known.meta
         return training.Fit(
@@ -298,15 +298,15 @@ def train(study: Study, config: RunConfig, *, retrain: bool = False) -> training
             meta["wall_seconds"]["train"],
             meta["one_class"],
         )
-    return _fit(study, config, retrain=retrain)
+    return _fit(workspace, config, retrain=retrain)
 
 
-def _fit(study: Study, config: RunConfig, *, retrain: bool = False) -> training.Fit:
-    sets, path = load_sets(study, config), study.checkpoint(config)
-    start = start_of(study, config)
+def _fit(workspace: Workspace, config: RunConfig, *, retrain: bool = False) -> training.Fit:
+    sets, path = load_sets(workspace, config), workspace.checkpoint(config)
+    start = start_of(workspace, config)
     path.parent.mkdir(parents=True, exist_ok=True)
     if retrain or training.finished_fit(path, config) is None:
-        _machines(study, config, anew=retrain)
+        _machines(workspace, config, anew=retrain)
     # Two shards may want the same clean model, one as its unit, one to start from: the second waits. (Several processes
     # of one training must not wait for each other.)
     alone = (
@@ -327,9 +327,9 @@ def _fit(study: Study, config: RunConfig, *, retrain: bool = False) -> training.
         )
 
 
-def _machines(study: Study, config: RunConfig, *, anew: bool = False) -> str:
+def _machines(workspace: Workspace, config: RunConfig, *, anew: bool = False) -> str:
     """Every machine that worked on the unit, this one last, in a line: training and attacks may go on where others stopped."""
-    path = study.checkpoint(config).with_suffix("") / "machines.json"
+    path = workspace.checkpoint(config).with_suffix("") / "machines.json"
     known = read_json(path)["machines"] if path.is_file() and not anew else []
     machines = list(dict.fromkeys([*known, hardware()]))
     if not int(os.environ.get("RANK", 0)):
@@ -337,24 +337,24 @@ def _machines(study: Study, config: RunConfig, *, anew: bool = False) -> str:
     return " + ".join(machines)
 
 
-def start_of(study: Study, config: RunConfig) -> Path | None:
+def start_of(workspace: Workspace, config: RunConfig) -> Path | None:
     """The checkpoint whose weights a training starts from: with `warm_start` the clean twin's, or the fp16 copy of it that
     git keeps; where there is neither, the clean twin is trained first. None without `warm_start`."""
     if not (config.adversarial and config.warm_start):
         return None
-    twin = make_config(
+    counterpart = make_config(
         config.profile,
         config.backbone,
         protocol=config.protocol,
         fold=config.fold,
         seed=config.seed,
     )
-    if (kept := study.weights(twin)) is not None:
+    if (kept := workspace.weights(counterpart)) is not None:
         return kept
     say(
-        f"{config.model} {config.protocol} {config.unit} starts from the clean {twin.model}, which is trained first."
+        f"{config.model} {config.protocol} {config.run_name} starts from the clean {counterpart.model}, which is trained first."
     )
-    return _fit(study, search(study, twin)).checkpoint
+    return _fit(workspace, search(workspace, counterpart)).checkpoint
 
 
 def half_of(checkpoint: Path) -> Path:
@@ -362,24 +362,24 @@ def half_of(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}_fp16.safetensors")
 
 
-def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
+def attack(workspace: Workspace, config: RunConfig, *, retrain: bool = False) -> Run:
     """The unit's test predictions, clean and under every attack of the suite: computed, resumed, or read from the record."""
-    if not retrain and (known := recorded(study, config)) is not None:
+    if not retrain and (known := recorded(workspace, config)) is not None:
         return known
-    fit = train(study, config)
-    sets, model = load_sets(study, config), fit.load().to(choose_device())
+    fit = train(workspace, config)
+    sets, model = load_sets(workspace, config), fit.load().to(choose_device())
     test, start = sets["test"], time.perf_counter()
-    state = study.checkpoint(config).with_suffix("") / "attack"
+    state = workspace.checkpoint(config).with_suffix("") / "attack"
     if retrain:
         _remove_tree(state)
     chosen = data.every_nth(test, config.attack_stride)
     attacked = test.pick(chosen)
-    sources, masks, stages = attack_plan(study, config, model, attacked)
+    sources, masks, stages = attack_plan(workspace, config, model, attacked)
     result = evaluate_suite(
         model,
         attacked.images,
         attacked.labels,
-        attacked.people,
+        attacked.patients,
         config,
         state_dir=state,
         stages=stages,
@@ -397,7 +397,7 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
                 model,
                 attacked.images,
                 attacked.labels.numpy(),
-                attacked.people.numpy(),
+                attacked.patients.numpy(),
                 config.for_explanations(),
             ),
         )
@@ -408,11 +408,11 @@ def attack(study: Study, config: RunConfig, *, retrain: bool = False) -> Unit:
         "attack": max(time.perf_counter() - start, sum(m["seconds"] for m in result.meta.values())),
     }
     validation = training.predict(model, sets["validation"].images, choose_device()).numpy()
-    return Unit(
+    return Run(
         rows,
         {
-            **describe(study, config),
-            "hardware": _machines(study, config),
+            **describe(workspace, config),
+            "hardware": _machines(workspace, config),
             "init": fit.init,
             "precision": fit.precision,
             "wall_seconds": seconds,
@@ -435,7 +435,7 @@ def _kept_json(path: Path, compute: Callable[[], dict]) -> dict:
 
 
 def attack_plan(
-    study: Study, config: RunConfig, model: torch.nn.Module, attacked: data.ImageSet
+    workspace: Workspace, config: RunConfig, model: torch.nn.Module, attacked: data.ImageSet
 ) -> tuple[dict[str, torch.nn.Module], dict[str, torch.Tensor], list[Stage]]:
     """(models that transfer attacks are made on, regions for Kryptonite, stages) of a unit's evaluation.
 
@@ -445,7 +445,7 @@ def attack_plan(
     if config.suite == "quick":
         return {}, {}, suite_plan(config)
     paths = {
-        name: study.weights(dataclasses.replace(config, model=name))
+        name: workspace.weights(dataclasses.replace(config, model=name))
         for name in MODELS
         if name != config.model
     }
@@ -471,14 +471,14 @@ SAME_WEIGHTS = 0.02
 
 
 def attack_again(
-    study: Study,
+    workspace: Workspace,
     config: RunConfig,
     eps: tuple[str, ...],
     *,
     steps: int = 100,
     restarts: int = 2,
     attack_seed: int = 1,
-) -> Unit:
+) -> Run:
     """Attacks the slices that a run's record still holds robust, by margin PGD of a larger budget, in the views of four and
     of three classes.
 
@@ -493,22 +493,25 @@ def attack_again(
     Raises:
         StudyError: no such run, eps or weights, the weights are not those of the record, or it holds this attack already.
     """
-    known = recorded_as(study, config.model, config)
-    path = study.record(config.model, config.protocol)
+    known = recorded_as(workspace, config.model, config)
+    path = workspace.record(config.model, config.protocol)
     if known is None:
-        raise StudyError(
-            f"{path} holds no {config.unit} of profile {config.profile} and this cohort: run it first."
+        raise UserError(
+            f"{path} holds no {config.run_name} of profile {config.profile} and this cohort: run it first."
         )
     if missing := [name for name in eps if name not in known.meta["attacks"]]:
-        raise StudyError(
+        raise UserError(
             f"{path} holds no attacks at eps {', '.join(missing)}: give some of {', '.join(known.meta['attacks'])}."
         )
     again = f"pgd{steps}_again" + (f"_seed{attack_seed}" if attack_seed != 1 else "")
     if done := [name for name in eps if again in known.meta["attacks"][name]]:
-        raise StudyError(
+        raise UserError(
             f"{path} holds {again} at eps {', '.join(done)} already: give other steps or another attack seed."
         )
-    test, (model, weights) = load_sets(study, config)["test"], _recorded_model(study, config)
+    test, (model, weights) = (
+        load_sets(workspace, config)["test"],
+        _recorded_model(workspace, config),
+    )
     _check_same_run(known, model, test, path)
     budget = dict(steps=steps, restarts=restarts, seed=attack_seed)
     rows: dict[str, np.ndarray] = {}
@@ -519,28 +522,28 @@ def attack_again(
             logits, meta = _attack_robust_slices(known, model, test, config, eps_text, view, budget)
             rows[f"{eps_text}:{name}"] = logits
             attacks.setdefault(eps_text, {})[name] = {**meta, "weights": weights, **git_state()}
-    return Unit({**known.rows, **rows}, {**known.meta, "attacks": attacks})
+    return Run({**known.rows, **rows}, {**known.meta, "attacks": attacks})
 
 
-def _recorded_model(study: Study, config: RunConfig) -> tuple[torch.nn.Module, str]:
+def _recorded_model(workspace: Workspace, config: RunConfig) -> tuple[torch.nn.Module, str]:
     """A run's trained model and which of its weights these are: `checkpoint` or `fp16 copy`."""
-    path = study.weights(config)
+    path = workspace.weights(config)
     if path is None:
-        raise StudyError(
-            f"{study.checkpoint(config)} is not on this machine, nor is its fp16 copy: train the run again, or fetch "
+        raise UserError(
+            f"{workspace.checkpoint(config)} is not on this machine, nor is its fp16 copy: train the run again, or fetch "
             "its weights."
         )
-    return load_model(path).to(choose_device()), "checkpoint" if path == study.checkpoint(
+    return load_model(path).to(choose_device()), "checkpoint" if path == workspace.checkpoint(
         config
     ) else "fp16 copy"
 
 
-def _check_same_run(known: Unit, model: torch.nn.Module, test: data.ImageSet, path: Path) -> None:
+def _check_same_run(known: Run, model: torch.nn.Module, test: data.ImageSet, path: Path) -> None:
     """Whether the test slices and the model's clean answers are those of the record: otherwise attacks on other slices, or
     on another model, would be added to it."""
     digests = [bytes(digest).hex() for digest in known.rows["file_sha256"]]
     if digests != list(test.files):
-        raise StudyError(
+        raise UserError(
             f"{path} was made with other test slices than these: prepare the data that it was made with."
         )
     clean = training.predict(model, test.images, choose_device()).numpy()
@@ -548,14 +551,14 @@ def _check_same_run(known: Unit, model: torch.nn.Module, test: data.ImageSet, pa
         np.abs(probabilities(clean) - probabilities(known.rows["clean"].astype(np.float64))).max()
     )
     if not difference <= SAME_WEIGHTS:
-        raise StudyError(
+        raise UserError(
             f"The weights here are not those of {path}: a clean probability differs by {difference:.3f}, and a copy in "
             f"half precision makes no more than {SAME_WEIGHTS}; fetch the run's own weights."
         )
 
 
 def _attack_robust_slices(
-    known: Unit,
+    known: Run,
     model: torch.nn.Module,
     test: data.ImageSet,
     config: RunConfig,
@@ -594,14 +597,16 @@ def _attack_robust_slices(
         "n_attacked": len(attacked),
         "n_set": int(scored(logits).sum()),
         "misclassified": int(
-            fallen(logits[attacked], known.rows["labels"][attacked].astype(np.int64), view).sum()
+            misclassified(
+                logits[attacked], known.rows["labels"][attacked].astype(np.int64), view
+            ).sum()
         ),
         "seconds": round(time.perf_counter() - started, 2),
     }
     return to_half(logits), meta
 
 
-def _misclassified_so_far(known: Unit, eps_text: str, view: str) -> tuple[np.ndarray, np.ndarray]:
+def _misclassified_so_far(known: Run, eps_text: str, view: str) -> tuple[np.ndarray, np.ndarray]:
     """What a run's record holds of its slices at an eps: the logits (N, 4) that first misclassified each in a view, clean or
     under an L-infinity attack of this or a smaller eps, clean ones where none did, NaN for slices that no attack of this eps
     was given; and which of the attacked slices are still robust, bool (N,)."""
@@ -626,7 +631,7 @@ def _misclassified_so_far(known: Unit, eps_text: str, view: str) -> tuple[np.nda
     return logits, robust & inside
 
 
-def with_more_attacks(known: Unit, more: Unit) -> Unit:
+def with_more_attacks(known: Run, more: Run) -> Run:
     """A recorded run with the columns and the attacks of `more` added to it, and their seconds."""
     attacks = {**known.meta["attacks"]}
     for eps_text, added in more.meta["attacks"].items():
@@ -635,12 +640,12 @@ def with_more_attacks(known: Unit, more: Unit) -> Unit:
         meta["seconds"] for added in more.meta["attacks"].values() for meta in added.values()
     )
     wall = {**known.meta["wall_seconds"], "attack": known.meta["wall_seconds"]["attack"] + seconds}
-    return Unit(
+    return Run(
         {**known.rows, **more.rows}, {**known.meta, "attacks": attacks, "wall_seconds": wall}
     )
 
 
-def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
+def prediction_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
     """The columns that say whose image each row of a prediction file is."""
     count = len(test)
     digests = np.frombuffer(bytes.fromhex("".join(test.files)), np.uint8).reshape(count, 32)
@@ -648,7 +653,7 @@ def unit_rows(test: data.ImageSet, config: RunConfig) -> dict[str, np.ndarray]:
         "labels": test.labels.numpy().astype(np.int8),
         "fold": np.full(count, config.fold, np.int8),
         "seed": np.full(count, config.seed, np.int8),
-        "patient_id": test.people.numpy().astype(np.int32),
+        "patient_id": test.patients.numpy().astype(np.int32),
         "slice_index": test.slices.numpy().astype(np.int16),
         "file_sha256": digests,
     }
@@ -676,7 +681,7 @@ def suite_rows(
     """
     chosen = np.arange(len(test)) if chosen is None else chosen
     clean = np.full((len(test), len(CLASSES)), np.nan) if clean is None else clean
-    rows = unit_rows(test, config) | {"clean": spread_out(result.clean_logits, chosen, clean)}
+    rows = prediction_rows(test, config) | {"clean": spread_out(result.clean_logits, chosen, clean)}
     rows |= {
         f"{eps}:{name}": spread_out(logits, chosen, np.full_like(clean, np.nan))
         for (eps, name), logits in result.logits.items()
@@ -687,21 +692,21 @@ def suite_rows(
     return rows, attacks
 
 
-def describe(study: Study, config: RunConfig) -> dict:
+def describe(workspace: Workspace, config: RunConfig) -> dict:
     """What a record says of how a unit came about."""
     label = search_label(config)
-    people = _fold0_validation_people(study) if label.startswith("fold0") else []
+    patients = _fold0_validation_patients(workspace) if label.startswith("fold0") else []
     return {
         "model": config.model,
         "regime": config.regime,
         "protocol": config.protocol,
-        "data": study.data,
+        "data": workspace.data,
         "profile": config.profile,
         "search": label,
-        "search_people": people,
+        "search_people": patients,
         "fold": config.fold,
         "seed": config.seed,
-        "cohort_sha256": study.cohort_sha256,
+        "cohort_sha256": workspace.cohort_sha256,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "environment": environment(),
         "hardware": hardware(),
@@ -709,9 +714,9 @@ def describe(study: Study, config: RunConfig) -> dict:
     }
 
 
-def _fold0_validation_people(study: Study) -> list[int]:
+def _fold0_validation_patients(workspace: Workspace) -> list[int]:
     """The patients whom settings were chosen on, whichever protocol and fold they are used for."""
-    return data.load_set(study.sets, "patient", 0, "validation").people.unique().tolist()
+    return data.load_set(workspace.sets, "patient", 0, "validation").patients.unique().tolist()
 
 
 #: The attacks whose images are shown, with their budgets; the eps is the headline one, or the L2 and L0 one given.
@@ -727,17 +732,22 @@ SHOWN_ATTACKS = {
 }
 
 
-def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> Path:
+def show_attacks(workspace: Workspace, config: RunConfig, *, retrain: bool = False) -> Path:
     """Draws what each attack does to one test slice, the same for every model, into `assets/<Model>/attacks_<protocol>.png`.
 
     A picture that is there already stays, but for that of another run (a rehearsal) whose place fold 0 of this one takes."""
-    path = study.root / "assets" / config.model / f"attacks_{config.protocol}.png"
+    path = workspace.root / "assets" / config.model / f"attacks_{config.protocol}.png"
     taken = (
-        path.is_file() and not retrain and (config.fold != 0 or recorded(study, config) is not None)
+        path.is_file()
+        and not retrain
+        and (config.fold != 0 or recorded(workspace, config) is not None)
     )
-    if taken or not study.checkpoint(config).is_file():
+    if taken or not workspace.checkpoint(config).is_file():
         return path
-    test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
+    test, model = (
+        load_sets(workspace, config)["test"],
+        train(workspace, config).load().to(choose_device()),
+    )
     few = test.pick(data.spread(test, len(CLASSES)))
     right = (
         (training.predict(model, few.images, choose_device()).argmax(1) == few.labels)
@@ -766,7 +776,7 @@ def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> P
     title = f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} ({answer.max():.0%}) before the attack"
     report.save_figure(
         figures.attacked_images_figure(
-            clean[0, 0].numpy(), shown, title=title, label=label_of(study, config)
+            clean[0, 0].numpy(), shown, title=title, label=label_of(workspace, config)
         ),
         path,
         dpi=90,
@@ -776,23 +786,26 @@ def show_attacks(study: Study, config: RunConfig, *, retrain: bool = False) -> P
 
 
 def explain(
-    study: Study, config: RunConfig, *, count: int = 4, retrain: bool = False
+    workspace: Workspace, config: RunConfig, *, count: int = 4, retrain: bool = False
 ) -> tuple[Path, dict]:
     """Draws Grad-CAM of a few test slices into `assets/<Model>/grad_cam_<protocol>.png` and measures the maps.
 
     The slices are the same for every model: one of each class, the middle of the stack. Returns (figure, figures of merit).
     """
-    figure_path = study.root / "assets" / config.model / f"grad_cam_{config.protocol}.png"
-    numbers_path = study.checkpoint(config).with_suffix("") / "explanation.json"
-    known = None if retrain else recorded(study, config)
+    figure_path = workspace.root / "assets" / config.model / f"grad_cam_{config.protocol}.png"
+    numbers_path = workspace.checkpoint(config).with_suffix("") / "explanation.json"
+    known = None if retrain else recorded(workspace, config)
     drawn = figure_path.is_file() or config.fold != 0  # the slices shown are fold 0's
     if drawn and (known is not None or numbers_path.is_file() and not retrain):
         return figure_path, known.meta["explanation"] if known is not None else read_json(
             numbers_path
         )
-    if not study.checkpoint(config).is_file():
+    if not workspace.checkpoint(config).is_file():
         return figure_path, known.meta["explanation"] if known is not None else {}
-    test, model = load_sets(study, config)["test"], train(study, config).load().to(choose_device())
+    test, model = (
+        load_sets(workspace, config)["test"],
+        train(workspace, config).load().to(choose_device()),
+    )
     figure_path.parent.mkdir(parents=True, exist_ok=True)
     sample = config.for_explanations().sample
     few, more = (test.pick(data.spread(test, size)) for size in (count, sample))
@@ -828,21 +841,24 @@ def explain(
         sample=dear,
         adversarial={eps: images.to(choose_device()) for eps, images in attacked.items()},
     )
-    numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.people.numpy())
+    numbers = grad_cam.explanation_record(measures, more.labels.numpy(), more.patients.numpy())
     if config.fold == 0:  # the figures show one model on the same slices, whichever folds follow
         figure = grad_cam.overlay_figure(
-            images, maps, probabilities, few.labels, title=label_of(study, config)
+            images, maps, probabilities, few.labels, title=label_of(workspace, config)
         )
         report.save_figure(figure, figure_path, dpi=100, colours=192)
         _keep_explained(
             few,
             maps,
             probabilities,
-            report.explained_path(study.record(config.model, config.protocol)),
+            report.explained_path(workspace.record(config.model, config.protocol)),
         )
     if config.suite != "quick" and config.fold == 0:
-        _through_a_person(
-            test, model, figure_path.with_name(f"person_{config.protocol}"), label_of(study, config)
+        _through_a_patient(
+            test,
+            model,
+            figure_path.with_name(f"person_{config.protocol}"),
+            label_of(workspace, config),
         )
     write_json(numbers_path, numbers)
     return figure_path, numbers
@@ -863,11 +879,11 @@ def _keep_explained(
         )
 
 
-def _through_a_person(test: data.ImageSet, model: torch.nn.Module, path: Path, label: str) -> None:
+def _through_a_patient(test: data.ImageSet, model: torch.nn.Module, path: Path, label: str) -> None:
     """Grad-CAM over the slices of one test person, the first with the gravest rating of more than a few people, as a strip
     and as a GIF at `path`.png and .gif."""
-    person = int(test.people[test.labels == min(2, int(test.labels.max()))].min())
-    own = test.pick(np.flatnonzero(test.people.numpy() == person))
+    patient = int(test.patients[test.labels == min(2, int(test.labels.max()))].min())
+    own = test.pick(np.flatnonzero(test.patients.numpy() == patient))
     own = own.pick(own.slices.argsort())
     images = data.pixels(own.images, choose_device())
     maps, probabilities = (
@@ -875,51 +891,55 @@ def _through_a_person(test: data.ImageSet, model: torch.nn.Module, path: Path, l
         training.predict(model, own.images, choose_device()).softmax(1),
     )
     report.save_figure(
-        grad_cam.person_strip(images, maps, probabilities, int(own.labels[0]), title=label),
+        grad_cam.patient_strip(images, maps, probabilities, int(own.labels[0]), title=label),
         path.with_suffix(".png"),
         dpi=90,
         colours=192,
     )
-    grad_cam.person_gif(images, maps, path.with_suffix(".gif"), side=128)
+    grad_cam.patient_gif(images, maps, path.with_suffix(".gif"), side=128)
 
 
-def label_of(study: Study, config: RunConfig) -> str:
-    return f"{config.model} · {config.protocol} · data: {study.data} · profile: {config.profile}"
+def label_of(workspace: Workspace, config: RunConfig) -> str:
+    return (
+        f"{config.model} · {config.protocol} · data: {workspace.data} · profile: {config.profile}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- record
 
 
-def recorded(study: Study, config: RunConfig) -> Unit | None:
+def recorded(workspace: Workspace, config: RunConfig) -> Run | None:
     """The unit as its record holds it; None where no record does. Other training settings than `config`'s are an error."""
-    found = recorded_as(study, config.model, config)
+    found = recorded_as(workspace, config.model, config)
     if found is not None:
-        _check_recorded(found.meta["config"], config, study.record(config.model, config.protocol))
+        _check_recorded(
+            found.meta["config"], config, workspace.record(config.model, config.protocol)
+        )
     return found
 
 
-def recorded_as(study: Study, model: str, config: RunConfig) -> Unit | None:
+def recorded_as(workspace: Workspace, model: str, config: RunConfig) -> Run | None:
     """What the record of `model` (one of them, Ensemble or Sequence) holds of this fold and seed at this profile and of this
     cohort; None where it holds nothing."""
     return _held(
-        study,
+        workspace,
         {
             "model": model,
             "protocol": config.protocol,
             "fold": config.fold,
             "seed": config.seed,
             "profile": config.profile,
-            "cohort_sha256": study.cohort_sha256,
+            "cohort_sha256": workspace.cohort_sha256,
         },
     )
 
 
-def _held(study: Study, wanted: dict) -> Unit | None:
+def _held(workspace: Workspace, wanted: dict) -> Run | None:
     """The unit of a record whose model, protocol, fold, seed, profile and cohort are those of `wanted`."""
-    path = study.record(wanted["model"], wanted["protocol"])
+    path = workspace.record(wanted["model"], wanted["protocol"])
     for meta in report.read_record(path)["units"] if path.is_file() else ():
         if all(meta[key] == wanted[key] for key in ("fold", "seed", "profile", "cohort_sha256")):
-            return Unit(rows_of(report.read_predictions(path), [meta]), meta)
+            return Run(rows_of(report.read_predictions(path), [meta]), meta)
     return None
 
 
@@ -929,13 +949,13 @@ def _check_recorded(found: dict, config: RunConfig, path: Path) -> None:
         found, config, optuna_search.SPACE if config.trials else ()
     )
     if different:
-        raise StudyError(
-            f"{path} holds {config.unit} trained with {'; '.join(different[:4])}: run with these settings, or with retrain "
+        raise UserError(
+            f"{path} holds {config.run_name} trained with {'; '.join(different[:4])}: run with these settings, or with retrain "
             "to replace it."
         )
 
 
-def save(study: Study, unit: Unit, grow: Callable[[Unit, Unit], Unit] | None = None) -> dict:
+def save(workspace: Workspace, run: Run, grow: Callable[[Run, Run], Run] | None = None) -> dict:
     """Adds a unit's rows to its record and returns the record, recomputed.
 
     A lock lets the shards of a grid finish at the same time.
@@ -943,38 +963,38 @@ def save(study: Study, unit: Unit, grow: Callable[[Unit, Unit], Unit] | None = N
     Args:
         grow: makes one unit of what the record holds of it already and of this one (None: this one replaces it).
     """
-    meta = unit.meta
-    path = study.record(meta["model"], meta["protocol"])
-    lock = study.root / "checkpoints" / meta["model"] / f"{meta['protocol']}.lock"
+    meta = run.meta
+    path = workspace.record(meta["model"], meta["protocol"])
+    lock = workspace.root / "checkpoints" / meta["model"] / f"{meta['protocol']}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        units, rows = [], {}
+        runs, rows = [], {}
         if path.is_file():
             old = report.read_record(path)
             if meta in old["units"]:
                 return old  # shown from the record, not run again
-            if grow is not None and (known := _held(study, meta)) is not None:
-                unit = grow(known, unit)
-                meta = unit.meta
-            units = [
+            if grow is not None and (known := _held(workspace, meta)) is not None:
+                run = grow(known, run)
+                meta = run.meta
+            runs = [
                 known
                 for known in old["units"]
                 if known["profile"] == meta["profile"]
                 and known["cohort_sha256"] == meta["cohort_sha256"]
                 and (known["fold"], known["seed"]) != (meta["fold"], meta["seed"])
             ]
-            rows = rows_of(report.read_predictions(path), units)
-        rows = _pool(rows, unit.rows)
-        units = sorted([*units, meta], key=lambda known: (known["seed"], known["fold"]))
-        record = report.summarise(rows, units)
+            rows = rows_of(report.read_predictions(path), runs)
+        rows = _pool(rows, run.rows)
+        runs = sorted([*runs, meta], key=lambda known: (known["seed"], known["fold"]))
+        record = report.summarise(rows, runs)
         report.write_record(path, record, rows)
     return record
 
 
-def rows_of(rows: dict[str, np.ndarray], units: list[dict]) -> dict[str, np.ndarray]:
+def rows_of(rows: dict[str, np.ndarray], runs: list[dict]) -> dict[str, np.ndarray]:
     """The rows of these units alone."""
     kept = np.zeros(len(rows["labels"]), bool)
-    for meta in units:
+    for meta in runs:
         kept |= (rows["fold"] == meta["fold"]) & (rows["seed"] == meta["seed"])
     return {name: values[kept] for name, values in rows.items()}
 
@@ -993,19 +1013,19 @@ def _pool(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> dict[s
     return pooled
 
 
-def run_unit(study: Study, config: RunConfig, *, retrain: bool = False) -> dict:
+def run_stages(workspace: Workspace, config: RunConfig, *, retrain: bool = False) -> dict:
     """Search, train, attack, explain, save; returns the record. A unit that a record holds is not run again."""
-    if not retrain and recorded(study, config) is not None:
-        return report.read_record(study.record(config.model, config.protocol))
-    config = search(study, config)
-    fit = train(study, config, retrain=retrain)
-    print(f"{config.model} {config.protocol} {config.unit}: {fit}")
+    if not retrain and recorded(workspace, config) is not None:
+        return report.read_record(workspace.record(config.model, config.protocol))
+    config = search(workspace, config)
+    fit = train(workspace, config, retrain=retrain)
+    print(f"{config.model} {config.protocol} {config.run_name}: {fit}")
     if int(os.environ.get("RANK", 0)):
         return {}  # several processes share a training; one of them attacks, explains and writes the record
-    unit = attack(study, config, retrain=retrain)
-    show_attacks(study, config, retrain=retrain)
-    unit.meta["explanation"] = explain(study, config, retrain=retrain)[1]
-    return save(study, unit)
+    run = attack(workspace, config, retrain=retrain)
+    show_attacks(workspace, config, retrain=retrain)
+    run.meta["explanation"] = explain(workspace, config, retrain=retrain)[1]
+    return save(workspace, run)
 
 
 def _remove_tree(folder: Path) -> None:
@@ -1014,8 +1034,8 @@ def _remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def with_explanation(unit: Unit, numbers: dict) -> Unit:
-    return dataclasses.replace(unit, meta={**unit.meta, "explanation": numbers})
+def with_explanation(run: Run, numbers: dict) -> Run:
+    return dataclasses.replace(run, meta={**run.meta, "explanation": numbers})
 
 
 def results_root(profile: str, raw: str | Path | None = None) -> Path:
@@ -1028,27 +1048,27 @@ def results_root(profile: str, raw: str | Path | None = None) -> Path:
 # ------------------------------------------------------------------------------------------- what a notebook prints
 
 
-def balance_text(study: Study, units: list[RunConfig]) -> str:
+def balance_text(workspace: Workspace, runs: list[RunConfig]) -> str:
     """People and slices of each set of the first unit of each protocol."""
-    first = {unit.protocol: unit for unit in reversed(units)}
+    first = {run.protocol: run for run in reversed(runs)}
     return _balance_table(
         {
-            f"{protocol} {config.unit} {name}": balance
+            f"{protocol} {config.run_name} {name}": balance
             for protocol, config in first.items()
-            for name, balance in _balances(study, config).items()
+            for name, balance in _balances(workspace, config).items()
         }
     )
 
 
-def _balances(study: Study, config: RunConfig) -> dict[str, dict[str, tuple[int, int]]]:
+def _balances(workspace: Workspace, config: RunConfig) -> dict[str, dict[str, tuple[int, int]]]:
     """Set → class → (people, slices), from the prepared sets, or from the committed tables where there are no images."""
-    if study.raw is not None:
-        return {name: part.balance() for name, part in load_sets(study, config).items()}
+    if workspace.raw is not None:
+        return {name: part.balance() for name, part in load_sets(workspace, config).items()}
     table, folds = read_cohort(COMMITTED_COHORT), data.read_folds(data.COMMITTED_FOLDS)
     rows = (
         data.split_slices(table)
         if config.protocol == "slice"
-        else data.split_people(table, folds, config.fold)
+        else data.split_patients(table, folds, config.fold)
     )
     return {
         name: data.balance(table.label[own], table.patient_id[own]) for name, own in rows.items()
@@ -1061,18 +1081,18 @@ def _balance_table(balances: dict[str, dict[str, tuple[int, int]]]) -> str:
         lines.append(
             f"{title:<32}"
             + "".join(
-                f"{f'{people} people, {slices:,}':>20}" for people, slices in balance.values()
+                f"{f'{patients} people, {slices:,}':>20}" for patients, slices in balance.values()
             )
         )
     return "\n".join(lines)
 
 
-def protocols_text(study: Study) -> str:
+def protocols_text(workspace: Workspace) -> str:
     """People and slices of each set of both protocols, all folds, by class."""
     return _balance_table(
         {
             f"{protocol}{f' fold {fold}' if folds > 1 else ''} {name}": data.load_set(
-                study.sets, protocol, fold, name
+                workspace.sets, protocol, fold, name
             ).balance()
             for protocol, folds in (("slice", 1), ("patient", data.N_FOLDS))
             for fold in range(folds)
@@ -1083,7 +1103,7 @@ def protocols_text(study: Study) -> str:
 
 def cohort_text(table: Cohort) -> str:
     """Images by kind and class, and people by class."""
-    people, label = data.people_of(table)
+    patients, label = data.patients_of(table)
     lines = [f"{'':<12}" + "".join(f"{name:>12}" for name in (*CLASSES, "all"))]
     for kind in ("real", "duplicate", "synthetic"):
         counts = np.bincount(table.label[table.kind == kind], minlength=4)
@@ -1095,20 +1115,20 @@ def cohort_text(table: Cohort) -> str:
 
 
 def example_images(
-    study: Study, table: Cohort, columns: int = 8
+    workspace: Workspace, table: Cohort, columns: int = 8
 ) -> tuple[list[np.ndarray], list[str], int]:
     """(images, titles, columns): slices of the first person of each class from the top of the head down, then synthetic ones."""
-    folders = [data.load_set(study.sets, "slice", 0, name) for name in data.SETS]
+    folders = [data.load_set(workspace.sets, "slice", 0, name) for name in data.SETS]
     image_of = {
         file: image
         for part in folders
         for file, image in zip(part.files, part.images[:, 0].numpy())
     }
     images, titles = [], []
-    people, label = data.people_of(table)
+    patients, label = data.patients_of(table)
     for value in np.unique(label):
-        person = people[label == value][0]
-        rows = np.flatnonzero((table.patient_id == person) & (table.kind == "real"))
+        patient = patients[label == value][0]
+        rows = np.flatnonzero((table.patient_id == patient) & (table.kind == "real"))
         rows = rows[np.argsort(table.slice_index[rows])]
         for row in rows[np.linspace(0, len(rows) - 1, columns).round().astype(int)]:
             images.append(image_of[table.file_sha256[row]])
@@ -1121,38 +1141,41 @@ def example_images(
     return images, titles, columns
 
 
-def _searches(study: Study, units: list[RunConfig]) -> list[tuple[RunConfig, optuna.Study]]:
+def _searches(
+    workspace: Workspace, runs: list[RunConfig]
+) -> list[tuple[RunConfig, optuna.Study]]:
     """Every search that these units rest on and this machine holds; as in `search`, only `paper` searches inside every fold."""
     configs = [
-        unit if unit.profile == "paper" else dataclasses.replace(unit, fold=0)
-        for unit in units
-        if unit.trials
+        run if run.profile == "paper" else dataclasses.replace(run, fold=0)
+        for run in runs
+        if run.trials
     ]
     distinct = {
-        optuna_search.study_paths(study.optuna(config.model), config): config for config in configs
+        optuna_search.search_paths(workspace.optuna(config.model), config): config
+        for config in configs
     }
     found = [
-        (config, optuna_search.known_study(study.optuna(config.model), config))
+        (config, optuna_search.known_search(workspace.optuna(config.model), config))
         for config in distinct.values()
     ]
     return [(config, known) for config, known in found if known is not None]
 
 
-def search_text(study: Study, units: list[RunConfig]) -> str:
+def search_text(workspace: Workspace, runs: list[RunConfig]) -> str:
     """The trials of every search that these units rest on, best first."""
     texts = [
         f"{config.protocol} fold {config.fold} ({search_label(config)})\n{optuna_search.trials_table(known)}"
-        for config, known in _searches(study, units)
+        for config, known in _searches(workspace, runs)
     ]
     return (
         "\n\n".join(texts)
-        or f"no search in profile {study.profile}, or its trials are on another machine"
+        or f"no search in profile {workspace.profile}, or its trials are on another machine"
     )
 
 
-def search_figures(study: Study, units: list[RunConfig]) -> list[Figure]:
+def search_figures(workspace: Workspace, runs: list[RunConfig]) -> list[Figure]:
     """History and importances of every search that these units rest on; empty where there is none on this machine."""
-    return [optuna_search.search_figures(known) for _, known in _searches(study, units)]
+    return [optuna_search.search_figures(known) for _, known in _searches(workspace, runs)]
 
 
 def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str:
@@ -1163,24 +1186,24 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
     path = Path(root) / "assets" / model / "defaults.json"
     if not path.is_file():
         return f"No study of training defaults was run for {model}."
-    study = read_json(path)
-    if data not in (None, study["data"]):
+    workspace = read_json(path)
+    if data not in (None, workspace["data"]):
         return (
-            f"The training defaults were chosen on the {study['data']} cohort (assets/{model}/defaults.json); this run is on "
+            f"The training defaults were chosen on the {workspace['data']} cohort (assets/{model}/defaults.json); this run is on "
             f"{data} data."
         )
-    finished = [row for row in study["rows"].values() if "best" in row]
-    present = {name: size for name, size in study["validation"].items() if size[1]}
-    size = f"{study['input_size']} px" if study["input_size"] else "at native size"
+    finished = [row for row in workspace["rows"].values() if "best" in row]
+    present = {name: size for name, size in workspace["validation"].items() if size[1]}
+    size = f"{workspace['input_size']} px" if workspace["input_size"] else "at native size"
     machines = dict.fromkeys(
-        f"{row.get('hardware', study['hardware'])}, threads: {row.get('threads', study['threads'])}"
-        for row in study["rows"].values()
+        f"{row.get('hardware', workspace['hardware'])}, threads: {row.get('threads', workspace['threads'])}"
+        for row in workspace["rows"].values()
     )
     lines = [
-        f"{model} · protocol {study['protocol']}, fold {study['fold']} · data: {study['data']} · profile: {study['profile']} · "
+        f"{model} · protocol {workspace['protocol']}, fold {workspace['fold']} · data: {workspace['data']} · profile: {workspace['profile']} · "
         f"input {size} · init {', '.join(sorted({row['init'] for row in finished})) or 'unknown'} · {'; '.join(machines)}",
-        f"validation people only, no test image was read: n = {sum(people for people, _ in present.values())} people, "
-        f"{study['n_validation']:,} slices; bal.acc.: balanced accuracy over the {len(present)} classes present "
+        f"validation people only, no test image was read: n = {sum(patients for patients, _ in present.values())} people, "
+        f"{workspace['n_validation']:,} slices; bal.acc.: balanced accuracy over the {len(present)} classes present "
         f"({', '.join(present)}), loss: cross-entropy averaged over them (nats)",
     ]
     attacked = any("adversarial_validation_loss" in row["best"] for row in finished)
@@ -1189,8 +1212,8 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
         lines.append(
             f"attacked: bal.acc. under PGD of {training.VALIDATION_STEPS} steps at eps {255 * eps:g}/255, on "
             + (
-                f"one in {study['slice_stride']} slices of each person"
-                if "slice_stride" in study
+                f"one in {workspace['slice_stride']} slices of each person"
+                if "slice_stride" in workspace
                 else "a part of each person's slices"
             )
         )
@@ -1200,14 +1223,14 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
             "attacked": "adversarial_validation_balanced_accuracy",
             "attacked loss": "adversarial_validation_loss",
         }
-    wide = max(map(len, study["rows"]))
+    wide = max(map(len, workspace["rows"]))
     lines += ["", f"{'':<{wide}}  best epoch  " + "  ".join(scores) + "  seconds"]
-    for name, row in study["rows"].items():
+    for name, row in workspace["rows"].items():
         if "failed" in row:
             lines.append(f"{name:<{wide}}  failed: {row['failed']}")
             continue
         cells = "  ".join(f"{row['best'][key]:>{len(title)}.3f}" for title, key in scores.items())
-        epoch = f"{row['best_epoch']} of {study['epochs']}"
+        epoch = f"{row['best_epoch']} of {workspace['epochs']}"
         lines.append(
             f"{name:<{wide}}  {epoch:>10}  {cells}  {row['seconds']:>7,.0f}"
             + ("  ANSWERED ONE CLASS" if row["one_class"] else "")
@@ -1215,11 +1238,11 @@ def defaults_text(model: str, data: str | None = None, root: Path = ROOT) -> str
     return "\n".join(lines)
 
 
-def sanity_text(unit: Unit) -> str:
+def sanity_text(run: Run) -> str:
     """The sanity checks of one evaluation with their verdicts."""
     return "\n".join(
         f"{'ok' if check['passed'] else 'LOOK':>4}  {check['check']:<28} {check['note']}"
-        for check in unit.meta["sanity"]
+        for check in run.meta["sanity"]
     )
 
 
@@ -1228,7 +1251,7 @@ def sanity_text(unit: Unit) -> str:
 
 def prepare(raw: str | None = None, profile: Literal["demo", "cpu", "paper"] = "demo") -> None:
     """Writes the tensors of both protocols."""
-    open_study(profile, raw)
+    open_workspace(profile, raw)
 
 
 @dataclass(frozen=True)
@@ -1242,7 +1265,7 @@ class RunCommand:
     """Replace a checkpoint and a record's unit of the same name."""
 
 
-def run(arguments: list[str]) -> None:
+def run_command(arguments: list[str]) -> None:
     """Runs one unit: parses `RunCommand` with the defaults of its own profile, model and protocol."""
     import argparse
 
@@ -1257,8 +1280,8 @@ def run(arguments: list[str]) -> None:
         default=RunCommand(make_config(named.profile, named.model, protocol=named.protocol)),
         prog="python -m utils.experiment run",
     )
-    study = open_study(command.config.profile, command.raw)
-    if record := run_unit(study, command.config, retrain=command.retrain):
+    workspace = open_workspace(command.config.profile, command.raw)
+    if record := run_stages(workspace, command.config, retrain=command.retrain):
         print(report.results_text([record]))
 
 
@@ -1271,9 +1294,9 @@ def train_command(
 ) -> None:
     """Trains a model, or goes on, and leaves its weights under checkpoints/: evaluates nothing and changes no record. For the
     weights of a unit that a record holds already."""
-    study = open_study(profile, raw)
-    config = search(study, make_config(profile, model, protocol=protocol, fold=fold))
-    print(f"{model} {protocol} {config.unit}: {_fit(study, config)}")
+    workspace = open_workspace(profile, raw)
+    config = search(workspace, make_config(profile, model, protocol=protocol, fold=fold))
+    print(f"{model} {protocol} {config.run_name}: {_fit(workspace, config)}")
 
 
 def grid(
@@ -1285,15 +1308,17 @@ def grid(
     seeds: tuple[int, ...] = (0,),
 ) -> None:
     """Runs every unit of the grid that no record holds yet; `--shard i/n` takes every n-th, starting from the i-th."""
-    study = open_study(profile, raw)
-    for config in shard_of(grid_units(profile, models, protocols, seeds), shard):
-        if recorded(study, config) is not None:
-            print(f"{config.model} {config.protocol} {config.unit}: stands in the record already.")
+    workspace = open_workspace(profile, raw)
+    for config in shard_of(grid_runs(profile, models, protocols, seeds), shard):
+        if recorded(workspace, config) is not None:
+            print(
+                f"{config.model} {config.protocol} {config.run_name}: stands in the record already."
+            )
             continue
-        run_unit(study, config)
+        run_stages(workspace, config)
 
 
-def grid_units(
+def grid_runs(
     profile: str, models: tuple[str, ...], protocols: tuple[str, ...], seeds: tuple[int, ...]
 ) -> list[RunConfig]:
     """All units, most valuable first: protocol, then model, then fold."""
@@ -1306,12 +1331,12 @@ def grid_units(
     ]
 
 
-def shard_of(units: list[RunConfig], shard: str) -> list[RunConfig]:
+def shard_of(runs: list[RunConfig], shard: str) -> list[RunConfig]:
     """The i-th of n shares of the units, `shard` = "i/n" counted from 1."""
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
-        raise StudyError(f"--shard {shard!r} is not of the form i/n with 1 ≤ i ≤ n, as 3/8.")
-    return units[int(index) - 1 :: int(count)]
+        raise UserError(f"--shard {shard!r} is not of the form i/n with 1 ≤ i ≤ n, as 3/8.")
+    return runs[int(index) - 1 :: int(count)]
 
 
 def search_command(
@@ -1331,23 +1356,23 @@ def search_command(
         storage: URL of a study that several machines share, as postgresql://user:password@host/database.
         enqueue: put so many trials into the shared study and end; do this once, before the workers start.
     """
-    study = open_study(profile, raw)
+    workspace = open_workspace(profile, raw)
     config = make_config(profile, model, protocol=protocol, fold=fold, trials=trials)
     if enqueue:
         optuna_search.enqueue(
-            optuna_search.open_study(study.optuna(model), config, storage), enqueue
+            optuna_search.open_search(workspace.optuna(model), config, storage), enqueue
         )
         print(f"{enqueue} trials of {model}, {protocol} fold {fold}, are enqueued.")
         return
-    sets = load_sets(study, config)
+    sets = load_sets(workspace, config)
     done = optuna_search.search(
         sets["train"],
         sets["validation"],
         config,
-        study.optuna(model),
+        workspace.optuna(model),
         choose_device(),
         storage=storage,
-        start=start_of(study, config),
+        start=start_of(workspace, config),
     )
     print(optuna_search.trials_table(done))
 
@@ -1359,11 +1384,11 @@ def export(
     profile: Literal["cpu", "paper"] = "cpu",
 ) -> None:
     """Writes a trained unit's weights beside its checkpoint as `<unit>_fp16.safetensors`, the one kind that git keeps."""
-    study = open_study(profile)
-    path = study.checkpoint(make_config(profile, model, protocol=protocol, fold=fold))
+    workspace = open_workspace(profile)
+    path = workspace.checkpoint(make_config(profile, model, protocol=protocol, fold=fold))
     half = half_of(path)
     save_half(path, half)
-    print(f"{half.relative_to(study.root).as_posix()}: {half.stat().st_size / 1e6:.1f} MB")
+    print(f"{half.relative_to(workspace.root).as_posix()}: {half.stat().st_size / 1e6:.1f} MB")
 
 
 def attack_command(
@@ -1394,28 +1419,28 @@ def attack_command(
             "cohort_sha256": "",
         }
     elif model in MODELS:
-        study = open_study(profile, raw)
+        workspace = open_workspace(profile, raw)
         config = make_config(
             profile, model, protocol=protocol, fold=fold, eps=eps, headline_eps=eps[0], suite=suite
         )
         test, network = (
-            load_sets(study, config)["test"],
-            load_model(study.weights(config) or study.checkpoint(config)),
+            load_sets(workspace, config)["test"],
+            load_model(workspace.weights(config) or workspace.checkpoint(config)),
         )
         origin = {
             "model": model,
             "protocol": protocol,
-            "data": study.data,
+            "data": workspace.data,
             "init": network.init,
             "search": "none",
-            "cohort_sha256": study.cohort_sha256,
+            "cohort_sha256": workspace.cohort_sha256,
         }
     else:
-        raise StudyError(
+        raise UserError(
             f"Unknown model {model!r}: expected one of {', '.join(MODELS)}, or your own as module:function."
         )
     result = evaluate_suite(
-        network.to(choose_device()), test.images, test.labels, test.people, config
+        network.to(choose_device()), test.images, test.labels, test.patients, config
     )
     rows, attacks = suite_rows(test, config, result)
     meta = {
@@ -1429,7 +1454,7 @@ def attack_command(
         "config": dataclasses.asdict(config),
     }
     print(report.attacks_text(report.summarise(rows, [meta])))
-    print(f"{sanity_text(Unit(rows, meta))}\n\n{verdict(result.sanity)}")
+    print(f"{sanity_text(Run(rows, meta))}\n\n{verdict(result.sanity)}")
 
 
 def attack_again_command(
@@ -1451,16 +1476,16 @@ def attack_again_command(
         restarts: starts of PGD, each towards the next nearest class.
         attack_seed: of the starting points; another one finds what this one missed.
     """
-    study = open_study(profile, raw)
+    workspace = open_workspace(profile, raw)
     config = make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
     again = attack_again(
-        study, config, eps, steps=steps, restarts=restarts, attack_seed=attack_seed
+        workspace, config, eps, steps=steps, restarts=restarts, attack_seed=attack_seed
     )
-    save(study, again, grow=with_more_attacks)
+    save(workspace, again, grow=with_more_attacks)
     for eps_text, attacks in again.meta["attacks"].items():
         for name, meta in attacks.items():
             print(
-                f"{model} {protocol} {config.unit}, {name} at {eps_text} ({meta['weights']}): {meta['misclassified']} of "
+                f"{model} {protocol} {config.run_name}, {name} at {eps_text} ({meta['weights']}): {meta['misclassified']} of "
                 f"{meta['n_attacked']} robust slices misclassified, {meta['n_set']} slices in all"
             )
 
@@ -1469,7 +1494,7 @@ def _everything_in(raw: str | None) -> data.ImageSet:
     """Every image of a folder as one set; nobody's person is known, so each image stands for itself in the intervals."""
     folder = find_raw(raw)
     if folder is None:
-        raise StudyError(
+        raise UserError(
             "Your own model needs images: give a folder or zip of class folders with --raw."
         )
     images = read_raw(folder)
@@ -1488,7 +1513,7 @@ def main() -> None:
     commands = {
         "prepare": prepare,
         "search": search_command,
-        "run": run,
+        "run": run_command,
         "train": train_command,
         "grid": grid,
         "export": export,
@@ -1497,10 +1522,10 @@ def main() -> None:
     }
     try:
         if sys.argv[1:2] == ["run"]:
-            run(sys.argv[2:])
+            run_command(sys.argv[2:])
         else:
             tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-    except StudyError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -19,13 +19,13 @@ from utils import metrics
 from utils.config import parse_eps
 from utils.records import (
     Entry,
-    StudyRow,
+    TableRow,
     attacks_of,
     clean_of,
     headline_eps,
     provenance,
-    standing,
-    study_rows,
+    robust_decisions,
+    table_rows,
     temperatures,
 )
 from utils.utils_funcs import BACKBONES, CLASSES, MODELS, PROTOCOLS, atomic_path
@@ -90,7 +90,7 @@ STYLE = {
 }
 
 
-class StudyFigure(Figure):
+class ResultFigure(Figure):
     """A figure that notebooks show as it is, whichever backend is active."""
 
     def _repr_png_(self) -> bytes:
@@ -153,8 +153,8 @@ def show(
 
 def canvas(
     rows: int, columns: int, size: tuple[float, float], title: str, label: str, **options
-) -> tuple[StudyFigure, np.ndarray]:
-    figure = StudyFigure(figsize=size, layout="constrained")
+) -> tuple[ResultFigure, np.ndarray]:
+    figure = ResultFigure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.32 / size[1], 1, 1 - 0.32 / size[1]), wspace=0.04)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.text(0.99, 0.1 / size[1], label, ha="right", va="bottom", fontsize=7.5, color=GREY)
@@ -182,7 +182,7 @@ def styled(draw):
     return wrapped
 
 
-def marker_of(row: StudyRow) -> str:
+def marker_of(row: TableRow) -> str:
     return FORM_MARKERS.get(row.variant, MARKERS[row.model])
 
 
@@ -220,8 +220,8 @@ def _between(counts: Collection[int]) -> str:
 
 def _sizes(counts: Collection[tuple[int, int]]) -> str:
     """(slices, people) of every model shown: `n = 1,280 to 2,560 slices of 40 to 80 people a model`."""
-    slices, people = zip(*counts, strict=True)
-    return f"n = {_between(slices)} slices of {_between(people)} people{' a model' if len(set(counts)) > 1 else ''}"
+    slices, patients = zip(*counts, strict=True)
+    return f"n = {_between(slices)} slices of {_between(patients)} people{' a model' if len(set(counts)) > 1 else ''}"
 
 
 def _sizes_of(blocks: list[dict], attacked: bool = False) -> str:
@@ -237,14 +237,14 @@ def _sizes_of(blocks: list[dict], attacked: bool = False) -> str:
     return text + (f" ({_between(counts)} attacked)" if fewer else "")
 
 
-def _constant_line(axes: Axes, rows: list[StudyRow], protocol: str, vertical: bool = False) -> None:
+def _constant_line(axes: Axes, rows: list[TableRow], protocol: str, vertical: bool = False) -> None:
     point = _point(rows[0].blocks[protocol]["clean"]["slice"], "balanced_accuracy_3")
     (axes.axvline if vertical else axes.axhline)(
         point[0], color=BASE, linestyle=":", linewidth=1.1, zorder=1
     )
 
 
-def _protocols(rows: list[StudyRow]) -> list[str]:
+def _protocols(rows: list[TableRow]) -> list[str]:
     return [protocol for protocol in PROTOCOLS if protocol in rows[0].blocks]
 
 
@@ -280,8 +280,8 @@ def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
             _absent(panel)
             continue
         _confusion(panel, entries[protocol], 8.5)
-        people = [
-            len(np.unique(entries[protocol].rows.people[entries[protocol].rows.labels == label]))
+        patients = [
+            len(np.unique(entries[protocol].rows.patients[entries[protocol].rows.labels == label]))
             for label in range(4)
         ]
         panel.set(
@@ -289,7 +289,7 @@ def confusion_figure(model: str, entries: dict[str, Entry]) -> Figure:
             ylabel="true class",
             yticklabels=[
                 f"{name}\n{n} {'person' if n == 1 else 'people'}"
-                for name, n in zip(CLASSES, people, strict=True)
+                for name, n in zip(CLASSES, patients, strict=True)
             ],
         )
         panel.set_title(
@@ -328,40 +328,40 @@ def _history_figure(
     model: str,
     entries: dict[str, Entry],
     title: str,
-    unit: str,
+    y_label: str,
     curves: dict[str, tuple[str, str]],
     scale: float,
 ) -> Figure:
     """`curves`: history key → (label, line style). Thin lines are folds and seeds, the thick one their mean."""
     figure, axes = canvas(1, 2, (9, 3.8), title, provenance([*entries.values()]), sharey=True)
     for panel, protocol in zip(axes[0], PROTOCOLS, strict=True):
-        units = (
-            [u for u in entries[protocol].record["units"] if u.get("history")]
+        runs = (
+            [run for run in entries[protocol].record["units"] if run.get("history")]
             if protocol in entries
             else []
         )
         panel.set_title(
             PROTOCOL_TITLES[protocol]
-            + (f"\n{len(units)} run{'s' * (len(units) != 1)}" if units else "")
+            + (f"\n{len(runs)} run{'s' * (len(runs) != 1)}" if runs else "")
         )
-        if not units:
+        if not runs:
             _absent(panel)
             continue
         for number, (key, (label, dashes)) in enumerate(curves.items()):
-            runs = [
+            histories = [
                 np.array(
-                    [(e["epoch"], scale * e[key]) for e in u["history"] if e.get(key) is not None]
+                    [(e["epoch"], scale * e[key]) for e in run["history"] if e.get(key) is not None]
                 )
-                for u in units
+                for run in runs
             ]
-            runs = [run for run in runs if len(run)]
-            if not runs:
+            histories = [values for values in histories if len(values)]
+            if not histories:
                 continue
             colour = (GREY, COLOURS[model], "#CC79A7")[number]
-            for run in runs:
-                panel.plot(*run.T, color=colour, alpha=0.35, linewidth=0.7, linestyle=dashes)
-            shared = min(map(len, runs))
-            mean = np.mean([run[:shared] for run in runs], axis=0)
+            for values in histories:
+                panel.plot(*values.T, color=colour, alpha=0.35, linewidth=0.7, linestyle=dashes)
+            shared = min(map(len, histories))
+            mean = np.mean([values[:shared] for values in histories], axis=0)
             panel.plot(
                 *mean.T,
                 color=colour,
@@ -370,9 +370,11 @@ def _history_figure(
                 label=label,
                 marker="." if shared < 4 else "",
             )
-        for u in units:
-            if u.get("best_epoch") is not None:
-                panel.axvline(u["best_epoch"], color=BASE, alpha=0.3, linewidth=0.8, linestyle=":")
+        for run in runs:
+            if run.get("best_epoch") is not None:
+                panel.axvline(
+                    run["best_epoch"], color=BASE, alpha=0.3, linewidth=0.8, linestyle=":"
+                )
         panel.plot(
             [],
             [],
@@ -386,7 +388,7 @@ def _history_figure(
         panel.set_xlabel("epoch")
     # Below the panels: five folds leave no free corner inside.
     shared_legend(figure, axes[0], "lower left", ncols=4)
-    axes[0, 0].set_ylabel(unit)
+    axes[0, 0].set_ylabel(y_label)
     return figure
 
 
@@ -470,7 +472,7 @@ def model_robustness_figure(model: str, entries: dict[str, Entry]) -> Figure:
             for empty in axes[:, column]:
                 _absent(empty)
             continue
-        record, rows = records[protocol], study_rows({(model, protocol): entries[protocol]})
+        record, rows = records[protocol], table_rows({(model, protocol): entries[protocol]})
         for name, attacks in _by_attack(record).items():
             if len(attacks) > 1 or not alone:
                 panel.plot(
@@ -641,31 +643,31 @@ def measures_figure(model: str, entries: dict[str, Entry]) -> Figure:
 
 def _pooled_measures(entry: Entry) -> dict:
     """The sample measures of all units of a record in one: labels, people and each measure (N,); {} where there are none."""
-    units = [unit for unit in entry.record["units"] if unit.get("measures")]
-    if not units:
+    runs = [run for run in entry.record["units"] if run.get("measures")]
+    if not runs:
         return {}
     rows, pooled = entry.predictions, {}
-    for unit in units:
-        own = np.flatnonzero((rows["fold"] == unit["fold"]) & (rows["seed"] == unit["seed"]))[
-            unit["measures"]["rows"]
+    for run in runs:
+        own = np.flatnonzero((rows["fold"] == run["fold"]) & (rows["seed"] == run["seed"]))[
+            run["measures"]["rows"]
         ]
         columns = {
             "labels": rows["labels"][own].astype(np.int64),
             "people": rows["patient_id"][own].astype(np.int64),
         }
         columns |= {
-            name: np.array(unit["measures"][name], dtype=float)
+            name: np.array(run["measures"][name], dtype=float)
             for name in ("minimal_linf", "healthier", "sicker")
         }
         columns |= {
             (part["kind"], part["count"]): np.array(part["standing"], dtype=bool)
-            for part in unit["measures"]["convergence"]
+            for part in run["measures"]["convergence"]
         }
         for name, values in columns.items():
             pooled.setdefault(name, []).append(values)
     return {
-        "eps": units[0]["measures"]["eps"],
-        "steps": units[0]["measures"]["pgd_steps"],
+        "eps": runs[0]["measures"]["eps"],
+        "steps": runs[0]["measures"]["pgd_steps"],
         **{name: np.concatenate(parts) for name, parts in pooled.items()},
     }
 
@@ -675,7 +677,7 @@ def _share(
 ) -> tuple[float, float, float]:
     """(value, low, high) in percent of the images for which a flag is true."""
     rows = np.ones(len(flags), bool) if rows is None else rows
-    found = metrics.score_standing(
+    found = metrics.score_robust(
         flags[rows], flags[rows], pooled["labels"][rows], pooled["people"][rows], n_boot=1000
     )["accuracy"]
     return tuple(100 * x for x in (found["value"], *found["ci"]))
@@ -799,7 +801,7 @@ def attacked_images_figure(
 
 
 @styled
-def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def headline_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Every row of the table under both protocols: clean (filled) and worst case at the headline eps (open)."""
     eps = headline_eps(entries[-1].record)
     figure, axes = canvas(
@@ -852,7 +854,7 @@ def headline_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str, whole: int) -> None:
+def _headline_marks(panel: Axes, row: TableRow, block: dict, eps: str, whole: int) -> None:
     """`whole`: the n of the panel's title; a row of another n says its own."""
     if block["clean"]["n_slices"] != whole:
         panel.text(
@@ -904,7 +906,7 @@ def _headline_marks(panel: Axes, row: StudyRow, block: dict, eps: str, whole: in
 
 
 @styled
-def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def robustness_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Worst case against eps, one curve a trained row: models under both protocols, then ensembles, which share a hue."""
     groups = [
         [row for row in rows if row.trained and (row.variant is not None) == ensembles]
@@ -957,7 +959,7 @@ def robustness_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
 
 
 @styled
-def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def trade_off_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Clean against worst-case balanced accuracy; an arrow leads from each clean model to its adversarial twin."""
     eps = headline_eps(entries[-1].record)
     figure, axes = canvas(
@@ -1030,7 +1032,7 @@ def trade_off_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
 
 
 @styled
-def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def per_class_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Share of each class that is right on clean images (filled) and stands in the worst case (open)."""
     eps, protocols = headline_eps(entries[-1].record), _protocols(rows)
     shown = [row for row in rows if row.trained]
@@ -1087,13 +1089,15 @@ def per_class_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
 
 
 @styled
-def confusion_matrices_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def confusion_matrices_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Every model's confusion matrix on clean images: a backbone a line, under each protocol the clean model beside its twin."""
     found = {(entry.model, entry.protocol): entry for entry in entries if entry.model in MODELS}
     backbones = [
         name for name in BACKBONES if any(model.removesuffix("_atk") == name for model, _ in found)
     ]
-    columns = [(protocol, twin) for protocol in _protocols(rows) for twin in ("", "_atk")]
+    columns = [
+        (protocol, counterpart) for protocol in _protocols(rows) for counterpart in ("", "_atk")
+    ]
     figure, axes = canvas(
         len(backbones),
         len(columns),
@@ -1102,10 +1106,10 @@ def confusion_matrices_figure(rows: list[StudyRow], entries: list[Entry]) -> Fig
         provenance([*found.values()]),
     )
     for backbone, line in zip(backbones, axes, strict=True):
-        for (protocol, twin), panel in zip(columns, line, strict=True):
-            entry = found.get((backbone + twin, protocol))
+        for (protocol, counterpart), panel in zip(columns, line, strict=True):
+            entry = found.get((backbone + counterpart, protocol))
             panel.set_title(
-                f"{backbone}{twin}, {protocol}"
+                f"{backbone}{counterpart}, {protocol}"
                 + (f"\n{size_of(entry.record['clean'])}" if entry else ""),
                 fontsize=8.5,
             )
@@ -1121,26 +1125,26 @@ def _of_class(counts: set[tuple[int, int]]) -> str:
     """(slices, people) of one class in every model shown: `20 to 100 people,` and `640 to 3,200 slices`."""
     if not counts:
         return "?"
-    slices, people = zip(*counts, strict=True)
-    return f"{_between(people)} {'person' if set(people) == {1} else 'people'},\n{_between(slices)} slices"
+    slices, patients = zip(*counts, strict=True)
+    return f"{_between(patients)} {'person' if set(patients) == {1} else 'people'},\n{_between(slices)} slices"
 
 
-def _class_shares(row: StudyRow, protocol: str, eps: str) -> tuple[list[dict], list[dict]]:
+def _class_shares(row: TableRow, protocol: str, eps: str) -> tuple[list[dict], list[dict]]:
     entry, block = row.entries[protocol], row.blocks[protocol]
     clean, who = clean_of(entry.predictions, row.variant), entry.rows
     declared = metrics.scored(clean)
     right, _ = metrics.correct(clean, who.labels)
-    shares = metrics.share_by_class(right[declared], who.labels[declared], who.people[declared])
+    shares = metrics.share_by_class(right[declared], who.labels[declared], who.patients[declared])
     attacks = attacks_of(entry.predictions, row.variant).get(eps, {})
     within = [attacks[name] for name in block["attacks"].get(eps, {}) if name in attacks]
-    four, _, covered = standing(clean, within, who.labels)
+    four, _, covered = robust_decisions(clean, within, who.labels)
     if not covered.any():
         return shares, []
-    return shares, metrics.share_by_class(four[covered], who.labels[covered], who.people[covered])
+    return shares, metrics.share_by_class(four[covered], who.labels[covered], who.patients[covered])
 
 
 @styled
-def reliability_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def reliability_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Confidence against accuracy on clean images; open marks after temperature scaling on validation."""
     shown = [
         (protocol, row)
@@ -1186,7 +1190,7 @@ def reliability_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
     return figure
 
 
-def _reliability_curves(panel: Axes, row: StudyRow, protocol: str) -> str:
+def _reliability_curves(panel: Axes, row: TableRow, protocol: str) -> str:
     entry, who = row.entries[protocol], row.entries[protocol].rows
     logits = clean_of(entry.predictions, row.variant).astype(np.float64)
     text = f"ECE {100 * row.blocks[protocol]['clean']['slice']['ece']['value']:.1f} %"
@@ -1199,7 +1203,7 @@ def _reliability_curves(panel: Axes, row: StudyRow, protocol: str) -> str:
 
 
 def _reliability_marks(panel: Axes, logits: np.ndarray, who, colour: str, face: str) -> None:
-    curve = metrics.calibration_curve(logits, who.labels, who.people, bins=8)
+    curve = metrics.calibration_curve(logits, who.labels, who.patients, bins=8)
     points = [
         (100 * b["confidence"], tuple(100 * x for x in (b["accuracy"], *b["ci"]))) for b in curve
     ]
@@ -1237,7 +1241,7 @@ def transfer_cells(entries: list[Entry], protocol: str) -> dict[tuple[str, str],
 
 
 @styled
-def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
+def transfer_figure(rows: list[TableRow], entries: list[Entry]) -> Figure:
     """Balanced accuracy of each model (column) on images made on each other one (row); the diagonal is PGD on itself."""
     shown = [protocol for protocol in PROTOCOLS if transfer_cells(entries, protocol)]
     names = {
@@ -1295,7 +1299,7 @@ def transfer_figure(rows: list[StudyRow], entries: list[Entry]) -> Figure:
 
 
 #: What `python -m utils.report figures` writes: file name → function of (rows, entries) or of (model, its entries).
-STUDY_FIGURES = {
+RESULT_FIGURES = {
     "headline": headline_figure,
     "robustness": robustness_figure,
     "trade_off": trade_off_figure,
@@ -1317,9 +1321,9 @@ def has_content(name: str, entries: dict[str, Entry]) -> bool:
     """Whether the model figure of that name would show anything: curves need a history, the others attacks."""
     records = [entry.record for entry in entries.values()]
     if name in ("loss_curve", "accuracy_curve"):
-        return any(unit.get("history") for record in records for unit in record["units"])
+        return any(run.get("history") for record in records for run in record["units"])
     if name == "measures":
-        return any(unit.get("measures") for record in records for unit in record["units"])
+        return any(run.get("measures") for record in records for run in record["units"])
     return (
         any(record["worst_case"] for record in records) if name == "robustness" else bool(records)
     )

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from utils.backbones import DinoClassifier, PixelClassifier, build_model
-from utils.metrics import score_standing, share_by_class
-from utils.utils_funcs import CLASSES, ROOT, StudyError, atomic_path, read_json
+from utils.metrics import score_robust, share_by_class
+from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, read_json
 
 #: Class-activation maps of the `grad-cam` package, by our names: Grad-CAM (Selvaraju et al. 2017), Grad-CAM++
 #: (Chattopadhay et al. 2018), Layer-CAM (Jiang et al. 2021), Score-CAM (Wang et al. 2020: one forward pass a channel,
@@ -32,7 +32,7 @@ SANITY_LIMIT = 0.5
 #: Two maps are alike from this top-20% IoU on (0.11 is chance): below it, most of what a reader would point at has moved.
 ALIKE = 0.5
 #: From fewer people than this an interval is itself uncertain, and a verdict is called a hint.
-FEW_PEOPLE = 20
+FEW_PATIENTS = 20
 #: An interval of a share of the map that is wider than this says little about where the map lies.
 WIDE = 0.2
 #: A share that differs from the region's area by less than this is no preference, however sure the difference is.
@@ -71,13 +71,13 @@ def explain(
         StudyError: unknown method, a method that this backbone does not have, or targets that do not fit.
     """
     if method not in METHODS:
-        raise StudyError(f"Unknown explanation {method!r}: expected one of {', '.join(METHODS)}.")
+        raise UserError(f"Unknown explanation {method!r}: expected one of {', '.join(METHODS)}.")
     if images.ndim != 4 or images.shape[1] != 1:
-        raise StudyError(
+        raise UserError(
             f"Images to explain have the shape (N, 1, H, W), not {tuple(images.shape)}."
         )
     if targets is not None and tuple(targets.shape) != (len(images),):
-        raise StudyError(
+        raise UserError(
             f"{len(images)} images need as many target classes, not the shape {tuple(targets.shape)}."
         )
     if not len(images):
@@ -122,7 +122,7 @@ def target_layer(model: nn.Module) -> nn.Module:
         )  # timm keeps the head convolution's normalisation and activation in this one module
     convolutions = [module for module in body.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
-        raise StudyError(f"{type(body).__name__} has no feature map to explain: name the layer.")
+        raise UserError(f"{type(body).__name__} has no feature map to explain: name the layer.")
     return convolutions[-1]
 
 
@@ -167,7 +167,7 @@ def _cam_batch(
             try:
                 return torch.from_numpy(cam(images, classes))
             except IndexError as error:  # grad-cam's __exit__ would print this one and swallow it
-                raise StudyError(
+                raise UserError(
                     f"grad-cam failed ({error}): are all target classes among the logits?"
                 ) from error
 
@@ -306,7 +306,7 @@ def _dino(model: nn.Module) -> tuple[PixelClassifier, DinoClassifier]:
     for module in model.modules():
         if isinstance(module, PixelClassifier) and isinstance(module.body, DinoClassifier):
             return module, module.body
-    raise StudyError(
+    raise UserError(
         "Attention rollout needs attention matrices: of these backbones only DINOv2 has them."
     )
 
@@ -520,15 +520,15 @@ def randomisation_check(
         with torch.random.fork_rng(devices=[]):
             # Far from the seeds of training: with the same one, the twin would be this very model's own starting point.
             torch.manual_seed(2**31 + draws * seed + draw)
-            twin = (
+            counterpart = (
                 fresh()
                 if fresh
                 else build_model(model.name, pretrained=False, input_size=model.input_size)
             )
         altered = copy.deepcopy(model)
-        for (name, stage), (_, source) in list(zip(_stages(altered), _stages(twin), strict=True))[
-            :depth
-        ]:
+        for (name, stage), (_, source) in list(
+            zip(_stages(altered), _stages(counterpart), strict=True)
+        )[:depth]:
             stage.load_state_dict(source.state_dict())
             maps = explain(altered, images, targets, method=method, batch_size=batch_size)
             result[name] = result.get(name, 0) + rank_correlation(trained, maps) / draws
@@ -882,7 +882,7 @@ def _cells(model: nn.Module, image: Tensor) -> int:
 
 
 def explanation_record(
-    measures: Mapping[str, np.ndarray], labels: np.ndarray, people: np.ndarray
+    measures: Mapping[str, np.ndarray], labels: np.ndarray, patients: np.ndarray
 ) -> dict:
     """The record's `explanation` part: `explanation_measures` (folds concatenated) as means with 95% intervals.
 
@@ -895,16 +895,16 @@ def explanation_record(
     record: dict[str, dict] = {}
     for key, values in measures.items():
         method, topic, name = key.split(":")
-        entry = _mean(values, labels, people)
+        entry = _mean(values, labels, patients)
         if topic == "anatomy" and not name.endswith("_area"):
             known = ~np.isnan(values)
-            entry["by_class"] = share_by_class(values[known], labels[known], people[known])
+            entry["by_class"] = share_by_class(values[known], labels[known], patients[known])
         # Differences are made slice by slice: two intervals side by side would hide a small but constant one.
         if topic == "anatomy" and (area := measures.get(f"{key}_area")) is not None:
-            entry["beyond_area"] = _mean(values - area, labels, people)
+            entry["beyond_area"] = _mean(values - area, labels, patients)
         if topic == "faithfulness" and (control := measures.get(f"{key}{CONTROL}")) is not None:
             entry["beyond_random"] = _mean(
-                control - values if name == "deletion" else values - control, labels, people
+                control - values if name == "deletion" else values - control, labels, patients
             )
         record.setdefault(method, {}).setdefault(topic, {})[name] = entry
     for topics in record.values():
@@ -917,14 +917,14 @@ def explanation_record(
     return record
 
 
-def _mean(values: np.ndarray, labels: np.ndarray, people: np.ndarray) -> dict:
+def _mean(values: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> dict:
     """Mean of the finite values with its patient-clustered interval. The share of standing images is the mean of a
     flag, and `score_standing` adds up numbers as it adds up flags."""
     known = ~np.isnan(values)
-    sizes = {"n_slices": int(known.sum()), "n_people": len(np.unique(people[known]))}
+    sizes = {"n_slices": int(known.sum()), "n_people": len(np.unique(patients[known]))}
     if not known.any():
         return {"value": None, "ci": None, **sizes}
-    entry = score_standing(values[known], values[known], labels[known], people[known])["accuracy"]
+    entry = score_robust(values[known], values[known], labels[known], patients[known])["accuracy"]
     return {"value": entry["value"], "ci": entry["ci"], **sizes}
 
 
@@ -1177,7 +1177,7 @@ def explanation_conclusion(numbers: Mapping[str, dict]) -> str:
             *places,
             *_about_attacks(topics),
             _about_the_map_attack(topics),
-            _about_people(topics),
+            _about_patients(topics),
         ]
         for heading, words in verdicts:
             lines[heading].append(f"- {method}: {words}")
@@ -1336,7 +1336,7 @@ def _about_likeness(entry: dict | None, attack: str) -> Verdict:
     return "undecided", f"whether it survives {attack} ({cited})."
 
 
-def _about_people(topics: dict) -> Verdict:
+def _about_patients(topics: dict) -> Verdict:
     entries = {
         region: entry
         for region in REGIONS
@@ -1348,7 +1348,7 @@ def _about_people(topics: dict) -> Verdict:
     entry = entries[region]
     width = entry["ci"][1] - entry["ci"][0]
     cited = f"{entry['n_people']} people, widest interval {width:.2f} ({REGIONS[region]}, {_shown(entry)})"
-    if entry["n_people"] < FEW_PEOPLE or width > WIDE:
+    if entry["n_people"] < FEW_PATIENTS or width > WIDE:
         return (
             "may not",
             f"nothing about patients in general: too few people or too wide ({cited}).",
@@ -1361,7 +1361,7 @@ def _about_people(topics: dict) -> Verdict:
 
 def _hint(entry: dict) -> str:
     return (
-        f"; a hint only, n = {entry['n_people']} people" if entry["n_people"] < FEW_PEOPLE else ""
+        f"; a hint only, n = {entry['n_people']} people" if entry["n_people"] < FEW_PATIENTS else ""
     )
 
 
@@ -1455,7 +1455,7 @@ def comparison_figure(
     return figure
 
 
-def person_strip(
+def patient_strip(
     images: Tensor,
     maps: Tensor,
     predictions: Tensor | np.ndarray,
@@ -1503,7 +1503,7 @@ def person_strip(
     return figure
 
 
-def person_gif(
+def patient_gif(
     images: Tensor,
     maps: Tensor,
     path: Path | str,

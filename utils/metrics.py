@@ -127,7 +127,7 @@ class Tally:
     bins: np.ndarray
 
     @property
-    def person_class(self) -> np.ndarray:
+    def class_of_patient(self) -> np.ndarray:
         return self.four.sum(axis=2).argmax(axis=1)
 
     @property
@@ -135,22 +135,24 @@ class Tally:
         return int(self.four.sum())
 
 
-def tally(logits: np.ndarray, labels: np.ndarray, people: np.ndarray) -> Tally:
+def tally(logits: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> Tally:
     """Sums by person of (N, 4) logits; NaN rows are left out."""
     rows = scored(logits)
     logits, labels = np.asarray(logits)[rows], np.asarray(labels, dtype=np.int64)[rows]
-    identity, person = np.unique(np.asarray(people)[rows], return_inverse=True)
+    identity, patient = np.unique(np.asarray(patients)[rows], return_inverse=True)
     probability = probabilities(logits)
     decision = logits.argmax(axis=1) if len(logits) else np.zeros(0, dtype=np.int64)
     four, three = np.zeros((len(identity), 4, 4)), np.zeros((len(identity), 3, 3))
-    np.add.at(four, (person, labels, decision), 1)
+    np.add.at(four, (patient, labels, decision), 1)
     merged = merge_classes(probability)
-    np.add.at(three, (person, THREE[labels], merged.argmax(axis=1) if len(merged) else decision), 1)
+    np.add.at(
+        three, (patient, THREE[labels], merged.argmax(axis=1) if len(merged) else decision), 1
+    )
     confidence = probability.max(axis=1, initial=0)
     bins = np.zeros((len(identity), ECE_BINS))
-    np.add.at(bins, (person, _bin(confidence, ECE_BINS)), (decision == labels) - confidence)
+    np.add.at(bins, (patient, _bin(confidence, ECE_BINS)), (decision == labels) - confidence)
     return Tally(
-        four, three, _wins(disease_margin(logits), labels > 0, person, len(identity)), bins
+        four, three, _wins(disease_margin(logits), labels > 0, patient, len(identity)), bins
     )
 
 
@@ -159,20 +161,20 @@ def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _wins(
-    margin: np.ndarray, diseased: np.ndarray, person: np.ndarray, n_people: int
+    margin: np.ndarray, diseased: np.ndarray, patient: np.ndarray, n_patients: int
 ) -> np.ndarray:
-    wins = np.zeros((n_people, n_people))
+    wins = np.zeros((n_patients, n_patients))
     if diseased.all():
         return wins
-    columns, high = person[diseased], margin[diseased]
-    order = np.argsort(person[~diseased], kind="stable")
-    owners, starts = np.unique(person[~diseased][order], return_index=True)
+    columns, high = patient[diseased], margin[diseased]
+    order = np.argsort(patient[~diseased], kind="stable")
+    owners, starts = np.unique(patient[~diseased][order], return_index=True)
     for owner, scores in zip(owners, np.split(margin[~diseased][order], starts[1:]), strict=True):
         scores = np.sort(scores)
         beaten = (
             np.searchsorted(scores, high, "left") + np.searchsorted(scores, high, "right")
         ) / 2
-        wins[owner] = np.bincount(columns, beaten, n_people)
+        wins[owner] = np.bincount(columns, beaten, n_patients)
     return wins
 
 
@@ -480,7 +482,7 @@ class _Problem:
     patient_class: np.ndarray
     n: int
     ranges: dict[str, tuple[float, float]]
-    units: dict[str, int] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
 
 
 def _intervals(problem: _Problem, n_boot: int, seed: int, *, test: bool = False) -> Scores:
@@ -517,7 +519,7 @@ def _intervals(problem: _Problem, n_boot: int, seed: int, *, test: bool = False)
             value,
             widths.get(name, np.zeros(2)),
             problem.ranges.get(name, (0.0, 1.0)),
-            problem.units.get(name, smallest),
+            problem.runs.get(name, smallest),
         )
         result[name] = {"value": round(value, 6), "ci": [round(low, 6), round(high, 6)]}
         if test:
@@ -601,7 +603,7 @@ def _score_problem(sums: Tally) -> _Problem:
     return _Problem(
         _statistic(sums),
         widths,
-        sums.person_class,
+        sums.class_of_patient,
         sums.slices,
         {"qwk": (-1.0, 1.0)},
         {"auroc": _patient_pairs(sums)},
@@ -609,7 +611,12 @@ def _score_problem(sums: Tally) -> _Problem:
 
 
 def score(
-    logits: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0
+    logits: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> Scores:
     """Every score in `METRICS` with its interval.
 
@@ -624,11 +631,11 @@ def score(
         where the score is undefined, such as AUROC with one side empty. With `n_boot` 0 a defined score is
         {"value", "ci": None, "exact": True}.
     """
-    return _intervals(_score_problem(tally(logits, labels, people)), n_boot, seed)
+    return _intervals(_score_problem(tally(logits, labels, patients)), n_boot, seed)
 
 
-def by_person(
-    logits: np.ndarray, labels: np.ndarray, people: np.ndarray, seeds: np.ndarray | None = None
+def by_patient(
+    logits: np.ndarray, labels: np.ndarray, patients: np.ndarray, seeds: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One row per person and training seed: (log of the mean slice probability (M, 4), label (M,), person (M,)).
 
@@ -639,7 +646,7 @@ def by_person(
         np.zeros(len(rows), dtype=np.int64) if seeds is None else np.asarray(seeds, dtype=np.int64)
     )
     keys, group = np.unique(
-        np.column_stack([np.asarray(people, dtype=np.int64)[rows], seeds[rows]]),
+        np.column_stack([np.asarray(patients, dtype=np.int64)[rows], seeds[rows]]),
         axis=0,
         return_inverse=True,
     )
@@ -651,17 +658,17 @@ def by_person(
     return np.log(np.maximum(mean, 1e-300)), of_class.argmax(axis=1), keys[:, 0]
 
 
-def score_people(
+def score_patients(
     logits: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     seeds: np.ndarray | None = None,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Scores:
     """`score` with one decision a person: the mean of the person's slice probabilities."""
-    return score(*by_person(logits, labels, people, seeds), n_boot=n_boot, seed=seed)
+    return score(*by_patient(logits, labels, patients, seeds), n_boot=n_boot, seed=seed)
 
 
 def _share_scores(four: np.ndarray) -> dict[str, np.ndarray]:
@@ -687,11 +694,11 @@ def _flag_counts(
 
 
 def _flag_views(
-    four: np.ndarray, three: np.ndarray, labels: np.ndarray, people: np.ndarray
+    four: np.ndarray, three: np.ndarray, labels: np.ndarray, patients: np.ndarray
 ) -> tuple[_View, _View]:
     """The views of three and four classes of flags in [0, 1], each (N,); a flag is the right decision (0)."""
     labels = np.asarray(labels, dtype=np.int64)
-    identity, patient = np.unique(np.asarray(people), return_inverse=True)
+    identity, patient = np.unique(np.asarray(patients), return_inverse=True)
     merged = _flag_counts(
         np.asarray(three, dtype=np.float64), THREE[labels], patient, (len(identity), 3)
     )
@@ -719,11 +726,11 @@ def _patient_class(view: _View) -> np.ndarray:
     return view.counts.sum(axis=2).argmax(axis=1)
 
 
-def score_standing(
+def score_robust(
     four: np.ndarray,
     three: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     n_boot: int = 2000,
     seed: int = 0,
@@ -740,9 +747,9 @@ def score_standing(
     """
     four, three = np.asarray(four), np.asarray(three)
     if four.dtype == three.dtype == bool:
-        views = _flag_views(four, three, labels, people)
+        views = _flag_views(four, three, labels, patients)
         return _intervals(_flag_problem(views, len(four)), n_boot, seed)
-    return _mean_scores(four, three, labels, people, n_boot, seed)
+    return _mean_scores(four, three, labels, patients, n_boot, seed)
 
 
 def _flag_problem(views: tuple[_View, _View], n: int) -> _Problem:
@@ -756,12 +763,12 @@ def _mean_scores(
     four: np.ndarray,
     three: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     n_boot: int,
     seed: int,
 ) -> Scores:
     """`score_standing` of numbers: a mean is a sum as a share is, but its range is that of the numbers."""
-    views = _flag_views(four, three, labels, people)
+    views = _flag_views(four, three, labels, patients)
     numbers = np.concatenate([four, three]).astype(np.float64)
     limits = (float(numbers.min()), float(numbers.max())) if len(numbers) else (0.0, 0.0)
     ranges = dict.fromkeys(("balanced_accuracy_3", "balanced_accuracy", "accuracy"), limits)
@@ -772,16 +779,21 @@ def _mean_scores(
 
 
 def share_by_class(
-    flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0
+    flags: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> list[dict]:
     """The share of true flags in each of the four classes with its interval, `n_slices` and `n_people`."""
-    return _share_by_group(flags, np.asarray(labels), 4, labels, people, n_boot, seed)
+    return _share_by_group(flags, np.asarray(labels), 4, labels, patients, n_boot, seed)
 
 
 def recalls(
     logits: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     groups: np.ndarray = THREE,
     *,
     n_boot: int = 2000,
@@ -801,12 +813,12 @@ def recalls(
         slices.
     """
     rows = scored(logits)
-    labels, people = np.asarray(labels, dtype=np.int64)[rows], np.asarray(people)[rows]
+    labels, patients = np.asarray(labels, dtype=np.int64)[rows], np.asarray(patients)[rows]
     groups = np.asarray(groups)
     member = np.eye(groups.max() + 1)[groups]
     truth = groups[labels]
     right = (probabilities(np.asarray(logits)[rows]) @ member).argmax(axis=1) == truth
-    return _share_by_group(right, truth, len(member.T), labels, people, n_boot, seed)
+    return _share_by_group(right, truth, len(member.T), labels, patients, n_boot, seed)
 
 
 def _share_by_group(
@@ -814,19 +826,24 @@ def _share_by_group(
     group: np.ndarray,
     n_groups: int,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     n_boot: int,
     seed: int,
 ) -> list[dict]:
     """`score_standing`'s accuracy within each group of rows, with `n_slices` and `n_people`."""
-    flags, labels, people, shares = np.asarray(flags), np.asarray(labels), np.asarray(people), []
+    flags, labels, patients, shares = (
+        np.asarray(flags),
+        np.asarray(labels),
+        np.asarray(patients),
+        [],
+    )
     for index in range(n_groups):
         rows = group == index
-        entry = score_standing(
-            flags[rows], flags[rows], labels[rows], people[rows], n_boot=n_boot, seed=seed
+        entry = score_robust(
+            flags[rows], flags[rows], labels[rows], patients[rows], n_boot=n_boot, seed=seed
         )["accuracy"]
         shares.append(
-            {**entry, "n_slices": int(rows.sum()), "n_people": len(np.unique(people[rows]))}
+            {**entry, "n_slices": int(rows.sum()), "n_people": len(np.unique(patients[rows]))}
         )
     return shares
 
@@ -850,7 +867,7 @@ def paired_difference(
     first: np.ndarray,
     second: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     n_boot: int = 2000,
     seed: int = 0,
@@ -869,7 +886,7 @@ def paired_difference(
     """
     rows = scored(first) & scored(second)
     a, b = (
-        tally(np.asarray(x)[rows], np.asarray(labels)[rows], np.asarray(people)[rows])
+        tally(np.asarray(x)[rows], np.asarray(labels)[rows], np.asarray(patients)[rows])
         for x in (first, second)
     )
 
@@ -883,7 +900,7 @@ def paired_difference(
     problem = _Problem(
         _difference(_statistic(a), _statistic(b)),
         widths,
-        a.person_class,
+        a.class_of_patient,
         a.slices,
         ranges,
         {"auroc": _patient_pairs(a)},
@@ -891,22 +908,22 @@ def paired_difference(
     return _intervals(problem, n_boot, seed, test=True)
 
 
-def paired_standing_difference(
+def paired_robust_difference(
     first: tuple[np.ndarray, np.ndarray],
     second: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     n_boot: int = 2000,
     seed: int = 0,
 ) -> Scores:
     """`paired_difference` of worst-case scores; each model gives its (four, three) flags as in `score_standing`."""
-    return standing_difference(
-        (*first, labels, people), (*second, labels, people), n_boot=n_boot, seed=seed
+    return robust_difference(
+        (*first, labels, patients), (*second, labels, patients), n_boot=n_boot, seed=seed
     )
 
 
-def standing_difference(
+def robust_difference(
     first: tuple[np.ndarray, ...],
     second: tuple[np.ndarray, ...],
     *,
@@ -925,8 +942,8 @@ def standing_difference(
     if not np.array_equal(np.unique(first[3]), np.unique(second[3])):
         raise ValueError("Differences are resampled over people, so both sides need the same ones.")
     sides = [
-        _flag_views(np.asarray(four, dtype=bool), np.asarray(three, dtype=bool), labels, people)
-        for four, three, labels, people in (first, second)
+        _flag_views(np.asarray(four, dtype=bool), np.asarray(three, dtype=bool), labels, patients)
+        for four, three, labels, patients in (first, second)
     ]
 
     def widths(weights: np.ndarray) -> Widths:
@@ -996,7 +1013,7 @@ def fit_temperature(
 def calibration_curve(
     logits: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     bins: int = 10,
     n_boot: int = 2000,
@@ -1009,13 +1026,13 @@ def calibration_curve(
     """
     rows = scored(logits)
     logits, labels = np.asarray(logits)[rows], np.asarray(labels, dtype=np.int64)[rows]
-    people = np.asarray(people)[rows]
+    patients = np.asarray(patients)[rows]
     confidence = probabilities(logits).max(axis=1, initial=0)
     of_bin, curve = _bin(confidence, bins), []
     for index in np.unique(of_bin):
         inside = of_bin == index
         right = logits[inside].argmax(axis=1) == labels[inside]
-        found = share(right, labels[inside], people[inside], n_boot=n_boot, seed=seed)
+        found = share(right, labels[inside], patients[inside], n_boot=n_boot, seed=seed)
         curve.append(
             {
                 "confidence": float(confidence[inside].mean()),
@@ -1047,7 +1064,7 @@ def pair_scores(
     first_wrong: np.ndarray,
     second_wrong: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     n_boot: int = 2000,
     seed: int = 0,
@@ -1059,7 +1076,7 @@ def pair_scores(
         differ, first_wrong, second_wrong: bool (N,) a row: other answers; the first, the second model is wrong.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    identity, patient = np.unique(np.asarray(people), return_inverse=True)
+    identity, patient = np.unique(np.asarray(patients), return_inverse=True)
     outcome = 2 * np.asarray(first_wrong, dtype=np.int64) + np.asarray(second_wrong, dtype=np.int64)
     counts = np.zeros((len(identity), 4, 4))
     np.add.at(counts, (patient, labels, outcome), 1)
@@ -1072,24 +1089,29 @@ def pair_scores(
         {"error_correlation": (-1.0, 1.0)},
     )
     return {
-        "disagreement": share(differ, labels, people, n_boot=n_boot, seed=seed),
+        "disagreement": share(differ, labels, patients, n_boot=n_boot, seed=seed),
         **_intervals(problem, n_boot, seed),
     }
 
 
 def share(
-    flags: np.ndarray, labels: np.ndarray, people: np.ndarray, *, n_boot: int = 2000, seed: int = 0
+    flags: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> dict:
     """The share of true flags among all rows with its interval over patients."""
     flags = np.asarray(flags, dtype=bool)
-    return score_standing(flags, flags, labels, people, n_boot=n_boot, seed=seed)["accuracy"]
+    return score_robust(flags, flags, labels, patients, n_boot=n_boot, seed=seed)["accuracy"]
 
 
 def kept_shares(
     first: tuple[np.ndarray, np.ndarray],
     second: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     n_boot: int = 2000,
     seed: int = 0,
@@ -1106,7 +1128,7 @@ def kept_shares(
         there before.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    identity, patient = np.unique(np.asarray(people), return_inverse=True)
+    identity, patient = np.unique(np.asarray(patients), return_inverse=True)
     size, views = (len(identity), 4), []
     for before, after in (first, second):
         rows = np.asarray(before, dtype=bool)
@@ -1145,7 +1167,7 @@ def _kept_problem(first: _View, second: _View, patient_class: np.ndarray, n: int
 def risk_coverage(
     logits: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     coverages: np.ndarray | None = None,
     n_boot: int = 2000,
@@ -1169,7 +1191,7 @@ def risk_coverage(
             {
                 "coverage": float(coverage),
                 **selective_risk(
-                    wrong, confidence, threshold, labels, people, n_boot=n_boot, seed=seed
+                    wrong, confidence, threshold, labels, patients, n_boot=n_boot, seed=seed
                 ),
             }
         )
@@ -1181,7 +1203,7 @@ def selective_risk(
     confidence: np.ndarray,
     threshold: float,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     *,
     n_boot: int = 2000,
     seed: int = 0,
@@ -1195,7 +1217,7 @@ def selective_risk(
     found = share(
         np.asarray(wrong)[kept],
         np.asarray(labels)[kept],
-        np.asarray(people)[kept],
+        np.asarray(patients)[kept],
         n_boot=n_boot,
         seed=seed,
     )

@@ -26,9 +26,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from utils.config import RunConfig
 from utils.data import ImageSet
-from utils.figures import BASE, COLOURS, GREY, StudyFigure, _absent, canvas, styled
+from utils.figures import BASE, COLOURS, GREY, ResultFigure, _absent, canvas, styled
 from utils.training import fit
-from utils.utils_funcs import StudyError, read_json, say, write_json
+from utils.utils_funcs import UserError, read_json, say, write_json
 
 #: Startup trials before the median rule may prune one.
 PRUNER_STARTUP = 4
@@ -56,37 +56,37 @@ def suggest(trial: optuna.Trial) -> dict[str, object]:
     }
 
 
-def study_paths(folder: Path, config: RunConfig) -> tuple[Path, Path]:
+def search_paths(folder: Path, config: RunConfig) -> tuple[Path, Path]:
     """(SQLite file, JSON of the best settings) of this model's search in `folder` = checkpoints/optuna/<Model>."""
     name = "slice" if config.protocol == "slice" else f"patient_fold{config.fold}"
     return folder / "study.db", folder / f"{name}_best.json"
 
 
-def study_name(config: RunConfig) -> str:
+def search_name(config: RunConfig) -> str:
     """Name of the study of (model, protocol, fold) at this profile."""
-    return f"{config.model}-{study_paths(Path(), config)[1].stem.removesuffix('_best')}-{config.profile}"
+    return f"{config.model}-{search_paths(Path(), config)[1].stem.removesuffix('_best')}-{config.profile}"
 
 
-def known_study(folder: Path, config: RunConfig) -> optuna.Study | None:
-    """The study on this machine, to look at; None where it holds none: unlike `open_study` it makes nothing."""
-    database = study_paths(folder, config)[0]
+def known_search(folder: Path, config: RunConfig) -> optuna.Study | None:
+    """The study on this machine, to look at; None where it holds none: unlike `open_search` it makes nothing."""
+    database = search_paths(folder, config)[0]
     if not database.is_file():
         return None
     with contextlib.suppress(KeyError):  # the file may hold the studies of other folds alone
         return optuna.load_study(
-            study_name=study_name(config), storage=f"sqlite:///{database.as_posix()}"
+            study_name=search_name(config), storage=f"sqlite:///{database.as_posix()}"
         )
     return None
 
 
-def open_study(folder: Path, config: RunConfig, storage: str | None = None) -> optuna.Study:
+def open_search(folder: Path, config: RunConfig, storage: str | None = None) -> optuna.Study:
     """The persistent study of (model, protocol, fold); `storage` is any Optuna URL (PostgreSQL for several machines)."""
-    database = study_paths(folder, config)[0]
+    database = search_paths(folder, config)[0]
     database.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     beating = dict(heartbeat_interval=HEARTBEAT, grace_period=GRACE) if storage else {}
     return optuna.create_study(
-        study_name=study_name(config),
+        study_name=search_name(config),
         direction="minimize",
         storage=optuna.storages.RDBStorage(
             storage or f"sqlite:///{database.as_posix()}", **beating
@@ -124,9 +124,9 @@ def search(
     Raises:
         StudyError: no trial waits in a shared study, or every trial failed.
     """
-    study = open_study(folder, config, storage)
+    study = open_search(folder, config, storage)
     if storage is not None and not study.get_trials(deepcopy=False):
-        raise StudyError(
+        raise UserError(
             f"No trial is enqueued in {study.study_name}: enqueue them once with `python -m utils.experiment search "
             "--enqueue N`, then start as many workers as you like."
         )
@@ -138,11 +138,11 @@ def search(
         _work(study, trial, train, validation, config, device, workplace / f"{trial.number}", start)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
-        raise StudyError(
+        raise UserError(
             f"All {len(study.trials)} trials of {study.study_name} failed: run one training by hand to see why."
         )
     write_json(
-        study_paths(folder, config)[1],
+        search_paths(folder, config)[1],
         {
             "study": study.study_name,
             "trials": len(complete),
@@ -254,7 +254,7 @@ def _work(
         state = TrialState.PRUNED
     except optuna.exceptions.UpdateFinishedTrialError:
         state = TrialState.FAIL
-    except (StudyError, RuntimeError, ValueError, MemoryError) as error:
+    except (UserError, RuntimeError, ValueError, MemoryError) as error:
         state = TrialState.FAIL
         trial.set_user_attr("error", f"{type(error).__name__}: {error}"[:500])
         say(f"trial {trial.number} failed: {error}")
@@ -304,7 +304,7 @@ def objective(
 
 def best_settings(folder: Path, config: RunConfig) -> dict[str, object]:
     """The saved best settings of this model's search; empty where none was run."""
-    path = study_paths(folder, config)[1]
+    path = search_paths(folder, config)[1]
     return read_json(path)["settings"] if path.is_file() else {}
 
 
@@ -333,7 +333,7 @@ STATES = {
 
 
 @styled
-def search_figures(study: optuna.Study) -> StudyFigure:
+def search_figures(study: optuna.Study) -> ResultFigure:
     """The study as one figure: how its best score came about, and which settings decided."""
     trials = study.get_trials(deepcopy=False)
     figure, axes = canvas(1, 2, (10, 3.9), f"Search {study.study_name}", _states_text(trials))

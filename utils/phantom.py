@@ -32,7 +32,7 @@ class PhantomCohort:
 
     images: list[np.ndarray]
     label: np.ndarray
-    person: np.ndarray
+    patient: np.ndarray
     slice_index: np.ndarray
     kind: list[str]
     duplicate_of: np.ndarray
@@ -41,7 +41,7 @@ class PhantomCohort:
 
 def draw_cohort(
     *,
-    people: Sequence[int] = (10, 7, 4, 2),
+    patients: Sequence[int] = (10, 7, 4, 2),
     slices: int | tuple[int, int] = 32,
     size: int | Sequence[int] = 128,
     synthetic: int = 60,
@@ -68,23 +68,23 @@ def draw_cohort(
     rng = np.random.default_rng(seed)
     sides = (size,) if isinstance(size, int) else tuple(size)
     low, high = (slices, slices) if isinstance(slices, int) else slices
-    images, label, person, index, split = [], [], [], [], []
-    for who, group in enumerate(np.repeat(np.arange(len(people)), people)):
-        stack = draw_person(rng, int(group), int(rng.integers(low, high + 1)), sides)
+    images, label, patient, index, split = [], [], [], [], []
+    for who, group in enumerate(np.repeat(np.arange(len(patients)), patients)):
+        stack = draw_patient(rng, int(group), int(rng.integers(low, high + 1)), sides)
         held_out = _scatter_test(rng, len(stack))
         for position, image in enumerate(stack):
             filed = (
-                min(group + 1, len(people) - 1)
+                min(group + 1, len(patients) - 1)
                 if who < conflicts and position >= len(stack) // 2
                 else group
             )
             images.append(image)
             label.append(filed)
-            person.append(who)
+            patient.append(who)
             index.append(position)
             split.append("test" if held_out[position] else "train")
-    label, person, index = np.array(label), np.array(person), np.array(index)
-    blends, blend_labels = _draw_synthetic(rng, images, label, person, index, synthetic)
+    label, patient, index = np.array(label), np.array(patient), np.array(index)
+    blends, blend_labels = _draw_synthetic(rng, images, label, patient, index, synthetic)
     noisy = [_to_8_bits(rng, image, noise) for image in (*images, *blends)]
     training = np.flatnonzero(np.array(split) == "train")
     copied = rng.choice(training, min(duplicates + cross_duplicates, len(training)), replace=False)
@@ -95,7 +95,7 @@ def draw_cohort(
     return PhantomCohort(
         images=noisy + [noisy[i] for i in copied],
         label=np.concatenate([label, blend_labels, label[copied]]).astype(np.int64),
-        person=np.concatenate([person, nobody, person[copied]]).astype(np.int64),
+        patient=np.concatenate([patient, nobody, patient[copied]]).astype(np.int64),
         slice_index=np.concatenate([index, nobody, index[copied]]).astype(np.int64),
         kind=["real"] * len(images) + ["synthetic"] * len(blends) + ["duplicate"] * len(copied),
         duplicate_of=np.concatenate([nothing, copied]).astype(np.int64),
@@ -130,12 +130,12 @@ def write_phantom(folder: Path | str, *, quality: int = 90, seed: int = 0, **opt
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["path", "person", "slice_index", "kind"])
         rows.writerows(
-            sorted(zip(names, cohort.person.tolist(), cohort.slice_index.tolist(), cohort.kind))
+            sorted(zip(names, cohort.patient.tolist(), cohort.slice_index.tolist(), cohort.kind))
         )
     return folder
 
 
-def draw_person(
+def draw_patient(
     rng: np.random.Generator, group: int, slices: int, sides: Sequence[int]
 ) -> list[np.ndarray]:
     """One person's neighbouring slices, `float32` (side, side) in [0, 255], the most superior first."""
@@ -223,7 +223,7 @@ def _draw_synthetic(
     rng: np.random.Generator,
     images: list[np.ndarray],
     label: np.ndarray,
-    person: np.ndarray,
+    patient: np.ndarray,
     index: np.ndarray,
     count: int,
 ) -> tuple[list[np.ndarray], np.ndarray]:
@@ -233,9 +233,9 @@ def _draw_synthetic(
         group = groups[int(rng.integers(len(groups)))]
         members = np.flatnonzero(label == group)
         first = members[rng.integers(len(members))]
-        others = members[person[members] != person[first]]
+        others = members[patient[members] != patient[first]]
         # Generators blend what they saw of several people; with one person in a class there is only another class.
-        others = others if len(others) else np.flatnonzero(person != person[first])
+        others = others if len(others) else np.flatnonzero(patient != patient[first])
         others = others if len(others) else members
         level = np.abs(index[others] - index[first])
         second = rng.choice(others[level <= level.min() + 1])

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils import metrics
 from utils.config import RunConfig, parse_eps
-from utils.utils_funcs import MODELS, PROTOCOLS, StudyError, atomic_path, read_json, write_json
+from utils.utils_funcs import MODELS, PROTOCOLS, UserError, atomic_path, read_json, write_json
 
 SCHEMA_VERSION = 1
 #: Everything that can have a record, in the order of tables and figures.
@@ -32,7 +32,7 @@ AGREED = ("model", "regime", "protocol", "data", "profile", "cohort_sha256")
 ADDED = ("n_attacked", "n_set", "n_unchanged", "seconds", "forward_passes", "backward_passes")
 #: Attack metadata that units of earlier code do not name, and what it was there.
 BEFORE = {"precision": "fp32"}
-PERSON_UNDER_ATTACK = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "auroc")
+PATIENT_UNDER_ATTACK = ("balanced_accuracy_3", "balanced_accuracy", "accuracy", "auroc")
 
 
 # ------------------------------------------------------------------------------------------------- predictions
@@ -43,7 +43,7 @@ class Rows:
     """Who each row of a predictions file is: labels, people and training seeds, each (N,)."""
 
     labels: np.ndarray
-    people: np.ndarray
+    patients: np.ndarray
     seeds: np.ndarray
 
     @classmethod
@@ -55,10 +55,10 @@ class Rows:
         )
 
     def take(self, rows: np.ndarray) -> Rows:
-        return Rows(self.labels[rows], self.people[rows], self.seeds[rows])
+        return Rows(self.labels[rows], self.patients[rows], self.seeds[rows])
 
     def size(self) -> dict[str, int]:
-        return {"n_slices": len(self.labels), "n_people": len(np.unique(self.people))}
+        return {"n_slices": len(self.labels), "n_people": len(np.unique(self.patients))}
 
 
 def variants_of(predictions: Arrays) -> list[str | None]:
@@ -86,7 +86,7 @@ def clean_of(predictions: Arrays, variant: str | None = None) -> np.ndarray:
     return predictions[f"{variant}/clean" if variant else "clean"]
 
 
-def standing(
+def robust_decisions(
     clean: np.ndarray, attacked: list[np.ndarray], labels: np.ndarray
 ) -> tuple[np.ndarray, ...]:
     """Whether each image's four-class and three-class decision is right on the clean image and under every attack that
@@ -127,9 +127,9 @@ def score_rows(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
     who = rows.take(declared)
     options = {"n_boot": n_boot}
     return {
-        "slice": metrics.score(logits[declared], who.labels, who.people, **options),
-        "person": metrics.score_people(
-            logits[declared], who.labels, who.people, seeds=who.seeds, **options
+        "slice": metrics.score(logits[declared], who.labels, who.patients, **options),
+        "person": metrics.score_patients(
+            logits[declared], who.labels, who.patients, seeds=who.seeds, **options
         ),
         **who.size(),
     }
@@ -140,19 +140,19 @@ def recalls_of(logits: np.ndarray, rows: Rows, n_boot: int) -> dict:
     hides which class a model never answers."""
     declared = metrics.scored(logits)
     who = rows.take(declared)
-    by_person = metrics.by_person(logits[declared], who.labels, who.people, who.seeds)
+    by_patient = metrics.by_patient(logits[declared], who.labels, who.patients, who.seeds)
     return {
-        "slice": metrics.recalls(logits[declared], who.labels, who.people, n_boot=n_boot),
-        "person": metrics.recalls(*by_person, n_boot=n_boot),
+        "slice": metrics.recalls(logits[declared], who.labels, who.patients, n_boot=n_boot),
+        "person": metrics.recalls(*by_patient, n_boot=n_boot),
     }
 
 
 def _score_attack(logits: np.ndarray, rows: Rows, meta: dict, n_boot: int) -> dict:
     scores = score_rows(logits, rows, n_boot)
-    person = {name: scores["person"][name] for name in PERSON_UNDER_ATTACK}
+    patient = {name: scores["person"][name] for name in PATIENT_UNDER_ATTACK}
     return {
         **scores["slice"],
-        "person": person,
+        "person": patient,
         "n_slices": scores["n_slices"],
         "n_people": scores["n_people"],
         "n_attacked": scores["n_slices"],
@@ -169,17 +169,17 @@ def score_worst_case(
     AUROC is given where a binary-margin attack (`*_binary`) ran: each image's score is then the most wrong one that any
     attack reached, since an attacker who wants a wrong ranking may choose among them.
     """
-    four, three, covered = standing(clean, list(attacked.values()), rows.labels)
+    four, three, covered = robust_decisions(clean, list(attacked.values()), rows.labels)
     who = rows.take(covered)
-    result = metrics.score_standing(
-        four[covered], three[covered], who.labels, who.people, n_boot=n_boot
+    result = metrics.score_robust(
+        four[covered], three[covered], who.labels, who.patients, n_boot=n_boot
     )
     binary = [logits for name, logits in attacked.items() if name.endswith("_binary")]
     if binary:
         ranked = np.any([metrics.scored(logits) for logits in binary], axis=0)
         worst = _most_wrong(clean, list(attacked.values()), rows.labels)[ranked]
         part = rows.take(ranked)
-        result["auroc"] = metrics.score(worst, part.labels, part.people, n_boot=n_boot)["auroc"]
+        result["auroc"] = metrics.score(worst, part.labels, part.patients, n_boot=n_boot)["auroc"]
     else:
         result["auroc"] = {"value": None, "ci": None, "n": 0}
     return {**result, **who.size(), "attacks": sorted(attacked)}
@@ -217,11 +217,11 @@ def _evaluate(
             continue
         blocks["worst_case"][eps] = score_worst_case(clean, within, rows, n_boot)
         so_far += within.values()
-        four, three, covered = standing(clean, so_far, rows.labels)
+        four, three, covered = robust_decisions(clean, so_far, rows.labels)
         who = rows.take(covered)
         # A smaller ball lies inside a larger one, so what fell there has fallen here: the curve that never rises.
-        blocks["worst_case"][eps]["union"] = metrics.score_standing(
-            four[covered], three[covered], who.labels, who.people, n_boot=n_boot
+        blocks["worst_case"][eps]["union"] = metrics.score_robust(
+            four[covered], three[covered], who.labels, who.patients, n_boot=n_boot
         )
     return blocks
 
@@ -246,7 +246,7 @@ def _joined(values: list) -> str:
 # ------------------------------------------------------------------------------------------------------ records
 
 
-def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> dict:
+def summarise(predictions: Arrays, runs: list[dict], *, n_boot: int = 2000) -> dict:
     """The record (DESIGN §6) of one (model, protocol) from its pooled predictions and its units' metadata.
 
     Args:
@@ -260,37 +260,37 @@ def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> 
     Raises:
         StudyError: the units differ in data, profile, cohort or what they are units of, or rows have no unit.
     """
-    units = sorted(units, key=lambda unit: (unit["fold"], unit["seed"]))
-    _check(predictions, units)
+    runs = sorted(runs, key=lambda run: (run["fold"], run["seed"]))
+    _check(predictions, runs)
     rows = Rows.of(predictions)
-    first = units[0]
+    first = runs[0]
     record = {
         "schema_version": SCHEMA_VERSION,
         **{key: first.get(key) for key in AGREED[:-1]},
-        "init": _joined([unit["init"] for unit in units]),
-        "search": _joined([unit.get("search") for unit in units]),
-        "folds": sorted({unit["fold"] for unit in units}),
-        "seeds": sorted({unit["seed"] for unit in units}),
+        "init": _joined([run["init"] for run in runs]),
+        "search": _joined([run.get("search") for run in runs]),
+        "folds": sorted({run["fold"] for run in runs}),
+        "seeds": sorted({run["seed"] for run in runs}),
         "cohort_sha256": first.get("cohort_sha256"),
         "config": _merge_meta(
             [
-                {k: v for k, v in unit.get("config", {}).items() if k not in ("fold", "seed")}
-                for unit in units
+                {k: v for k, v in run.get("config", {}).items() if k not in ("fold", "seed")}
+                for run in runs
             ]
         ),
-        "environment": _merge_meta([unit.get("environment", {}) for unit in units]),
-        "hardware": _joined([unit.get("hardware") for unit in units]),
+        "environment": _merge_meta([run.get("environment", {}) for run in runs]),
+        "hardware": _joined([run.get("hardware") for run in runs]),
         "wall_seconds": {
-            phase: round(sum(unit.get("wall_seconds", {}).get(phase, 0) for unit in units), 1)
+            phase: round(sum(run.get("wall_seconds", {}).get(phase, 0) for run in runs), 1)
             for phase in ("train", "attack")
         },
-        "git_commit": _joined([unit.get("git_commit") for unit in units]),
-        "git_dirty": any(unit.get("git_dirty", True) for unit in units),
+        "git_commit": _joined([run.get("git_commit") for run in runs]),
+        "git_dirty": any(run.get("git_dirty", True) for run in runs),
     }
     for variant in variants_of(predictions):
         metas = [
-            (unit.get("variants", {}).get(variant, {}) if variant else unit).get("attacks", {})
-            for unit in units
+            (run.get("variants", {}).get(variant, {}) if variant else run).get("attacks", {})
+            for run in runs
         ]
         blocks = _evaluate(predictions, variant, rows, metas, n_boot)
         record.update(
@@ -301,15 +301,15 @@ def summarise(predictions: Arrays, units: list[dict], *, n_boot: int = 2000) -> 
             }
         )
     record["sanity"] = [
-        {**check, "fold": unit["fold"], "seed": unit["seed"]}
-        for unit in units
-        for check in unit.get("sanity", [])
+        {**check, "fold": run["fold"], "seed": run["seed"]}
+        for run in runs
+        for check in run.get("sanity", [])
     ]
     if "clean" in predictions:
-        record.update(_without_search_people(predictions, units, rows, n_boot))
-        record.update(_calibrated(predictions, units, rows, n_boot))
+        record.update(_without_search_patients(predictions, runs, rows, n_boot))
+        record.update(_calibrated(predictions, runs, rows, n_boot))
     record["constant_answer"] = constant_answer(rows)
-    record["units"] = units
+    record["units"] = runs
     return record
 
 
@@ -320,36 +320,38 @@ def constant_answer(rows: Rows) -> dict:
     return score_rows(logits, rows, n_boot=0)
 
 
-def _check(predictions: Arrays, units: list[dict]) -> None:
+def _check(predictions: Arrays, runs: list[dict]) -> None:
     for key in AGREED:
-        values = dict.fromkeys(str(unit.get(key)) for unit in units)
+        values = dict.fromkeys(str(run.get(key)) for run in runs)
         if len(values) > 1:
-            raise StudyError(
+            raise UserError(
                 f"The units of one record differ in {key} ({', '.join(values)}); they cannot be pooled: "
                 "run the missing folds with one setting, or remove the older units."
             )
-    have = {(unit["fold"], unit["seed"]) for unit in units}
+    have = {(run["fold"], run["seed"]) for run in runs}
     rows = set(zip(predictions["fold"].tolist(), predictions["seed"].tolist(), strict=True))
     if rows - have:
-        raise StudyError(
+        raise UserError(
             f"Predictions hold rows of fold and seed {sorted(rows - have)} for which no unit tells how "
             "they were made; run these units again."
         )
 
 
-def _without_search_people(predictions: Arrays, units: list[dict], rows: Rows, n_boot: int) -> dict:
+def _without_search_patients(
+    predictions: Arrays, runs: list[dict], rows: Rows, n_boot: int
+) -> dict:
     """Scores without the people on whom hyperparameters were chosen and who are test people of another fold."""
-    people = sorted({int(person) for unit in units for person in unit.get("search_people") or ()})
-    if not people or not any(str(unit.get("search", "")).startswith("fold") for unit in units):
+    patients = sorted({int(patient) for run in runs for patient in run.get("search_people") or ()})
+    if not patients or not any(str(run.get("search", "")).startswith("fold") for run in runs):
         return {}
-    kept = ~np.isin(rows.people, people)
+    kept = ~np.isin(rows.patients, patients)
     who, clean = rows.take(kept), predictions["clean"][kept]
-    entry = score_rows(clean, who, n_boot) | {"n_people_left_out": len(people)}
-    eps = units[0].get("config", {}).get("headline_eps", RunConfig.headline_eps)
+    entry = score_rows(clean, who, n_boot) | {"n_people_left_out": len(patients)}
+    eps = runs[0].get("config", {}).get("headline_eps", RunConfig.headline_eps)
     norms = {
         name: meta.get("norm", "linf")
-        for unit in units
-        for name, meta in unit.get("attacks", {}).get(eps, {}).items()
+        for run in runs
+        for name, meta in run.get("attacks", {}).get(eps, {}).items()
     }
     within = {
         name: logits[kept]
@@ -361,9 +363,9 @@ def _without_search_people(predictions: Arrays, units: list[dict], rows: Rows, n
     return {"clean_without_search_people": entry}
 
 
-def temperatures(predictions: Arrays, units: list[dict]) -> np.ndarray | None:
+def temperatures(predictions: Arrays, runs: list[dict]) -> np.ndarray | None:
     """The validation temperature of each row's unit (N,), or None unless every unit has one."""
-    fitted = {(unit["fold"], unit["seed"]): unit.get("temperature") for unit in units}
+    fitted = {(run["fold"], run["seed"]): run.get("temperature") for run in runs}
     if None in fitted.values():
         return None
     return np.array(
@@ -374,12 +376,12 @@ def temperatures(predictions: Arrays, units: list[dict]) -> np.ndarray | None:
     )
 
 
-def _calibrated(predictions: Arrays, units: list[dict], rows: Rows, n_boot: int) -> dict:
-    scale = temperatures(predictions, units)
+def _calibrated(predictions: Arrays, runs: list[dict], rows: Rows, n_boot: int) -> dict:
+    scale = temperatures(predictions, runs)
     if scale is None:
         return {}
     scores = metrics.score(
-        predictions["clean"] / scale[:, None], rows.labels, rows.people, n_boot=n_boot
+        predictions["clean"] / scale[:, None], rows.labels, rows.patients, n_boot=n_boot
     )
     return {"clean_calibrated": {"ece": scores["ece"], **rows.size()}}
 
@@ -424,7 +426,7 @@ def read_predictions(record: Path | str) -> Arrays:
     """The predictions beside the record at this path."""
     path = predictions_path(record)
     if not path.is_file():
-        raise StudyError(
+        raise UserError(
             f"{record} has no {path.name} beside it; restore that file or run the model again."
         )
     with np.load(path, allow_pickle=False) as file:
@@ -443,7 +445,7 @@ def read_record(path: Path | str) -> dict:
     record = read_json(path)
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise StudyError(
+        raise UserError(
             f"{path} has schema_version {version}, this version of the repository reads {SCHEMA_VERSION}; "
             "run the model again, or check out the version that wrote the record."
         )
@@ -474,7 +476,7 @@ ONLY_MEMBER = 0.995
 
 
 @dataclass(frozen=True)
-class StudyRow:
+class TableRow:
     """One line of every table and figure: a model, a form of one, or the constant answer.
 
     `blocks` and `entries`: protocol → its {"clean", "worst_case", …} and the entry these come from.
@@ -496,10 +498,10 @@ class StudyRow:
     def _only_member(self) -> str:
         """What an ensemble is whose fitted weights all lie on one member: no ensemble, and its name says so."""
         mixed = [
-            unit["variants"][self.variant].get("weights", {}).get("weights", {})
+            run["variants"][self.variant].get("weights", {}).get("weights", {})
             for entry in self.entries.values()
-            for unit in entry.record["units"]
-            if self.variant in unit.get("variants", {})
+            for run in entry.record["units"]
+            if self.variant in run.get("variants", {})
         ]
         alone = [
             max(weights, key=weights.get)
@@ -517,7 +519,7 @@ class StudyRow:
         return self.model not in (CONSTANT, "Baselines")
 
     @property
-    def counts_persons(self) -> bool:
+    def counts_patients(self) -> bool:
         """Whether a decision of this row is a person's, not a slice's."""
         return self.model == "Sequence"
 
@@ -533,9 +535,9 @@ class StudyRow:
         """The folds that this row was scored on: a form may be missing from some of its record's."""
         return sorted(
             {
-                unit["fold"]
-                for unit in self.entries[protocol].record["units"]
-                if self.variant is None or self.variant in unit.get("variants", {})
+                run["fold"]
+                for run in self.entries[protocol].record["units"]
+                if self.variant is None or self.variant in run.get("variants", {})
             }
         )
 
@@ -548,7 +550,7 @@ def headline_eps(record: dict) -> str:
 def _constant_blocks(entry: Entry) -> dict:
     scores = entry.control["slice"]
     size = {key: entry.control[key] for key in ("n_slices", "n_people")}
-    worst = {**{name: scores[name] for name in PERSON_UNDER_ATTACK}, **size, "attacks": []}
+    worst = {**{name: scores[name] for name in PATIENT_UNDER_ATTACK}, **size, "attacks": []}
     return {
         "clean": entry.control,
         "attacks": {},
@@ -557,7 +559,7 @@ def _constant_blocks(entry: Entry) -> dict:
     }
 
 
-def study_rows(entries: dict[tuple[str, str], Entry]) -> list[StudyRow]:
+def table_rows(entries: dict[tuple[str, str], Entry]) -> list[TableRow]:
     """The constant answer, then every record and variant, numbered from 1 in the order of `RECORDED`."""
     if not entries:
         return []
@@ -570,7 +572,7 @@ def study_rows(entries: dict[tuple[str, str], Entry]) -> list[StudyRow]:
         if any(name == protocol for _, name in entries)
     }
     rows = [
-        StudyRow(1, CONSTANT, None, {p: _constant_blocks(e) for p, e in largest.items()}, largest)
+        TableRow(1, CONSTANT, None, {p: _constant_blocks(e) for p, e in largest.items()}, largest)
     ]
     for model in RECORDED:
         own = {protocol: entry for (name, protocol), entry in entries.items() if name == model}
@@ -586,7 +588,7 @@ def study_rows(entries: dict[tuple[str, str], Entry]) -> list[StudyRow]:
                 for protocol, entry in own.items()
                 if (form in entry.record.get("variants", {}) if form else "clean" in entry.record)
             }
-            rows.append(StudyRow(len(rows) + 1, model, form, blocks, {p: own[p] for p in blocks}))
+            rows.append(TableRow(len(rows) + 1, model, form, blocks, {p: own[p] for p in blocks}))
     return rows
 
 

@@ -33,14 +33,14 @@ from utils.figures import MISSING, save_figure, show
 from utils.records import (
     CONSTANT,
     Entry,
-    StudyRow,
+    TableRow,
     attacks_of,
     headline_eps,
     provenance,
     read_entries,
     read_predictions,
     read_record,
-    study_rows,
+    table_rows,
     summarise,
     without_rehearsals,
     write_record,
@@ -51,7 +51,7 @@ from utils.utils_funcs import (
     MODELS,
     PROTOCOLS,
     ROOT,
-    StudyError,
+    UserError,
     atomic_path,
     read_json,
     result_root,
@@ -61,7 +61,7 @@ __all__ = [
     "attacks_text",
     "draw_explanations",
     "draw_model_figures",
-    "draw_study_figures",
+    "draw_result_figures",
     "findings_markdown",
     "original_markdown",
     "publish",
@@ -129,7 +129,7 @@ HEADLINE = (
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def _score(row: StudyRow, protocol: str, column: str) -> dict | None:
+def _score(row: TableRow, protocol: str, column: str) -> dict | None:
     if protocol not in row.blocks:
         return None
     block, (place, name, _) = row.blocks[protocol], COLUMNS[column]
@@ -140,13 +140,13 @@ def _score(row: StudyRow, protocol: str, column: str) -> dict | None:
     return block["clean"].get(place, {}).get(name)
 
 
-def _cell(row: StudyRow, protocol: str, column: str, brief: bool = False) -> str:
+def _cell(row: TableRow, protocol: str, column: str, brief: bool = False) -> str:
     if COLUMNS[column][2] == "recalls":
         return _recalls(row, protocol, brief)
     return show(_score(row, protocol, column), COLUMNS[column][2], brief=brief)
 
 
-def _recalls(row: StudyRow, protocol: str, brief: bool) -> str:
+def _recalls(row: TableRow, protocol: str, brief: bool) -> str:
     """Recall of each of the three classes; with intervals unless `brief`. A row that counts patients has theirs."""
     found = row.blocks.get(protocol, {}).get("clean", {}).get("recall_3", {}).get("slice")
     if not found:
@@ -181,7 +181,7 @@ def age_part(entries: Iterable[Entry]) -> dict:
     return {}
 
 
-def _age_score(row: StudyRow, protocol: str, name: str) -> dict | None:
+def _age_score(row: TableRow, protocol: str, name: str) -> dict | None:
     if protocol not in row.entries:
         return None
     scores = age_part([row.entries[protocol]]).get("rows", {})
@@ -194,7 +194,7 @@ def _age_score(row: StudyRow, protocol: str, name: str) -> dict | None:
     return found if abs(known["everybody"]["value"] - now["value"]) <= AGE_TOLERANCE else None
 
 
-def _number(row: StudyRow, protocol: str) -> str:
+def _number(row: TableRow, protocol: str) -> str:
     block = row.blocks[protocol]
     worst = (
         block["worst_case"]
@@ -202,32 +202,32 @@ def _number(row: StudyRow, protocol: str) -> str:
         .get("n_slices", block["clean"]["n_slices"])
     )
     counted = block["clean"]["n_slices"]
-    people = "" if row.counts_persons else f" / {block['clean']['n_people']:,}"
-    return f"{counted:,}{people}{_attacked(counted, worst)}"
+    patients = "" if row.counts_patients else f" / {block['clean']['n_people']:,}"
+    return f"{counted:,}{patients}{_attacked(counted, worst)}"
 
 
-def _counted(rows: list[StudyRow]) -> str:
-    return "n persons" if rows[-1].counts_persons else "n slices / people"
+def _counted(rows: list[TableRow]) -> str:
+    return "n persons" if rows[-1].counts_patients else "n slices / people"
 
 
-def _apart(rows: list[StudyRow]) -> list[list[StudyRow]]:
+def _apart(rows: list[TableRow]) -> list[list[TableRow]]:
     """Rows that count slices and rows that count persons, which share no table; persons alone keep their constant answer."""
-    slices, persons = (
-        [row for row in rows if row.counts_persons == counted] for counted in (False, True)
+    slices, patients = (
+        [row for row in rows if row.counts_patients == counted] for counted in (False, True)
     )
     return (
-        [group for group in (slices, persons) if group]
+        [group for group in (slices, patients) if group]
         if any(row.model != CONSTANT for row in slices)
         else [rows]
     )
 
 
-def _checks(row: StudyRow, protocol: str) -> str:
+def _checks(row: TableRow, protocol: str) -> str:
     checks = row.checks(protocol) if row.trained else []
     return f"{sum(bool(check['passed']) for check in checks)}/{len(checks)}" if checks else MISSING
 
 
-def _runs(row: StudyRow) -> str:
+def _runs(row: TableRow) -> str:
     if row.model == CONSTANT:
         return "control"
     runs = {
@@ -239,7 +239,7 @@ def _runs(row: StudyRow) -> str:
     return "; ".join(f"{protocol}: {run}" for protocol, run in runs.items())
 
 
-def _folds(row: StudyRow, protocol: str) -> str:
+def _folds(row: TableRow, protocol: str) -> str:
     """`, fold 0 of 5` where a row lacks folds that its profile has."""
     if not row.trained:
         return ""
@@ -254,7 +254,7 @@ def _folds(row: StudyRow, protocol: str) -> str:
     )
 
 
-def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]]:
+def _full_table(rows: list[TableRow], protocol: str, eps: str) -> list[list[str]]:
     titles = [
         "#",
         "row",
@@ -273,7 +273,7 @@ def _full_table(rows: list[StudyRow], protocol: str, eps: str) -> list[list[str]
 
 
 def _scores(
-    rows: list[StudyRow], protocol: str, columns: Iterable[str], cell: Callable[..., str] = _cell
+    rows: list[TableRow], protocol: str, columns: Iterable[str], cell: Callable[..., str] = _cell
 ) -> list[list[str]]:
     """A line a row: its number and name, the columns, how many it counts, its checks."""
     return [
@@ -288,7 +288,7 @@ def _scores(
     ]
 
 
-def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
+def _failed_checks(rows: list[TableRow], protocol: str) -> str:
     """What each check that did not pass says, by row and fold, as a note beneath the table; empty where all passed."""
     failed = [
         f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: {check['note']}"
@@ -308,7 +308,7 @@ def _failed_checks(rows: list[StudyRow], protocol: str) -> str:
     )
 
 
-def _left_by_pgd(row: StudyRow, protocol: str, check: dict) -> str:
+def _left_by_pgd(row: TableRow, protocol: str, check: dict) -> str:
     """Where PGD left images that FGSM felled: how many, the class that it had pulled them towards, and FGSM's. Empty for any
     other check."""
     if check["check"] != "pgd_le_fgsm":
@@ -342,17 +342,17 @@ def _answers(classes: np.ndarray) -> str:
     )
 
 
-def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
+def _bfloat16_searches(rows: list[TableRow], protocol: str) -> str:
     """Which units were attacked by a search in bfloat16, and what a search in float32 still found there, as a note beneath the
     table; empty where all searched in float32."""
-    units = [
+    runs = [
         (row, check)
         for row in rows
         if row.trained
         for check in row.checks(protocol)
         if check["check"] == "float32_finds_no_more"
     ]
-    if not units:
+    if not runs:
         return ""
     told = "; ".join(
         f"row {row.number}, `{row.name}`, fold {check['fold']}, seed {check['seed']}: "
@@ -360,7 +360,7 @@ def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
             f"{fell} of {asked} ({'three' if name.endswith('_merged') else 'four'} classes)"
             for name, (fell, asked) in check["figure"].items()
         )
-        for row, check in units
+        for row, check in runs
     )
     return (
         "\n\n<sub>Attacks on these units searched in bfloat16, on all others in float32; what fell is decided in float32 everywhere. "
@@ -369,16 +369,16 @@ def _bfloat16_searches(rows: list[StudyRow], protocol: str) -> str:
     )
 
 
-def _machines(rows: list[StudyRow], protocol: str) -> str:
+def _machines(rows: list[TableRow], protocol: str) -> str:
     """Where each trained unit ran, as a note beneath the table; empty where nothing was trained."""
     found: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for row in rows:
         if not row.trained or protocol not in row.entries:
             continue
         folds: dict[str, list[int]] = {}
-        for unit in row.entries[protocol].record["units"]:
-            if unit["fold"] in row.folds(protocol):
-                folds.setdefault(unit["hardware"], []).append(unit["fold"])
+        for run in row.entries[protocol].record["units"]:
+            if run["fold"] in row.folds(protocol):
+                folds.setdefault(run["hardware"], []).append(run["fold"])
         for machine, own in folds.items():
             found.setdefault(machine, {}).setdefault(tuple(sorted(set(own))), []).append(row.number)
     if not found:
@@ -412,7 +412,7 @@ def _plain(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def command_of(row: StudyRow) -> str:
+def command_of(row: TableRow) -> str:
     """The command that makes this row."""
     profile = max(
         (entry.record["profile"] for entry in row.entries.values()), key=list(PROFILES).index
@@ -429,7 +429,7 @@ def command_of(row: StudyRow) -> str:
     )
 
 
-def _commands(rows: list[StudyRow]) -> list[tuple[str, str, str]]:
+def _commands(rows: list[TableRow]) -> list[tuple[str, str, str]]:
     """(`Row 5` or `Rows 2, 3, 4`, their command, what kind of run they are)."""
     rows_of: dict[tuple[str, str], list[str]] = {}
     for row in rows:
@@ -451,20 +451,20 @@ SHORT_COLUMNS = {
     "worst case": "worst case at {eps}: balanced accuracy, 3 classes (%)",
 }
 #: What notebooks show beside them for a row that counts slices.
-BY_PERSON = {
+BY_PATIENT = {
     "by patient: bal.acc. 3": "by patient: balanced accuracy, 3 classes (%)",
     "by patient: AUROC": "by patient: AUROC",
     "recalls": RECALLS,
 }
 
 
-def _rows_of(records: list[dict]) -> list[StudyRow]:
-    return study_rows(
+def _rows_of(records: list[dict]) -> list[TableRow]:
+    return table_rows(
         {(record["model"], record["protocol"]): Entry(Path(), record) for record in records}
     )
 
 
-def _by_protocol(rows: list[StudyRow]) -> Iterator[tuple[str, list[StudyRow]]]:
+def _by_protocol(rows: list[TableRow]) -> Iterator[tuple[str, list[TableRow]]]:
     """Each protocol with the rows of one table: those that count slices, then those that count persons."""
     for protocol, group in itertools.product(rows[0].blocks, _apart(rows)):
         if shown := [row for row in group if protocol in row.blocks]:
@@ -504,7 +504,7 @@ def scores_markdown(records: list[dict]) -> str:
         return "*No records yet: run `python reproduce.py`.*"
     parts = []
     for protocol, shown in _by_protocol(rows):
-        columns = SHORT_COLUMNS if shown[-1].counts_persons else SHORT_COLUMNS | BY_PERSON
+        columns = SHORT_COLUMNS if shown[-1].counts_patients else SHORT_COLUMNS | BY_PATIENT
         parts.append(
             _markdown(
                 [
@@ -513,19 +513,19 @@ def scores_markdown(records: list[dict]) -> str:
                 ]
             )
         )
-    by_person = (
+    by_patient = (
         ""
-        if all(row.counts_persons for row in rows if row.trained)
+        if all(row.counts_patients for row in rows if row.trained)
         else " By patient: one decision a patient, by the mean of its slices' probabilities. Recalls: of Non / Very mild / Mild or Moderate."
     )
-    parts += [_provenance(records), _meaning(records) + by_person]
+    parts += [_provenance(records), _meaning(records) + by_patient]
     parts.append(
         "\n".join(f"- {which}: `{command}` ({run})" for which, command, run in _commands(rows))
     )
     return "\n\n".join(parts)
 
 
-def _narrow(row: StudyRow, protocol: str, column: str) -> str:
+def _narrow(row: TableRow, protocol: str, column: str) -> str:
     """`61.0 [55, 67]` or `0.81 [.75, .84]`, for a terminal; percentages of the interval are rounded outwards."""
     score = _score(row, protocol, column)
     if not score or score["value"] is None:
@@ -665,7 +665,7 @@ def _pivot(
     return _markdown(table)
 
 
-def controls_markdown(rows: list[StudyRow]) -> str:
+def controls_markdown(rows: list[TableRow]) -> str:
     """Networks against controls with patients kept apart: AUROC by patient, and robust accuracy against the exact one."""
     clean = comparisons.patient_auroc_against_controls(rows)
     if not clean:
@@ -691,7 +691,7 @@ def controls_markdown(rows: list[StudyRow]) -> str:
     return "\n\n".join(parts)
 
 
-def _counterparts_markdown(rows: list[StudyRow], protocols: list[str], eps: str) -> str:
+def _counterparts_markdown(rows: list[TableRow], protocols: list[str], eps: str) -> str:
     """What adversarial training costs on clean images and buys in the worst case, paired by patient."""
     found = comparisons.counterpart_comparisons(rows, protocols)
     if not found:
@@ -737,7 +737,7 @@ def _counterparts_markdown(rows: list[StudyRow], protocols: list[str], eps: str)
     )
 
 
-def withdrawn_markdown(rows: list[StudyRow]) -> str:
+def withdrawn_markdown(rows: list[TableRow]) -> str:
     """What stood here and why it no longer does, with the numbers that show it."""
     entries = [
         entry
@@ -785,24 +785,24 @@ def draw_model_figures(root: Path | str, model: str) -> dict[Path, Figure]:
     return drawn
 
 
-def draw_study_figures(root: Path | str) -> dict[Path, Figure]:
+def draw_result_figures(root: Path | str) -> dict[Path, Figure]:
     """Writes and returns the figures that compare models, path → figure."""
     entries, rows = _compared(without_rehearsals(read_entries(root)))
     drawn = {}
-    for name, draw in figures.STUDY_FIGURES.items():
+    for name, draw in figures.RESULT_FIGURES.items():
         if name in _drawable(entries, rows):
             figure = draw(rows, list(entries.values()))
             drawn[save_figure(figure, Path(root) / "assets" / "results" / f"{name}.png")] = figure
     return drawn
 
 
-def _compared(entries: Entries) -> tuple[Entries, list[StudyRow]]:
+def _compared(entries: Entries) -> tuple[Entries, list[TableRow]]:
     """What the comparing figures show: rows that count persons have figures of their own (`utils/diagnosis_report.py`), and rows
     that lack folds stand beside no row of all patients."""
     rows = [
         row
-        for row in study_rows(entries)
-        if not row.counts_persons and (_is_whole(row) or not row.trained)
+        for row in table_rows(entries)
+        if not row.counts_patients and (_is_whole(row) or not row.trained)
     ]
     kept = {row.model for row in rows}
     return {key: entry for key, entry in entries.items() if entry.model in kept}, rows
@@ -854,13 +854,13 @@ def draw_explanations(root: Path | str) -> dict[Path, Figure]:
     return drawn
 
 
-def _drawable(entries: Entries, rows: list[StudyRow]) -> list[str]:
+def _drawable(entries: Entries, rows: list[TableRow]) -> list[str]:
     """The study figures that these records have something for."""
     if not any(row.trained for row in rows):
         return ["headline"] if rows else []
     transfer = any(figures.transfer_cells([*entries.values()], protocol) for protocol in PROTOCOLS)
     has = {"transfer": transfer, "confusion_matrices": any(model in MODELS for model, _ in entries)}
-    return [name for name in figures.STUDY_FIGURES if has.get(name, True)]
+    return [name for name in figures.RESULT_FIGURES if has.get(name, True)]
 
 
 def draw_audit_figures(root: Path | str) -> dict[str, Figure]:
@@ -881,7 +881,7 @@ def draw_figures(root: Path | str) -> list[Path]:
     """Redraws every figure that follows from the records under `root`; returns the paths."""
     models = dict.fromkeys(model for model, _ in read_entries(root))
     paths = [path for model in models for path in draw_model_figures(root, model)] + list(
-        draw_study_figures(root)
+        draw_result_figures(root)
     )
     paths += list(draw_explanations(root))
     paths += list(diagnosis_report.draw_figures(root))
@@ -906,23 +906,23 @@ CAPTIONS = {
 }
 
 
-def _clean_size(row: StudyRow, protocol: str) -> str:
+def _clean_size(row: TableRow, protocol: str) -> str:
     """`n = 1,280 slices of 40 people, fold 0 of 5`: what the row's clean score under a protocol rests on."""
     return figures.size_of(row.blocks[protocol]["clean"]) + _folds(row, protocol)
 
 
-def _attacked_size(row: StudyRow, protocol: str = "patient") -> str:
+def _attacked_size(row: TableRow, protocol: str = "patient") -> str:
     """`n = 80 slices of 40 people, fold 0 of 5`: what the row's worst case under a protocol was scored on."""
     entry = row.entries[protocol]
     return f"{figures.size_of(row.blocks[protocol]['worst_case'][headline_eps(entry.record)])}{_folds(row, protocol)}"
 
 
-def _is_result(row: StudyRow, protocol: str) -> bool:
+def _is_result(row: TableRow, protocol: str) -> bool:
     """Whether a row is more than a rehearsal under a protocol."""
     return protocol in row.entries and row.entries[protocol].record["profile"] != "demo"
 
 
-def _findings(rows: list[StudyRow], eps: str) -> str:
+def _findings(rows: list[TableRow], eps: str) -> str:
     """The abstract: a paragraph a question, in numbers, each with the row that bears it. A verdict stands here only where a
     paired interval, or a test corrected for the number of comparisons, bears it."""
     controls = {row.variant: row for row in rows if row.model == "Baselines"}
@@ -947,11 +947,11 @@ def _findings(rows: list[StudyRow], eps: str) -> str:
     return "\n\n".join(filter(None, said))
 
 
-def _value(row: StudyRow, protocol: str, column: str) -> float | None:
+def _value(row: TableRow, protocol: str, column: str) -> float | None:
     return (_score(row, protocol, column) or {}).get("value")
 
 
-def _said_of_the_split(controls: dict[str, StudyRow]) -> str:
+def _said_of_the_split(controls: dict[str, TableRow]) -> str:
     if not {"nearest_neighbour", "nearest_neighbour_permuted"} <= set(controls):
         return ""
     plain, permuted = controls["nearest_neighbour"], controls["nearest_neighbour_permuted"]
@@ -965,7 +965,7 @@ def _said_of_the_split(controls: dict[str, StudyRow]) -> str:
     )
 
 
-def _said_of_clean_images(rows: list[StudyRow], networks: list[StudyRow]) -> str:
+def _said_of_clean_images(rows: list[TableRow], networks: list[TableRow]) -> str:
     both = [
         row
         for row in networks
@@ -983,7 +983,7 @@ def _said_of_clean_images(rows: list[StudyRow], networks: list[StudyRow]) -> str
     )
 
 
-def _said_of_controls(rows: list[StudyRow]) -> str:
+def _said_of_controls(rows: list[TableRow]) -> str:
     found = comparisons.patient_auroc_against_controls(rows)
     if not found:
         return ""
@@ -1011,7 +1011,7 @@ def _said_of_controls(rows: list[StudyRow]) -> str:
     )
 
 
-def _said_of_robustness(rows: list[StudyRow], networks: list[StudyRow], eps: str) -> str:
+def _said_of_robustness(rows: list[TableRow], networks: list[TableRow], eps: str) -> str:
     attacked = [row for row in networks if _value(row, "patient", WORST) is not None]
     if not attacked:
         return ""
@@ -1052,7 +1052,7 @@ def _said_of_robustness(rows: list[StudyRow], networks: list[StudyRow], eps: str
     return " ".join(said)
 
 
-def _said_of_adversarial_training(rows: list[StudyRow], eps: str) -> str:
+def _said_of_adversarial_training(rows: list[TableRow], eps: str) -> str:
     found = {
         (one.first.number, one.what): one
         for one in comparisons.counterpart_comparisons(rows, ["patient"])
@@ -1077,7 +1077,7 @@ def _said_of_adversarial_training(rows: list[StudyRow], eps: str) -> str:
     )
 
 
-def _said_of_age(networks: list[StudyRow], controls: dict[str, StudyRow]) -> str:
+def _said_of_age(networks: list[TableRow], controls: dict[str, TableRow]) -> str:
     part = age_part(
         row.entries["patient"]
         for row in [*networks, *controls.values()]
@@ -1110,7 +1110,7 @@ def _not_found(part: dict) -> str:
     )
 
 
-def _without_search_people(rows: list[StudyRow]) -> str:
+def _without_search_patients(rows: list[TableRow]) -> str:
     """The headline again for records whose search saw people that are test people of another fold."""
     lines, column = [], BALANCED
     for row in rows[1:]:
@@ -1133,12 +1133,12 @@ def _without_search_people(rows: list[StudyRow]) -> str:
     return "\n".join([title, *lines]) if lines else ""
 
 
-def _is_whole(row: StudyRow) -> bool:
+def _is_whole(row: TableRow) -> bool:
     """Whether a row has all folds of its profile. One that lacks some stands in no table beside rows of all patients."""
     return not any(_folds(row, protocol) for protocol in row.entries)
 
 
-def _headline_table(rows: list[StudyRow], eps: str, size: bool = False) -> str:
+def _headline_table(rows: list[TableRow], eps: str, size: bool = False) -> str:
     """The columns of `HEADLINE` that any row has; `size` adds how many patients each row under `patient` counts."""
     part = age_part(entry for row in rows for entry in row.entries.values()).get("n_part", "")
     columns = [
@@ -1169,9 +1169,9 @@ def _headline_table(rows: list[StudyRow], eps: str, size: bool = False) -> str:
     return _markdown(table)
 
 
-def _scans_table(rows: list[StudyRow], eps: str) -> list[str]:
+def _scans_table(rows: list[TableRow], eps: str) -> list[str]:
     """The rows that answer whole scans, whose numbers must not stand in one column with those that count slices."""
-    scans = [row for row in rows if row.counts_persons and _is_whole(row)]
+    scans = [row for row in rows if row.counts_patients and _is_whole(row)]
     if not scans:
         return []
     return [
@@ -1181,9 +1181,9 @@ def _scans_table(rows: list[StudyRow], eps: str) -> list[str]:
     ]
 
 
-def _one_fold_table(rows: list[StudyRow], eps: str) -> list[str]:
+def _one_fold_table(rows: list[TableRow], eps: str) -> list[str]:
     """Rows that lack folds, apart from all others, beside their members' scores on the same patients."""
-    part = [row for row in rows if row.trained and not row.counts_persons and not _is_whole(row)]
+    part = [row for row in rows if row.trained and not row.counts_patients and not _is_whole(row)]
     if not part:
         return []
     table = [
@@ -1251,7 +1251,7 @@ def _notice(entries: Entries) -> list[str]:
 
 
 #: Model → figure of ensembles and whole persons that README shows → what it says.
-UNIT_CAPTIONS = {
+RUN_CAPTIONS = {
     "Ensemble": {
         "relaxation": "Ensembles under one image that all members see, and under an image of its own for each member, which is no "
         "input. The original project attacked the second way, with steps of 0.0001."
@@ -1270,7 +1270,7 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
         root: the tree whose figures of explanations are linked.
     """
     everything, entries = entries, without_rehearsals(entries)
-    rows = study_rows(entries)
+    rows = table_rows(entries)
     if not rows:
         return "*No record is committed yet. `python reproduce.py` makes one under `runs/` in minutes.*"
     protocols = list(rows[0].blocks)
@@ -1285,7 +1285,11 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
         "![Clean and worst-case balanced accuracy of every row that counts slices, by "
         "protocol](assets/results/headline.png)",
         _headline_table(
-            [row for row in rows if not row.counts_persons and (_is_whole(row) or not row.trained)],
+            [
+                row
+                for row in rows
+                if not row.counts_patients and (_is_whole(row) or not row.trained)
+            ],
             eps,
         ),
         "<sub>Balanced accuracy over three classes (Mild and Moderate merged); beneath each value its 95 % interval over resampled "
@@ -1297,9 +1301,9 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
     ]
     parts += _comparisons(entries, rows, eps)
     for protocol, shown in _by_protocol(
-        [row for row in rows if not row.counts_persons or _is_whole(row)]
+        [row for row in rows if not row.counts_patients or _is_whole(row)]
     ):
-        whose = "Every score of whole scans" if shown[-1].counts_persons else "Every score"
+        whose = "Every score of whole scans" if shown[-1].counts_patients else "Every score"
         parts.append(
             f"<details><summary>{whose} under <code>{protocol}</code></summary>\n\n"
             f"{_markdown(_full_table(shown, protocol, eps))}"
@@ -1315,7 +1319,7 @@ def results_markdown(entries: Entries, root: Path | str = ROOT) -> str:
         parts += [
             f"![{model}, {protocol}: {name.replace('_', ' ')}](assets/{model}/{name}_{protocol}.png)\n\n<sub>{caption}</sub>"
             for model, protocol in entries
-            for name, caption in UNIT_CAPTIONS.get(model, {}).items()
+            for name, caption in RUN_CAPTIONS.get(model, {}).items()
         ]
         parts += [*_explanations(Path(root)), _model_links(everything)]
     return "\n\n".join(part for part in parts if part)
@@ -1335,14 +1339,14 @@ def _still_to_run(everything: Entries, shown_: Entries) -> str:
     )
 
 
-def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
+def _comparisons(entries: Entries, rows: list[TableRow], eps: str) -> list[str]:
     return list(
         filter(
             None,
             [
                 controls_markdown(rows),
                 _counterparts_markdown(rows, list(rows[0].blocks), eps),
-                _without_search_people(rows),
+                _without_search_patients(rows),
                 withdrawn_markdown(rows),
             ],
         )
@@ -1352,7 +1356,7 @@ def _comparisons(entries: Entries, rows: list[StudyRow], eps: str) -> list[str]:
 def findings_markdown(entries: Entries) -> str:
     """The findings in sentences with their rows, and the paired comparisons: what `results.ipynb` closes with."""
     entries = without_rehearsals(entries)
-    rows = study_rows(entries)
+    rows = table_rows(entries)
     if not rows:
         return "*No records yet: run `python reproduce.py`.*"
     eps = headline_eps(list(entries.values())[-1].record)
@@ -1501,7 +1505,7 @@ def _model_links(entries: Entries) -> str:
 def model_card(entries: Entries) -> str:
     """What the trained models are, what they were trained on, what they may be used for, and their scores with intervals."""
     entries = without_rehearsals(entries)
-    rows = [row for row in study_rows(entries) if row.model in MODELS]
+    rows = [row for row in table_rows(entries) if row.model in MODELS]
     table = [
         [
             "model",
@@ -1567,7 +1571,7 @@ def write_readme(root: Path | str = ROOT) -> Path:
     path = Path(root) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise StudyError(
+        raise UserError(
             f"{path} lacks the lines {BEGIN} and {END}, between which the results go; restore them."
         )
     before, after = text.split(BEGIN)[0], text.split(END)[1]
@@ -1591,7 +1595,7 @@ def repository_address(root: Path | str = ROOT) -> str:
     with open(Path(root) / "pyproject.toml", "rb") as file:
         address = tomllib.load(file).get("tool", {}).get("alzheimer", {}).get("repository", "")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", address):
-        raise StudyError(
+        raise UserError(
             f"pyproject.toml [tool.alzheimer] repository is {address!r}, expected owner/name."
         )
     return address
@@ -1603,7 +1607,7 @@ def write_address(root: Path | str = ROOT) -> list[Path]:
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")
     found = re.search(r'repository-code:\s*"?https://github\.com/([\w.-]+/[\w.-]+)', citation)
     if not found:
-        raise StudyError(
+        raise UserError(
             f'{root / "CITATION.cff"} has no line `repository-code: "https://github.com/owner/name"`; '
             "restore it."
         )
@@ -1642,7 +1646,7 @@ def publish(run: Path | str, destination: Path | str = ROOT) -> list[Path]:
     run, destination = Path(run), Path(destination)
     entries, committed = read_entries(run), read_entries(destination)
     if not entries:
-        raise StudyError(
+        raise UserError(
             f"{run} holds no records; make them with `python reproduce.py` and ALZHEIMER_RAW set to the "
             "real images."
         )
@@ -1651,14 +1655,14 @@ def publish(run: Path | str, destination: Path | str = ROOT) -> list[Path]:
         entry.predictions  # noqa: B018 - a record without its predictions is refused before anything is copied
     for key, entry in entries.items():
         if entry.record["data"] != "real":
-            raise StudyError(
+            raise UserError(
                 f"{entry.path} is of {entry.record['data']} data; only results on real data are "
                 "published."
             )
         if key in committed and rank(committed[key].record["profile"]) > rank(
             entry.record["profile"]
         ):
-            raise StudyError(
+            raise UserError(
                 f"{committed[key].path} is of profile {committed[key].record['profile']}, which a run of "
                 f"profile {entry.record['profile']} must not replace; publish a run of that profile or a "
                 "higher one."
@@ -1722,7 +1726,7 @@ def main(arguments: list[str] | None = None) -> None:
             "address": write_address,
             "publish": publish,
         }[options.command](root)
-    except StudyError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     print(*written, sep="\n") if written else print("Nothing to write.")
 

@@ -38,7 +38,7 @@ from utils.attacks import (
     perturbation_size,
 )
 from utils.config import RunConfig, parse_eps
-from utils.utils_funcs import CLASSES, StudyError, atomic_path, progress
+from utils.utils_funcs import CLASSES, UserError, atomic_path, progress
 
 #: View of the logits → groups of classes (None: the four classes themselves) and suffix of the stored attack name.
 VIEWS: dict[str, tuple[Groups | None, str]] = {
@@ -259,7 +259,7 @@ def view_labels(labels: np.ndarray, view: str = "four") -> np.ndarray:
     return labels if groups is None else group_labels(torch.as_tensor(labels), groups).numpy()
 
 
-def fallen(logits: np.ndarray, labels: np.ndarray, view: str = "four") -> np.ndarray:
+def misclassified(logits: np.ndarray, labels: np.ndarray, view: str = "four") -> np.ndarray:
     """Whether each row's answer is wrong in a view, bool (N,). NaN rows (outside an attack's set) have not fallen."""
     outside = np.isnan(logits).any(1)
     return (
@@ -289,14 +289,14 @@ def as_pixels(images: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, 1, H, W) → float32 in [0, 1]."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise StudyError(
+        raise UserError(
             "The evaluation takes uint8 images of shape (N, 1, H, W), "
             f"not {images.dtype} {tuple(images.shape)}."
         )
     return images.float() / 255
 
 
-def stratified_sample(labels: np.ndarray, people: np.ndarray, size: int) -> np.ndarray:
+def stratified_sample(labels: np.ndarray, patients: np.ndarray, size: int) -> np.ndarray:
     """Sorted indices of `size` images spread over classes in proportion (each at least once) and, within a class, over
     people and then along each person's stack. No randomness: the same set gives the same sample."""
     total = len(labels)
@@ -307,10 +307,10 @@ def stratified_sample(labels: np.ndarray, people: np.ndarray, size: int) -> np.n
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         turn = np.empty(len(members))
-        for person in np.unique(people[members]):
-            own = np.flatnonzero(people[members] == person)
+        for patient in np.unique(patients[members]):
+            own = np.flatnonzero(patients[members] == patient)
             turn[own] = np.argsort(np.argsort([_reversed_bits(k) for k in range(len(own))]))
-        line = members[np.lexsort((people[members], turn))]
+        line = members[np.lexsort((patients[members], turn))]
         # The k-th of a class of n stands at (k + 1/2)/n: merging by this keeps the classes' proportions in any prefix.
         queue += [
             ((k + 0.5) / len(line) if k else -1.0, int(index)) for k, index in enumerate(line)
@@ -329,7 +329,7 @@ def evaluate_suite(
     model: nn.Module,
     images_uint8: np.ndarray | Tensor,
     labels: np.ndarray | Tensor,
-    people: np.ndarray | Tensor,
+    patients: np.ndarray | Tensor,
     config: RunConfig,
     *,
     state_dir: Path | None = None,
@@ -355,12 +355,12 @@ def evaluate_suite(
     Raises:
         StudyError: an attack raised, ran out of time, or changed no image: a failed run, never a robust model.
     """
-    labels, people = np.asarray(labels).astype(np.int64), np.asarray(people)
+    labels, patients = np.asarray(labels).astype(np.int64), np.asarray(patients)
     run = _Run(
         model,
         as_pixels(images_uint8),
         labels,
-        people,
+        patients,
         config,
         state_dir,
         time_limit,
@@ -380,7 +380,7 @@ def evaluate_suite(
     )
     bar = progress(work, "attack")
     for eps_text, stage in bar:
-        bar.set_postfix_str(f"{stage.name} at {eps_text}, {run.share_standing(stage):.0%} standing")
+        bar.set_postfix_str(f"{stage.name} at {eps_text}, {run.share_robust(stage):.0%} standing")
         run.attack(stage, eps_text)
     return SuiteResult(
         run.logits,
@@ -439,7 +439,7 @@ class _Run:
         model: nn.Module,
         pixels: Tensor,
         labels: np.ndarray,
-        people: np.ndarray,
+        patients: np.ndarray,
         config: RunConfig,
         state_dir: Path | None,
         time_limit: float | None,
@@ -447,16 +447,16 @@ class _Run:
         masks: dict[str, Tensor],
         precision: Precision,
     ) -> None:
-        if not (len(pixels) == len(labels) == len(people)) or not len(pixels):
-            raise StudyError(
-                f"The evaluation got {len(pixels)} images, {len(labels)} labels and {len(people)} people: "
+        if not (len(pixels) == len(labels) == len(patients)) or not len(pixels):
+            raise UserError(
+                f"The evaluation got {len(pixels)} images, {len(labels)} labels and {len(patients)} people: "
                 "give one of each for every image, and at least one."
             )
-        self.model, self.pixels, self.labels, self.people, self.config = (
+        self.model, self.pixels, self.labels, self.patients, self.config = (
             model,
             pixels,
             labels,
-            people,
+            patients,
             config,
         )
         self.sources, self.masks, self.time_limit, self.device = (
@@ -474,16 +474,18 @@ class _Run:
         self.nonfinite = 0
         clean = predict_logits(model, pixels, config.attack_batch).numpy()
         if clean.shape != (len(labels), len(CLASSES)):
-            raise StudyError(
+            raise UserError(
                 f"The model returned {clean.shape[1:]} for an image: expected {len(CLASSES)} logits."
             )
         self.clean = self.finite(clean, labels)
         norms = ("linf", "l2", "l0")
-        self.fallen = {
-            (norm, view): fallen(self.clean, labels, view) for norm in norms for view in VIEWS
+        self.misclassified = {
+            (norm, view): misclassified(self.clean, labels, view)
+            for norm in norms
+            for view in VIEWS
         }
-        self.felled = {(norm, view): self.clean.copy() for norm in norms for view in VIEWS}
-        self.sample = stratified_sample(labels, people, config.sample)
+        self.flipped_logits = {(norm, view): self.clean.copy() for norm in norms for view in VIEWS}
+        self.sample = stratified_sample(labels, patients, config.sample)
         self.kept, self.kept_logits = pixels[self.sample].clone(), self.clean[self.sample].copy()
         self.logits: dict[tuple[str, str], np.ndarray] = {}
         self.meta: dict[tuple[str, str], dict] = {}
@@ -503,8 +505,8 @@ class _Run:
     def precision_of(self, stage: Stage) -> Precision:
         return stage.precision or self.precision
 
-    def share_standing(self, stage: Stage) -> float:
-        return float((~self.fallen[ATTACKS[stage.attack].norm, stage.view]).mean())
+    def share_robust(self, stage: Stage) -> float:
+        return float((~self.misclassified[ATTACKS[stage.attack].norm, stage.view]).mean())
 
     def finite(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Logits with every row that is not finite replaced by a wrong answer, and counted."""
@@ -515,10 +517,10 @@ class _Run:
         """Runs one stage at one eps, and repeats it until it has converged where it decides robust accuracy."""
         state = ATTACKS[stage.attack].norm, stage.view
         inside = np.isin(np.arange(len(self.labels)), self.sample) | (stage.scope != "sample")
-        chosen = inside if stage.scope == "all" else inside & ~self.fallen[state]
-        logits = self.felled[state].copy()
+        chosen = inside if stage.scope == "all" else inside & ~self.misclassified[state]
+        logits = self.flipped_logits[state].copy()
         logits[~inside] = np.nan
-        outcome = _Outcome(logits, logits.copy(), chosen, self.share_standing(stage))
+        outcome = _Outcome(logits, logits.copy(), chosen, self.share_robust(stage))
         self._attack_round(stage, eps_text, np.flatnonzero(chosen), outcome)
         self.first_round[eps_text, stage.name] = outcome.logits.copy()
         if decides_robust_accuracy(stage):
@@ -573,7 +575,9 @@ class _Run:
         """Writes a round's logits (len(rows), 4) into those of the stage (N, 4): all of them in the first round, later
         those that are the first to misclassify their image."""
         labels = self.labels[rows]
-        first = fallen(new, labels, stage.view) & ~fallen(logits[rows], labels, stage.view)
+        first = misclassified(new, labels, stage.view) & ~misclassified(
+            logits[rows], labels, stage.view
+        )
         taken = first if outcome.rounds else np.ones(len(rows), bool)
         logits[rows[taken]] = new[taken]
 
@@ -609,7 +613,7 @@ class _Run:
         numbers of robust images before and after the last repetition."""
         counts = [0, 0]
         for budget in budgets:
-            rows = np.flatnonzero(~self.fallen[ATTACKS[stage.attack].norm, stage.view])
+            rows = np.flatnonzero(~self.misclassified[ATTACKS[stage.attack].norm, stage.view])
             if not len(rows):
                 return [0, 0]
             found = self._attack_round(
@@ -621,13 +625,13 @@ class _Run:
         return counts
 
     def _count_robust(self, stage: Stage) -> int:
-        return int((~self.fallen[ATTACKS[stage.attack].norm, stage.view]).sum())
+        return int((~self.misclassified[ATTACKS[stage.attack].norm, stage.view]).sum())
 
     def _clean_errors_stay(self, logits: np.ndarray, view: str) -> np.ndarray:
         """A clean error is an error, whatever an attack happens to turn it into."""
         mended = (
-            fallen(self.clean, self.labels, view)
-            & ~fallen(logits, self.labels, view)
+            misclassified(self.clean, self.labels, view)
+            & ~misclassified(logits, self.labels, view)
             & ~np.isnan(logits).any(1)
         )
         return np.where(mended[:, None], self.clean, logits)
@@ -644,9 +648,9 @@ class _Run:
         logits[:] = self._clean_errors_stay(logits, stage.view)
         for view in VIEWS:
             state = ATTACKS[stage.attack].norm, view
-            new = fallen(logits, self.labels, view) & ~self.fallen[state]
-            self.felled[state][new] = logits[new]
-            self.fallen[state] |= new
+            new = misclassified(logits, self.labels, view) & ~self.misclassified[state]
+            self.flipped_logits[state][new] = logits[new]
+            self.misclassified[state] |= new
 
     def book(self, stage: Stage, eps_text: str, outcome: _Outcome) -> None:
         """Stores a stage's logits and its budget; where images are also rounded to 8 bits, in a column of their own."""
@@ -675,7 +679,7 @@ class _Run:
             "seed": self.config.seed,
             "precision": self.precision_of(stage),
             "standing_before": round(outcome.before, 4),
-            "standing_after": round(self.share_standing(stage), 4),
+            "standing_after": round(self.share_robust(stage), 4),
             "seconds": round(outcome.seconds, 2),
             "queries": round(outcome.queries / max(count, 1), 1),
             "n_unchanged": outcome.unchanged,
@@ -700,7 +704,7 @@ class _Run:
         adversarial, queries, flags = self._perturb(stage, eps_text, rows, seed)
         seconds, images = time.perf_counter() - started, self.pixels[rows]
         logits = self._score(adversarial, rows)
-        unchanged = (adversarial == images).flatten(1).all(1).numpy() & ~fallen(
+        unchanged = (adversarial == images).flatten(1).all(1).numpy() & ~misclassified(
             self.clean[rows], self.labels[rows], stage.view
         )
         # Rounded, not truncated: truncation would shift every perturbation by half a grey level.
@@ -763,7 +767,7 @@ class _Run:
                 if isinstance(error, TimeoutError)
                 else f"failed ({type(error).__name__}: {error})"
             )
-            raise StudyError(
+            raise UserError(
                 f"Attack {stage.name} at eps {eps_text} {kind} on images {rows[0]}-{rows[-1]}: this is a "
                 "failed evaluation, not a robust model; mend the attack or the model and run it "
                 "again."
@@ -798,14 +802,14 @@ class _Run:
     def _check_moved(self, stage: Stage, eps_text: str, rows: np.ndarray, unchanged: int) -> None:
         """An attack that left every image as it was did not run, whatever its score says; unless the model's answers change by
         themselves, so that images were wrong when it came to them, which the sanity table names."""
-        asked = int((~fallen(self.clean[rows], self.labels[rows], stage.view)).sum())
+        asked = int((~misclassified(self.clean[rows], self.labels[rows], stage.view)).sum())
         if (
             asked
             and unchanged == asked
             and parse_eps(eps_text) > 0
             and _same_every_time(self)["passed"]
         ):
-            raise StudyError(
+            raise UserError(
                 f"Attack {stage.name} at eps {eps_text} changed none of the {asked} images it was given: "
                 "this is a failed evaluation, not a robust model; its gradient may be zero everywhere."
             )
@@ -1127,12 +1131,12 @@ def _eps_zero(run: _Run) -> dict:
     return _row("eps_zero_is_clean", gap <= SAME_LOGITS, _figure(gap), note)
 
 
-def _standing(run: _Run, key: tuple[str, str], view: str = "four") -> float:
-    return float((~fallen(run.logits[key], run.labels, view)).mean())
+def _robust_count(run: _Run, key: tuple[str, str], view: str = "four") -> float:
+    return float((~misclassified(run.logits[key], run.labels, view)).mean())
 
 
 def _robust_to_first_round(run: _Run, key: tuple[str, str]) -> float:
-    return float((~fallen(run.first_round[key], run.labels)).mean())
+    return float((~misclassified(run.first_round[key], run.labels)).mean())
 
 
 def _first(run: _Run, eps_text: str, attack: str) -> str | None:
@@ -1153,7 +1157,7 @@ def _first(run: _Run, eps_text: str, attack: str) -> str | None:
 def _ordered(run: _Run, sweep: Sequence[str]) -> list[dict]:
     """PGD ≤ FGSM ≤ noise ≤ clean, at every eps, in the first round of each."""
     rows, slack = [], max(CHANCE, 1 / len(run.labels)) + 1e-9
-    clean = float((~fallen(run.clean, run.labels)).mean())
+    clean = float((~misclassified(run.clean, run.labels)).mean())
     for weaker, stronger in (("clean", "noise"), ("noise", "fgsm"), ("fgsm", "pgd")):
         figures, broken = {}, []
         for eps_text in sweep:
@@ -1202,9 +1206,9 @@ def _falls_with_eps(run: _Run, plan: Sequence[Stage], sweep: Sequence[str]) -> d
     return _row("falls_with_eps", passed, [_figure(value) for value in curve], note)
 
 
-def _sample_standing(run: _Run, eps: float, **budget: object) -> np.ndarray:
+def _sample_robust(run: _Run, eps: float, **budget: object) -> np.ndarray:
     """Which images of the fixed sample stand against PGD with this budget, bool (S,)."""
-    standing = []
+    robust = []
     for start in range(0, len(run.sample), run.config.attack_batch):
         part = run.sample[start : start + run.config.attack_batch]
         images, labels = (
@@ -1214,16 +1218,16 @@ def _sample_standing(run: _Run, eps: float, **budget: object) -> np.ndarray:
         attacked = ATTACKS["pgd"](
             run.model, images, labels, eps, seed=run.config.seed + 1, loss="margin", **budget
         )
-        standing.append((predict_logits(run.model, attacked).argmax(1) == labels.cpu()).numpy())
-    return np.concatenate(standing)
+        robust.append((predict_logits(run.model, attacked).argmax(1) == labels.cpu()).numpy())
+    return np.concatenate(robust)
 
 
 def _eps_one(run: _Run) -> dict:
-    correct = ~fallen(run.clean, run.labels)
+    correct = ~misclassified(run.clean, run.labels)
     balanced = float(
         np.mean([correct[run.labels == label].mean() for label in np.unique(run.labels)])
     )
-    accuracy = float(_sample_standing(run, 1.0, steps=run.config.pgd_steps).mean())
+    accuracy = float(_sample_robust(run, 1.0, steps=run.config.pgd_steps).mean())
     passed = accuracy <= 0.05 or balanced <= 0.6
     if accuracy <= 0.05:
         note = "with eps 1 nothing is left"
@@ -1274,7 +1278,7 @@ def _search_precision(run: _Run) -> dict:
         key = run.headline, stage.name
         own = run.attacked[key]
         found[stage.name] = [
-            int(fallen(run.logits[key][own], run.labels[own], stage.view).sum()),
+            int(misclassified(run.logits[key][own], run.labels[own], stage.view).sum()),
             int(own.sum()),
         ]
     passed = all(fell <= max(CHANCE * len(run.sample), 1) for fell, _ in found.values())
@@ -1293,10 +1297,10 @@ def _masking(run: _Run, sweep: Sequence[str]) -> dict:
         }
         for key, meta in run.meta.items():
             if key[0] == eps_text and meta["view"] == "four" and meta["norm"] == "linf":
-                own = run.attacked[key] & fallen(run.logits[key], run.labels)
+                own = run.attacked[key] & misclassified(run.logits[key], run.labels)
                 hits["white-box" if meta["kind"] == "white-box" else "other"] |= own
         counts[eps_text] = int(
-            (hits["other"] & ~hits["white-box"] & ~fallen(run.clean, run.labels)).sum()
+            (hits["other"] & ~hits["white-box"] & ~misclassified(run.clean, run.labels)).sum()
         )
     total = max(counts.values(), default=0)
     note = (
@@ -1366,19 +1370,21 @@ def worst_case(
 ) -> np.ndarray:
     """Whether each image stands against every attack at an eps, bool (N,): the minimum over attacks per image. Give the
     logits of one norm."""
-    standing = np.ones(len(labels), bool)
+    robust = np.ones(len(labels), bool)
     for (eps, _), rows in logits.items():
         if eps == eps_text:
-            standing &= ~fallen(rows, labels, view)
-    return standing
+            robust &= ~misclassified(rows, labels, view)
+    return robust
 
 
 def _worst_by_image(run: _Run) -> dict:
     linf = {key: rows for key, rows in run.logits.items() if run.meta[key]["norm"] == "linf"}
     mean_of_min = float(
-        (worst_case(linf, run.labels, run.headline) & ~fallen(run.clean, run.labels)).mean()
+        (worst_case(linf, run.labels, run.headline) & ~misclassified(run.clean, run.labels)).mean()
     )
-    min_of_means = min((_standing(run, key) for key in linf if key[0] == run.headline), default=1.0)
+    min_of_means = min(
+        (_robust_count(run, key) for key in linf if key[0] == run.headline), default=1.0
+    )
     note = f"{mean_of_min:.1%} stand against every attack at once; the best single attack leaves {min_of_means:.1%}"
     figures = [_figure(mean_of_min), _figure(min_of_means)]
     return _row("worst_case_by_image", mean_of_min <= min_of_means + 1e-9, figures, note)
@@ -1425,14 +1431,14 @@ def accuracy_curves(
     curves = {}
     for name in dict.fromkeys(name for _, name in keys):
         if all((eps_text, name) in result.logits for eps_text in sweep):
-            standing = np.stack(
-                [~fallen(result.logits[eps_text, name], labels, view) for eps_text in sweep]
+            robust = np.stack(
+                [~misclassified(result.logits[eps_text, name], labels, view) for eps_text in sweep]
             )
-            curves[name] = np.logical_and.accumulate(standing, axis=0)
+            curves[name] = np.logical_and.accumulate(robust, axis=0)
     chosen = {key: result.logits[key] for key in keys}
     worst = np.stack([worst_case(chosen, labels, eps_text, view) for eps_text in sweep])
     curves["worst_case"] = np.logical_and.accumulate(
-        worst & ~fallen(result.clean_logits, labels, view), axis=0
+        worst & ~misclassified(result.clean_logits, labels, view), axis=0
     )
     return curves
 
@@ -1450,7 +1456,7 @@ def transfer_matrix(
     """Which images of each target model stand against images made on each source model, bool (source, target, N), in
     the order of `models`. The diagonal is momentum PGD on the model itself."""
     pixels, truth, members = as_pixels(images_uint8), np.asarray(labels), list(models.values())
-    standing = np.zeros((len(members), len(members), len(pixels)), bool)
+    robust = np.zeros((len(members), len(members), len(pixels)), bool)
     for row, source in enumerate(progress(members, "transfer")):
         made = attack_images(
             source,
@@ -1464,8 +1470,8 @@ def transfer_matrix(
             steps=steps,
         )
         for column, target in enumerate(members):
-            standing[row, column] = ~fallen(predict_logits(target, made, batch).numpy(), truth)
-    return standing
+            robust[row, column] = ~misclassified(predict_logits(target, made, batch).numpy(), truth)
+    return robust
 
 
 def attack_images(
@@ -1583,27 +1589,27 @@ def pgd_convergence(
     budgets |= {
         ("restarts", count): dict(steps=restart_steps, restarts=count) for count in restarts
     }
-    standing = {}
+    robust = {}
     for key, budget in budgets.items():
         made = attack_images(
             model, pixels, truth, "pgd", eps, batch=batch, seed=seed, loss="margin", **budget
         )
-        standing[key] = ~fallen(predict_logits(model, made, batch).numpy(), truth)
-    return standing
+        robust[key] = ~misclassified(predict_logits(model, made, batch).numpy(), truth)
+    return robust
 
 
 def sample_measures(
     model: nn.Module,
     images_uint8: np.ndarray | Tensor,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     config: RunConfig,
 ) -> dict:
     """What a worst case does not tell, on the fixed stratified sample, at the headline eps, with four classes, as JSON:
     the smallest perturbation found for each image, whether PGD can move it towards `healthier` and `sicker` answers, and
     whether it stands after PGD of growing budgets. `None` stands for a perturbation not found and a direction that is not
     there; `rows` are the sample's rows of the images given."""
-    rows, eps_text = stratified_sample(labels, people, config.sample), headline_of(config)
+    rows, eps_text = stratified_sample(labels, patients, config.sample), headline_of(config)
     given = (model, torch.as_tensor(images_uint8)[torch.as_tensor(rows)], np.asarray(labels)[rows])
     options = dict(batch=config.attack_batch, seed=config.seed)
     sizes = minimal_perturbations(*given, steps=20, **options)
@@ -1618,8 +1624,8 @@ def sample_measures(
         "minimal_linf": _finite_or_none(sizes),
         **{name: _finite_or_none(success) for name, success in directions.items()},
         "convergence": [
-            {"kind": kind, "count": count, "standing": standing.tolist()}
-            for (kind, count), standing in converged.items()
+            {"kind": kind, "count": count, "standing": robust.tolist()}
+            for (kind, count), robust in converged.items()
         ],
     }
 
@@ -1638,10 +1644,10 @@ def model_from_factory(spec: str) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module_name), function_name or "build_model")()
     except (ImportError, AttributeError, ValueError) as error:
-        raise StudyError(
+        raise UserError(
             f"{spec!r} gave no model ({type(error).__name__}: {error}): write it as module:function, "
             "where the function takes nothing and returns a torch.nn.Module."
         ) from error
     if not isinstance(model, nn.Module):
-        raise StudyError(f"{spec!r} returned a {type(model).__name__}: expected a torch.nn.Module.")
+        raise UserError(f"{spec!r} returned a {type(model).__name__}: expected a torch.nn.Module.")
     return model.eval()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from utils.attacks import group_labels, group_logits, margin, no_parameter_gradients
 from utils.robustness import VIEWS
 from utils.training import class_weights, macro_cross_entropy
-from utils.utils_funcs import CLASSES, StudyError
+from utils.utils_funcs import CLASSES, UserError
 
 #: How slices become one answer.
 AGGREGATORS = ("mean", "attention", "gru", "transformer")
@@ -30,7 +30,7 @@ AGGREGATORS = ("mean", "attention", "gru", "transformer")
 
 
 @dataclass(frozen=True)
-class Studies:
+class Scans:
     """P people with up to S slices each, in body order from the most superior one; what is missing is zero and masked.
 
     `values`: (P, S, …), features or uint8 images; `mask`: bool (P, S), True where a slice exists; `labels`, `people`: (P,).
@@ -39,17 +39,17 @@ class Studies:
     values: Tensor
     mask: Tensor
     labels: Tensor
-    people: Tensor
+    patients: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pick(self, rows: np.ndarray | Tensor | Sequence[int]) -> Studies:
+    def pick(self, rows: np.ndarray | Tensor | Sequence[int]) -> Scans:
         rows = torch.as_tensor(rows)
-        return Studies(self.values[rows], self.mask[rows], self.labels[rows], self.people[rows])
+        return Scans(self.values[rows], self.mask[rows], self.labels[rows], self.patients[rows])
 
 
-def gather_studies(values: Tensor, labels: Tensor, people: Tensor, slices: Tensor) -> Studies:
+def gather_scans(values: Tensor, labels: Tensor, patients: Tensor, slices: Tensor) -> Scans:
     """One study a person from rows in any order.
 
     Args:
@@ -58,30 +58,30 @@ def gather_studies(values: Tensor, labels: Tensor, people: Tensor, slices: Tenso
     Raises:
         StudyError: a slice without a person, a person without slice order (a negative or doubled index) or with two labels.
     """
-    if bool((people < 0).any()):
-        raise StudyError(
-            f"{int((people < 0).sum())} slices belong to no known person: a study is made of real slices only."
+    if bool((patients < 0).any()):
+        raise UserError(
+            f"{int((patients < 0).sum())} slices belong to no known person: a study is made of real slices only."
         )
-    identity = people.unique()
-    own = [(people == person).nonzero().squeeze(1) for person in identity]
+    identity = patients.unique()
+    own = [(patients == patient).nonzero().squeeze(1) for patient in identity]
     own = [rows[slices[rows].argsort()] for rows in own]
-    for person, rows in zip(identity.tolist(), own, strict=True):
+    for patient, rows in zip(identity.tolist(), own, strict=True):
         order = slices[rows]
         if bool((order < 0).any()) or len(order.unique()) < len(order):
-            raise StudyError(
-                f"Person {person} has no slice order (an index is missing or doubled): recover it with `python -m "
+            raise UserError(
+                f"Person {patient} has no slice order (an index is missing or doubled): recover it with `python -m "
                 "utils.cohort`, or score this person slice by slice."
             )
         if len(labels[rows].unique()) > 1:
-            raise StudyError(
-                f"Person {person} has slices of {len(labels[rows].unique())} classes: a study has one label."
+            raise UserError(
+                f"Person {patient} has slices of {len(labels[rows].unique())} classes: a study has one label."
             )
     longest = max(map(len, own))
     gathered = values.new_zeros((len(identity), longest, *values.shape[1:]))
     mask = torch.zeros(len(identity), longest, dtype=torch.bool)
     for k, rows in enumerate(own):
         gathered[k, : len(rows)], mask[k, : len(rows)] = values[rows], True
-    return Studies(gathered, mask, torch.stack([labels[rows[0]] for rows in own]), identity)
+    return Scans(gathered, mask, torch.stack([labels[rows[0]] for rows in own]), identity)
 
 
 # -- aggregators: features (B, S, D) and mask (B, S) → logits (B, 4) -----------------------------------------------------
@@ -188,11 +188,11 @@ _AGGREGATORS = {
 def build_aggregator(name: str, features: int) -> nn.Module:
     """A fresh aggregator in eval mode, one of `AGGREGATORS`, of `features` numbers a slice."""
     if name not in _AGGREGATORS:
-        raise StudyError(f"Unknown aggregator {name!r}: expected one of {', '.join(AGGREGATORS)}.")
+        raise UserError(f"Unknown aggregator {name!r}: expected one of {', '.join(AGGREGATORS)}.")
     return _AGGREGATORS[name](features).eval()
 
 
-class StudyModel(nn.Module):
+class ScanModel(nn.Module):
     """Pixels (B, S, 1, H, W) in [0, 1] and mask (B, S) → logits (B, 4) of the people.
 
     Args:
@@ -231,8 +231,8 @@ class StudyModel(nn.Module):
 
 def fit_aggregator(
     name: str,
-    train: Studies,
-    validation: Studies,
+    train: Scans,
+    validation: Scans,
     *,
     epochs: int = 80,
     lr: float = 3e-3,
@@ -260,9 +260,9 @@ def fit_aggregator(
     Raises:
         StudyError: a patient is in both sets, or the training diverged.
     """
-    shared = np.intersect1d(train.people.numpy(), validation.people.numpy())
+    shared = np.intersect1d(train.patients.numpy(), validation.patients.numpy())
     if len(shared):
-        raise StudyError(
+        raise UserError(
             f"Person {shared[0]} is in training and validation: keep people apart before a sequence model is fitted."
         )
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -276,21 +276,21 @@ def fit_aggregator(
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
     if not np.isfinite(history[-1]["score"]):
-        raise StudyError(
+        raise UserError(
             f"The {name} aggregator's validation loss is not finite: lower its learning rate."
         )
     model.zero_grad()
     return model.float().eval(), {"history": history, "score": history[-1]["score"]}
 
 
-def _rounded(part: Studies) -> Studies:
+def _rounded(part: Scans) -> Scans:
     return replace(part, values=part.values.half().double())
 
 
 def _fit_in_float64(
     name: str,
-    train: Studies,
-    validation: Studies,
+    train: Scans,
+    validation: Scans,
     epochs: int,
     lr: float,
     weight_decay: float,
@@ -358,7 +358,7 @@ class ScanAttack:
 
 
 def attack_scan(
-    model: StudyModel,
+    model: ScanModel,
     pixels: Tensor,
     mask: Tensor,
     labels: Tensor,
@@ -425,7 +425,7 @@ class _Best:
 
 
 def _attack_one(
-    model: StudyModel,
+    model: ScanModel,
     pixels: Tensor,
     mask: Tensor,
     changed: Tensor,
@@ -463,7 +463,7 @@ def _random_scan(pixels: Tensor, changed: Tensor, eps: float, generator: torch.G
 
 
 def _climb(
-    model: StudyModel,
+    model: ScanModel,
     pixels: Tensor,
     mask: Tensor,
     changed: Tensor,
@@ -528,7 +528,7 @@ def scan_labels(labels: Tensor, view: str) -> Tensor:
 
 
 def slice_gains(
-    model: StudyModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, view: str = "three"
+    model: ScanModel, pixels: Tensor, mask: Tensor, labels: Tensor, *, view: str = "three"
 ) -> Tensor:
     """What each slice offers an attacker of a view to first order: the L1 norm of the gradient of that view's margin (B, S),
     0 where there is no slice."""
@@ -544,7 +544,7 @@ def slice_gains(
 
 
 def slice_budgets(
-    model: StudyModel,
+    model: ScanModel,
     pixels: Tensor,
     mask: Tensor,
     labels: Tensor,
@@ -570,7 +570,7 @@ def slice_budgets(
         full: logits (B, 4) under the attack on every slice at the same eps in this view, where they are known already.
     """
     if choice not in ("gradient", "random"):
-        raise StudyError(f"Unknown choice of slices {choice!r}: expected gradient or random.")
+        raise UserError(f"Unknown choice of slices {choice!r}: expected gradient or random.")
     attack, truth = ScanAttack(view, steps), scan_labels(labels, view)
     least, most = torch.full_like(labels, -1), int(mask.sum(1).max())
     if full is None:
@@ -602,7 +602,7 @@ def slice_budgets(
     return least
 
 
-def standing_curve(least: np.ndarray, budgets: Sequence[int]) -> list[np.ndarray]:
+def robust_curve(least: np.ndarray, budgets: Sequence[int]) -> list[np.ndarray]:
     """Whom each budget leaves standing, bool (P,) a budget, from `slice_budgets`."""
     least = np.asarray(least)
     return [(least < 0) | (least > budget) for budget in budgets]

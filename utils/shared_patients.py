@@ -33,7 +33,7 @@ from utils import metrics
 from utils.cohort import Cohort, RawImages, features, members_of
 from utils.data import file_sha256
 from utils.records import Arrays, Entry, Rows, clean_of, variants_of
-from utils.utils_funcs import CLASSES, StudyError, progress, write_json
+from utils.utils_funcs import CLASSES, UserError, progress, write_json
 
 SCHEMA_VERSION = 1
 #: No count, age or score is given of fewer patients than this.
@@ -67,7 +67,7 @@ SAME_IMAGE = 0.99
 GAP_LEAST = 2 * recovery.GAP_LEAST
 
 
-class NoGapError(StudyError):
+class NoGapError(UserError):
     """Nothing separates patients that two sets share from look-alikes."""
 
 
@@ -97,7 +97,7 @@ def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
         none.
     """
     if not path.exists():
-        raise StudyError(f"There is nothing at {path}: name the folder or zip of the other set.")
+        raise UserError(f"There is nothing at {path}: name the folder or zip of the other set.")
     if path.is_dir():
         names, images = _decoded(recovery._folder_entries(path))
     else:
@@ -105,9 +105,9 @@ def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
             with zipfile.ZipFile(path) as archive:
                 names, images = _decoded(recovery._zip_entries(archive, path))
         except zipfile.BadZipFile as error:
-            raise StudyError(f"{path} is no complete zip archive: download it again.") from error
+            raise UserError(f"{path} is no complete zip archive: download it again.") from error
     if not images:
-        raise StudyError(f"{path} holds no image.")
+        raise UserError(f"{path} holds no image.")
     found = _ids_of([PurePosixPath(name).stem for name in names], id_pattern)
     ids, patient = np.unique(found, return_inverse=True)
     return OtherSet(images, patient, tuple(ids.tolist()))
@@ -128,9 +128,7 @@ def _decoded(entries: Sequence[tuple]) -> tuple[list[str], list[np.ndarray]]:
             continue
         names.append(name)
     if unreadable:
-        raise StudyError(
-            f"{unreadable} files of the other set are no readable images: remove them."
-        )
+        raise UserError(f"{unreadable} files of the other set are no readable images: remove them.")
     return names, images
 
 
@@ -140,10 +138,10 @@ def _ids_of(stems: Sequence[str], pattern: str | None) -> list[str]:
     try:
         matches = [re.search(pattern, stem) for stem in stems]
     except re.error as error:
-        raise StudyError(f"{pattern!r} is no regular expression ({error}).") from error
+        raise UserError(f"{pattern!r} is no regular expression ({error}).") from error
     missing = sum(match is None for match in matches)
     if missing:
-        raise StudyError(
+        raise UserError(
             f"{pattern!r} finds no id in the names of {missing} of {len(stems)} files of the other set."
         )
     return [match.group(1) if match.re.groups else match.group() for match in matches]
@@ -421,13 +419,13 @@ def read_ages(path: Path, id_column: str = "ID", age_column: str = "Age") -> dic
         content.
     """
     if not path.is_file():
-        raise StudyError(f"There is no table of ages at {path}.")
+        raise UserError(f"There is no table of ages at {path}.")
     with open(path, newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
         rows, columns = list(table), table.fieldnames or []
     for column in (id_column, age_column):
         if column not in columns:
-            raise StudyError(
+            raise UserError(
                 f"{path} has no column {column!r}; its columns are {', '.join(columns)}."
             )
     ages: dict[str, float] = {}
@@ -437,9 +435,9 @@ def read_ages(path: Path, id_column: str = "ID", age_column: str = "Age") -> dic
         try:
             age = float(row[age_column])
         except ValueError:
-            raise StudyError(f"{path} holds an age in {age_column!r} that is no number.") from None
+            raise UserError(f"{path} holds an age in {age_column!r} that is no number.") from None
         if ages.setdefault(row[id_column], age) != age:
-            raise StudyError(
+            raise UserError(
                 f"{path} gives two ages for one id: keep the row of the scan that is shown."
             )
     return ages
@@ -455,7 +453,7 @@ def part_of_age(
 ) -> AgePart:
     """The found patients whose age in the other set's table lies in [age_from, age_to]."""
     if not any(name in ages for name in other.ids):
-        raise StudyError(
+        raise UserError(
             "No id in the file names of the other set is in the table of ages: name a regular expression "
             "that finds the id in a file's name (--id-pattern), and its column (--id-column)."
         )
@@ -553,7 +551,7 @@ def _difference(tally: metrics.Tally, inside: np.ndarray, name: str, n_boot: int
         return statistic(weights * inside)[name] - statistic(weights)[name]
 
     value = float(values(np.ones((1, len(inside))))[0])
-    draws = values(metrics._weights(tally.person_class.astype(np.int64).tobytes(), n_boot, 0))
+    draws = values(metrics._weights(tally.class_of_patient.astype(np.int64).tobytes(), n_boot, 0))
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return {"value": value, "ci": [min(float(low), value), max(float(high), value)]}
 
@@ -599,7 +597,7 @@ def part_scores(
     logits = clean_of(predictions, variant)
     declared = metrics.scored(logits)
     logits, rows = logits[declared], Rows.of(predictions).take(declared)
-    ids = np.unique(rows.people)
+    ids = np.unique(rows.patients)
     inside = int(np.isin(ids, part).sum())
     for size, where in ((inside, "in"), (len(ids) - inside, "outside")):
         if size < LEAST_GROUP and not (size == 0 and where == "outside"):
@@ -608,8 +606,8 @@ def part_scores(
                 "n_people_everybody": len(ids),
                 "reason": f"{FEWER} patients of this record are {where} the part",
             }
-    slices = (logits, rows.labels, rows.people)
-    patients = metrics.by_person(*slices, rows.seeds)
+    slices = (logits, rows.labels, rows.patients)
+    patients = metrics.by_patient(*slices, rows.seeds)
     return {
         "n_people": inside,
         "n_people_everybody": len(ids),
@@ -629,12 +627,12 @@ def score_rows(
         small.
     """
     if len(part) < LEAST_GROUP:
-        raise StudyError(f"The part holds {FEWER} patients: no score of it is given.")
+        raise UserError(f"The part holds {FEWER} patients: no score of it is given.")
     rows = {}
     for entry in progress(list(entries), "scoring the part"):
         known = entry.record["cohort_sha256"]
         if known != cohort_sha256:
-            raise StudyError(
+            raise UserError(
                 f"{entry.model}/{entry.protocol} is a record of the cohort {known[:8]}, these images are the "
                 f"cohort {cohort_sha256[:8]}: the patient ids of one say nothing about the other."
             )
@@ -655,7 +653,7 @@ def cohort_identity(cohort: Cohort) -> str:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def in_study_order(raw: RawImages) -> RawImages:
+def in_model_order(raw: RawImages) -> RawImages:
     """Class folders of the study's names get the study's labels, 0 Non to 3 Moderate; any others stay as they
     are."""
     known = [recovery.CLASS_NAMES.get(re.sub(r"[^a-z]", "", name.lower())) for name in raw.classes]

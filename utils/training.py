@@ -43,7 +43,7 @@ from utils.data import (
 )
 from utils.utils_funcs import (
     CLASSES,
-    StudyError,
+    UserError,
     atomic_path,
     keep_freed_memory,
     progress,
@@ -501,9 +501,9 @@ class _Trainer:
             input_size=config.input_size,
         )
         if start is not None:
-            twin = load_model(start)
-            load_weights(self.model, twin.state_dict(), start)
-            self.model.init = twin.init
+            counterpart = load_model(start)
+            load_weights(self.model, counterpart.state_dict(), start)
+            self.model.init = counterpart.init
         self.model.to(device)
         groups = parameter_groups(self.model, config)
         fused = device.type in ("cpu", "cuda")
@@ -612,7 +612,7 @@ class _Trainer:
                 forward=self.forward,
             )
             if not torch.isfinite(loss):
-                raise StudyError(
+                raise UserError(
                     f"{config.model}: the training loss became {loss.item()} in epoch {number + 1}, step {step + 1}; "
                     f"lower lr (now {config.lr:g}) and run again: it goes on from the last finished epoch."
                 )
@@ -629,7 +629,7 @@ class _Trainer:
             else:
                 skipped, self.skipped_in_a_row = skipped + 1, self.skipped_in_a_row + 1
                 if self.skipped_in_a_row == MAX_SKIPPED:
-                    raise StudyError(
+                    raise UserError(
                         f"{config.model}: the gradient was not finite in {MAX_SKIPPED} steps in a row (epoch {number + 1}, "
                         "step "
                         f"{step + 1}); lower lr (now {config.lr:g}) and run again: it goes on from the last finished epoch."
@@ -765,7 +765,7 @@ def different_settings(found: dict, config: RunConfig, ignore: Collection[str] =
 def _check_settings(found: dict, config: RunConfig, path: Path) -> None:
     different = different_settings(found, config)
     if different:
-        raise StudyError(
+        raise UserError(
             f"{path} was trained with {'; '.join(different[:4])}: run with these settings, or with retrain to replace it."
         )
 
@@ -806,7 +806,7 @@ def fit(
             tell(entry)
         return done
     if config.adversarial and config.warm_start and start is None:
-        raise StudyError(
+        raise UserError(
             "warm_start is on and no checkpoint of the clean twin was given to start from: give `start`, or turn it off."
         )
     trainer = _Trainer(train, validation, config, device, start)
@@ -815,7 +815,7 @@ def fit(
         _check_settings(json.loads(state["settings"]), config, state_path)
         trainer.restore(state, state_path)
         say(
-            f"{config.model} {config.protocol} {config.unit}: going on after epoch {len(trainer.history)} of {config.epochs}."
+            f"{config.model} {config.protocol} {config.run_name}: going on after epoch {len(trainer.history)} of {config.epochs}."
         )
     for entry in trainer.history:
         tell(entry)  # again: the kill may have come between an epoch and its telling
@@ -841,7 +841,7 @@ def fit(
     number, one_class = best_epoch(trainer.history)
     if one_class:
         say(
-            f"{config.model} {config.protocol} {config.unit}: every epoch answered a single class on validation; the last epoch stands in."
+            f"{config.model} {config.protocol} {config.run_name}: every epoch answered a single class on validation; the last epoch stands in."
         )
     seconds = sum(entry["seconds"] for entry in trainer.history)
     metadata = {
@@ -895,7 +895,7 @@ def _epoch_line(history: list[dict], config: RunConfig) -> str:
     left = sum(recent) / len(recent) * (config.epochs - len(history))
     best = " (best)" if best_epoch(history)[0] == entry["epoch"] else ""
     return (
-        f"{config.model} {config.protocol} {config.unit} epoch {entry['epoch']}/{config.epochs}{best} · "
+        f"{config.model} {config.protocol} {config.run_name} epoch {entry['epoch']}/{config.epochs}{best} · "
         + " · ".join(scores)
         + f" · {entry['seconds']:.0f} s, about {left / 60:.0f} min to go"
     )

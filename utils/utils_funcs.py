@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("Non", "Very mild", "Mild", "Moderate")
 BACKBONES = ("Dinov2", "Efficientnet", "Resnet")
 #: The names used in every path, record, figure and table. `_atk` is the adversarially trained twin.
-MODELS = tuple(f"{backbone}{twin}" for backbone in BACKBONES for twin in ("", "_atk"))
+MODELS = tuple(f"{backbone}{counterpart}" for backbone in BACKBONES for counterpart in ("", "_atk"))
 PROTOCOLS = ("slice", "patient")
 #: Bytes free below which a failed write is put down to a full disk.
 FULL_DISK = 1 << 20
 
 
-class StudyError(Exception):
+class UserError(Exception):
     """A failure that a user can cause and mend: one sentence that says what was found, what was expected, what to do."""
 
 
@@ -62,7 +62,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except Exception as error:
         if not _tells_of_a_full_disk(error, path.parent):
             raise
-        raise StudyError(
+        raise UserError(
             f"{path} could not be written: the disk is full ({error}); free some space and run the same command again, it "
             "goes on from what was saved before."
         ) from error
@@ -94,7 +94,7 @@ def read_json(path: Path | str) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise StudyError(
+        raise UserError(
             f"{path} is not valid JSON ({error}); delete it and run the command that makes it again."
         ) from error
 

@@ -27,13 +27,13 @@ from utils import data  # noqa: E402
 from utils.attacks import ATTACKS  # noqa: E402
 from utils.backbones import load_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
-from utils.experiment import load_sets, open_study, recorded  # noqa: E402
+from utils.experiment import load_sets, open_workspace, recorded  # noqa: E402
 from utils.robustness import (
     VIEWS,
     SuiteResult,
     as_pixels,
     evaluate_suite,
-    fallen,
+    misclassified,
     headline_of,
     suite_plan,
 )  # noqa: E402
@@ -51,7 +51,7 @@ def compared(name: str, view: str, fp32: np.ndarray, bf16: np.ndarray) -> str:
 
 
 def stands(logits: list[np.ndarray], labels: np.ndarray, view: str) -> np.ndarray:
-    return ~np.any([fallen(rows, labels, view) for rows in logits], axis=0)
+    return ~np.any([misclassified(rows, labels, view) for rows in logits], axis=0)
 
 
 def lines(
@@ -73,7 +73,10 @@ def lines(
             compared(
                 name,
                 view,
-                *(~fallen(logits[name][asked], labels[asked], view) for logits in (theirs, ours)),
+                *(
+                    ~misclassified(logits[name][asked], labels[asked], view)
+                    for logits in (theirs, ours)
+                ),
             )
         )
     added = {
@@ -132,19 +135,19 @@ def main() -> None:
         "--state", help="folder for finished batches, to go on after an interruption"
     )
     options = parser.parse_args()
-    study = open_study("cpu", options.raw)
+    workspace = open_workspace("cpu", options.raw)
     config: RunConfig = make_config("cpu", options.model, protocol="patient", fold=options.fold)
-    unit, test = recorded(study, config), load_sets(study, config)["test"]
+    run, test = recorded(workspace, config), load_sets(workspace, config)["test"]
     chosen = data.every_nth(test, config.attack_stride)
     attacked, eps = test.pick(chosen), headline_of(config)
     labels = attacked.labels.numpy()
     config = make_config("cpu", options.model, protocol="patient", fold=options.fold, eps=(eps,))
-    model = load_model(options.weights or study.checkpoint(config))
+    model = load_model(options.weights or workspace.checkpoint(config))
     result = evaluate_suite(
         model,
         attacked.images,
         labels,
-        attacked.people,
+        attacked.patients,
         config,
         stages=suite_plan(config),
         precision="bf16",
@@ -152,7 +155,7 @@ def main() -> None:
     )
     rows = {
         name: values[chosen].astype(np.float32)
-        for name, values in unit.rows.items()
+        for name, values in run.rows.items()
         if name == "clean" or ":" in name
     }
     # A record keeps logits in half precision, each image's largest at 0.
@@ -164,7 +167,7 @@ def main() -> None:
             f"The weights' clean logits differ from the record's by {gap:.3f}: they are not that unit's weights."
         )
     print(
-        f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of {len(np.unique(attacked.people))} people; "
+        f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of {len(np.unique(attacked.patients))} people; "
         f"{torch.get_num_threads()} thread(s), {hardware()}, data: real, init: random\n"
         f"  {'attack':24} {'view':7}    n   standing after fp32 / bf16"
     )
@@ -177,15 +180,17 @@ def main() -> None:
             if not row["passed"] or "float32" in row["check"]
         ),
     )
-    standing = np.flatnonzero(~fallen(result.logits[eps, f"pgd{config.pgd_steps}"], labels))[:16]
+    robust = np.flatnonzero(~misclassified(result.logits[eps, f"pgd{config.pgd_steps}"], labels))[
+        :16
+    ]
     for attack, budget in (("apgd_t", dict(steps=5)), ("square", dict(queries=20))):
         print(
             ratio(
                 attack,
                 budget,
                 model,
-                as_pixels(attacked.images)[standing],
-                torch.as_tensor(labels[standing]),
+                as_pixels(attacked.images)[robust],
+                torch.as_tensor(labels[robust]),
                 parse_eps(eps),
             ),
             flush=True,

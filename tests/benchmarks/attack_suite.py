@@ -28,12 +28,12 @@ from utils.attacks import perturb_for_training  # noqa: E402
 from utils.backbones import PixelClassifier, build_model, load_model, save_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
 from utils.data import ImageSet, load_set  # noqa: E402
-from utils.experiment import open_study  # noqa: E402
+from utils.experiment import open_workspace  # noqa: E402
 from utils.phantom import draw_cohort  # noqa: E402
 from utils.robustness import (  # noqa: E402
     as_pixels,
     evaluate_suite,
-    fallen,
+    misclassified,
     predict_logits,
     stratified_sample,
     suite_plan,
@@ -46,19 +46,19 @@ from utils.utils_funcs import hardware  # noqa: E402
 def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images uint8 (N, 1, size, size), labels and people, all classes equally."""
     cohort = draw_cohort(
-        people=(12, 12, 12, 12), slices=8, size=size, synthetic=0, duplicates=0, seed=seed
+        patients=(12, 12, 12, 12), slices=8, size=size, synthetic=0, duplicates=0, seed=seed
     )
     return (
         np.stack(cohort.images)[:, None],
         np.asarray(cohort.label, np.int64),
-        np.asarray(cohort.person),
+        np.asarray(cohort.patient),
     )
 
 
 def real_set(raw: str, part: str) -> ImageSet:
     """One part of `patient` fold 0; the line about the study is not this benchmark's output."""
     with contextlib.redirect_stdout(sys.stderr):
-        return load_set(open_study("cpu", raw).sets, "patient", 0, part)
+        return load_set(open_workspace("cpu", raw).sets, "patient", 0, part)
 
 
 def robust_model(
@@ -107,18 +107,18 @@ def test_images(
     """Images, labels and people: the same stratified test slices of `patient` fold 0, or of another phantom cohort."""
     if raw:
         test = real_set(raw, "test")
-        images, labels, people = test.images.numpy(), test.labels.numpy(), test.people.numpy()
+        images, labels, patients = test.images.numpy(), test.labels.numpy(), test.patients.numpy()
     else:
-        images, labels, people = phantom_images(size, seed=2)
-    chosen = stratified_sample(labels, people, count)
-    return images[chosen], labels[chosen].astype(np.int64), people[chosen]
+        images, labels, patients = phantom_images(size, seed=2)
+    chosen = stratified_sample(labels, patients, count)
+    return images[chosen], labels[chosen].astype(np.int64), patients[chosen]
 
 
 def ours(
     model: PixelClassifier,
     images: np.ndarray,
     labels: np.ndarray,
-    people: np.ndarray,
+    patients: np.ndarray,
     config: RunConfig,
 ) -> np.ndarray:
     """Who stands after the four-class part of suite `standard`."""
@@ -127,13 +127,13 @@ def ours(
         for stage in suite_plan(config)
         if stage.view == "four" and stage.attack not in ("pgd_clinical", "kryptonite")
     ]
-    result = evaluate_suite(model, images, labels, people, config, stages=plan)
+    result = evaluate_suite(model, images, labels, patients, config, stages=plan)
     for (_, name), meta in result.meta.items():
         print(
             f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, "
             f"{meta['seconds']:7.1f} s"
         )
-    return worst_case(result.logits, labels, config.headline_eps) & ~fallen(
+    return worst_case(result.logits, labels, config.headline_eps) & ~misclassified(
         result.clean_logits, labels
     )
 
@@ -156,7 +156,7 @@ def official(
 
 
 def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> None:
-    images, labels, people = test_images(options.size, count, options.raw)
+    images, labels, patients = test_images(options.size, count, options.raw)
     config = make_config(
         "cpu",
         "Resnet_atk",
@@ -170,26 +170,26 @@ def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> 
     print(
         f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = "
         f"{len(labels)} of "
-        f"{len(np.unique(people))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
+        f"{len(np.unique(patients))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
         f"clean accuracy {(answers == labels).mean():.1%}, answers by class: {np.bincount(answers, minlength=4).tolist()}",
         flush=True,
     )
     wall, cpu = time.perf_counter(), time.process_time()
-    ours_standing = ours(model, images, labels, people, config)
+    ours_robust = ours(model, images, labels, patients, config)
     our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(
-        f"ours, checks included: {ours_standing.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)",
+        f"ours, checks included: {ours_robust.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)",
         flush=True,
     )
     wall, cpu = time.perf_counter(), time.process_time()
-    official_standing = official(model, images, labels, parse_eps(options.eps), options.batch)
+    official_robust = official(model, images, labels, parse_eps(options.eps), options.batch)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(
-        f"official AutoAttack standard: {official_standing.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)"
+        f"official AutoAttack standard: {official_robust.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)"
     )
     print(
-        f"extra survivors of ours: {int((ours_standing & ~official_standing).sum())}; "
-        f"felled by ours alone: {int((official_standing & ~ours_standing).sum())}"
+        f"extra survivors of ours: {int((ours_robust & ~official_robust).sum())}; "
+        f"felled by ours alone: {int((official_robust & ~ours_robust).sum())}"
     )
     print(
         f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)",

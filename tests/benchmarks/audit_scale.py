@@ -36,7 +36,7 @@ def make_features(raw: str | None, path: Path) -> None:
         raw = str(
             write_phantom(
                 path.parent / "phantom",
-                people=(100, 70, 28, 2),
+                patients=(100, 70, 28, 2),
                 size=64,
                 synthetic=4937,
                 duplicates=182,
@@ -56,7 +56,7 @@ def draw(raw: Path, multiple: int) -> None:
 
     write_phantom(
         raw,
-        people=tuple(multiple * count for count in (100, 70, 28, 2)),
+        patients=tuple(multiple * count for count in (100, 70, 28, 2)),
         size=128,
         synthetic=4937 * multiple,
         duplicates=182 * multiple,
@@ -75,12 +75,12 @@ def measure(path: Path, multiple: int) -> dict:
         ]
     del vectors
     start, cpu = time.monotonic(), time.process_time()
-    people = c.find_people(many, np.tile(levels, multiple))
+    patients = c.find_patients(many, np.tile(levels, multiple))
     seconds, cpu = time.monotonic() - start, time.process_time() - cpu
     scale = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return {
         "images": len(many),
-        "people": int(people.person.max()) + 1,
+        "people": int(patients.patient.max()) + 1,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30,
@@ -114,13 +114,13 @@ def whole(multiple: int) -> str:
         for path, row in zip(sorted(truth), found, strict=True):
             if truth[path]["kind"] == "real":
                 groups.setdefault(truth[path]["person"], set()).add(row["patient_id"])
-        whole_people = [
+        whole_patients = [
             next(iter(ids)) for ids in groups.values() if len(ids) == 1 and "" not in ids
         ]
     gib = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
     return (
         f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: {seconds:,.0f} s, peak {gib:.2f} GiB; "
-        f"{len(set(whole_people)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} "
+        f"{len(set(whole_patients)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} "
         "found beyond them"
     )
 

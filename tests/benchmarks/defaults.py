@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from utils import data, experiment, training  # noqa: E402
 from utils.config import make_config  # noqa: E402
 from utils.utils_funcs import (
-    StudyError,
+    UserError,
     choose_device,
     environment,
     hardware,
@@ -54,7 +54,7 @@ CLEAN = {
     "learning rate 0.001, weaker augmentation": {"lr": 1e-3, "augmentation": 0.2},
     "learning rate 0.001, weight average, decay 0.99": {"lr": 1e-3, "ema_decay": 0.99},
 }
-FROM_TWIN = {
+FROM_CLEAN_COUNTERPART = {
     "PGD-AT from random weights": {},
     "PGD-AT from the clean twin": {"warm_start": True},
     "half clean, half adversarial, from the clean twin": {"warm_start": True, "clean_weight": 0.5},
@@ -75,10 +75,13 @@ STUDIES = {
     "Resnet": (CLEAN, dict(epochs=12, input_size=64, slice_stride=4)),
     "Efficientnet": (CLEAN, dict(epochs=4, input_size=None, slice_stride=2)),
     "Efficientnet_atk": (
-        FROM_TWIN,
+        FROM_CLEAN_COUNTERPART,
         dict(epochs=8, input_size=None, slice_stride=4, method="pgd", warm_start=False),
     ),
-    "Dinov2_atk": (FROM_TWIN, dict(epochs=12, input_size=126, slice_stride=4, lr=1e-4)),
+    "Dinov2_atk": (
+        FROM_CLEAN_COUNTERPART,
+        dict(epochs=12, input_size=126, slice_stride=4, lr=1e-4),
+    ),
 }
 
 
@@ -89,11 +92,13 @@ def main() -> None:
     options = parser.parse_args()
     lines, shared = STUDIES[options.model]
     output = ROOT / "assets" / options.model / "defaults.json"
-    study = experiment.open_study("cpu", options.raw)
-    if study.data != "real":
+    workspace = experiment.open_workspace("cpu", options.raw)
+    if workspace.data != "real":
         raise SystemExit("The study of defaults needs the real cohort: give it with --raw.")
     done = read_json(output) if output.is_file() else {"rows": {}}
-    sets = {name: data.load_set(study.sets, "patient", 0, name) for name in ("train", "validation")}
+    sets = {
+        name: data.load_set(workspace.sets, "patient", 0, name) for name in ("train", "validation")
+    }
     machine = {"hardware": hardware(), "threads": torch.get_num_threads()}
     for row in done["rows"].values():
         row |= {
@@ -111,7 +116,7 @@ def main() -> None:
                     config,
                     Path(folder) / "line.safetensors",
                     choose_device(),
-                    start=experiment.start_of(study, config),
+                    start=experiment.start_of(workspace, config),
                 )
                 best = {key: value for key, value in fit.history[fit.best_epoch - 1].items()}
                 done["rows"][name] = {
@@ -125,19 +130,19 @@ def main() -> None:
                     "precision": fit.precision,
                     **machine,
                 }
-            except StudyError as error:
+            except UserError as error:
                 done["rows"][name] = {"changes": changes, "failed": str(error), **machine}
         done |= {
             "model": options.model,
             "protocol": "patient",
             "fold": 0,
-            "data": study.data,
+            "data": workspace.data,
             "profile": "cpu",
             **shared,
             "train": sets["train"].balance(),
             "validation": sets["validation"].balance(),
             "n_validation": len(sets["validation"]),
-            "cohort_sha256": study.cohort_sha256,
+            "cohort_sha256": workspace.cohort_sha256,
             **machine,
             "environment": environment(),
         }

@@ -71,23 +71,23 @@ def compare(
     turns = [(timed(ours), timed(theirs)) for _ in range(rounds)]
     seconds = [statistics.median(turn[side][1] for turn in turns) for side in (0, 1)]
     # The weakest of our rounds against the strongest of theirs, whose start is another draw each time.
-    standing = [
+    robust = [
         [
             float((predict_logits(model, turn[side][0]).argmax(1) == labels).float().mean())
             for turn in turns
         ]
         for side in (0, 1)
     ]
-    bound = f" (bound {_bound(max(standing[0]))})" if precision == "fp32" else ""
+    bound = f" (bound {_bound(max(robust[0]))})" if precision == "fp32" else ""
     return (
-        f"  eps {eps * 255:.0f}/255: ours {len(labels) / seconds[0]:6.2f} images/s, {max(standing[0]):6.1%} stand; "
-        f"torchattacks {len(labels) / seconds[1]:6.2f} images/s, {min(standing[1]):6.1%} stand; "
+        f"  eps {eps * 255:.0f}/255: ours {len(labels) / seconds[0]:6.2f} images/s, {max(robust[0]):6.1%} stand; "
+        f"torchattacks {len(labels) / seconds[1]:6.2f} images/s, {min(robust[1]):6.1%} stand; "
         f"ratio {seconds[1] / seconds[0]:.2f}{bound}"
     )
 
 
-def _bound(standing: float) -> str:
-    return f"{1 / standing:.2f}" if standing else "none, nobody stands"
+def _bound(robust: float) -> str:
+    return f"{1 / robust:.2f}" if robust else "none, nobody stands"
 
 
 def main() -> None:

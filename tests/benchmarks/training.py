@@ -143,9 +143,9 @@ def compare(model: str, size: int | None, images: int, batch: int, repeats: int)
 
 def scores(model: str, size: int | None, raw: str, images: int, epochs: int, seeds: int) -> None:
     """Best validation scores of both precisions over several seeds, on real people of `patient` fold 0."""
-    from utils.experiment import load_sets, open_study
+    from utils.experiment import load_sets, open_workspace
 
-    study, found = open_study("cpu", raw), {}
+    workspace, found = open_workspace("cpu", raw), {}
     for precision in ("fp32", "bf16"):
         for seed in range(seeds):
             config = make_config(
@@ -158,7 +158,7 @@ def scores(model: str, size: int | None, raw: str, images: int, epochs: int, see
                 pretrained=False,
                 seed=seed,
             )
-            sets = load_sets(study, config)
+            sets = load_sets(workspace, config)
             sets["validation"] = sets["validation"].pick(every_nth(sets["validation"], 4))
             with tempfile.TemporaryDirectory() as folder:
                 fit = training.fit(
