@@ -179,7 +179,7 @@ def without_traces(notebook: dict) -> dict:
 
 
 def first_error(notebook: dict) -> str | None:
-    """`cell 7: StudyError: …` for the first cell that raised, or None."""
+    """`cell 7: UserError: …` for the first cell that raised, or None."""
     number = 0
     for cell in notebook["cells"]:
         number += cell["cell_type"] == "code"

@@ -147,9 +147,9 @@ def test_the_failing_cell_is_named():
     failed["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": "# Title"})
     assert reproduce.first_error(failed) is None
     failed["cells"][2]["outputs"] = [
-        {"output_type": "error", "ename": "StudyError", "evalue": "No data."}
+        {"output_type": "error", "ename": "UserError", "evalue": "No data."}
     ]
-    assert reproduce.first_error(failed) == "code cell 2: StudyError: No data."
+    assert reproduce.first_error(failed) == "code cell 2: UserError: No data."
 
 
 def run_one(tmp_path, monkeypatch, *sources: str) -> Path:
@@ -461,7 +461,7 @@ def test_pips_failure_is_told_by_its_first_error():
     text = "WARNING: Retrying\nERROR: Could not find a version of x\nERROR: No matching distribution found for x\n"
     assert reproduce.pip_error(text) == "Could not find a version of x"
     assert (
-        reproduce.last_line("Traceback\n  File\nutils.utils_funcs.StudyError: No data.\n")
+        reproduce.last_line("Traceback\n  File\nutils.utils_funcs.UserError: No data.\n")
         == "No data."
     )
 

@@ -528,7 +528,7 @@ def test_a_disk_that_is_really_full_is_a_clear_error_and_every_old_file_stays(tm
     assert len(results) == 13
     for name, result in results.items():
         kind, message = result["error"] or ("nothing", "")
-        assert kind == "StudyError" and "could not be written: the disk is full" in message, (
+        assert kind == "UserError" and "could not be written: the disk is full" in message, (
             f"{name}: {kind}: {message}"
         )
         assert result["whole"], f"{name}: the old file is not what it was"
