@@ -1,23 +1,23 @@
-"""Reproduces the study with one command: makes the environment, finds the data, runs all notebooks, prints results.
+"""Reproduces the study: makes the environment, finds the data, runs all notebooks, prints results.
 
-    python reproduce.py                        the demo: about six minutes on two cores, once the environment is there
+    python reproduce.py                        the demo: under four minutes on two cores
     python reproduce.py --profile cpu          the real cohort on a two-core machine, many hours
     python reproduce.py --profile paper        224x224 and full budgets, on one GPU or several
     python reproduce.py --only Resnet_atk      one notebook (may be repeated)
-    python reproduce.py figures                every figure and table again from the committed records, in seconds
+    python reproduce.py figures                all figures and tables from the committed records
     python reproduce.py --test -- -k metrics   the tests; what follows -- goes to pytest
 
-The first run makes .venv and installs env/requirements.txt there. A run that was stopped, at any moment and in any way,
-is finished by the same command. Results of the demo lie under runs/; only `cpu` and `paper` on real data write to
-assets/, models/ and README.md.
+The first run makes .venv and installs env/requirements.txt there, which takes some minutes more. A
+run that was stopped, at any moment and in any way, is finished by the same command. Results of the
+demo lie under runs/; only `cpu` and `paper` on real data write to assets/, models/ and README.md.
 """
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 (an older Python gets a sentence, not a traceback)
     sys.exit(
-        "Python 3.11, 3.12 or 3.13 is needed and this is {}.{}: start reproduce.py with one of those, for example "
-        "`python3.12 reproduce.py`.".format(*sys.version_info[:2])
+        "Python 3.11, 3.12 or 3.13 is needed and this is {}.{}: start reproduce.py with one of "
+        "those, for example `python3.12 reproduce.py`.".format(*sys.version_info[:2])
     )
 
 import argparse
@@ -26,6 +26,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -42,12 +43,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "env" / "requirements.txt"
-#: Stands in a virtual environment whose installation is complete, and says for which pins.
+#: A file in a virtual environment whose installation is complete, with a hash of its pins.
 MARKER = "alzheimer-environment.json"
 NEWEST_TESTED = (3, 13)
 
 PREPARE = "dataset/prepare_dataset.ipynb"
-#: A folder with more files than this is summed up in the list of what a run wrote.
+#: Of a folder with more files than this, the list of what a run wrote gives their number.
 LISTED = 24
 #: Every notebook of the study in the order in which it runs; each reads what those before it wrote.
 NOTEBOOKS = (
@@ -63,9 +64,14 @@ NOTEBOOKS = (
     "models/results.ipynb",
 )
 MODEL_NOTEBOOKS = NOTEBOOKS[2:8]
-#: Pass over these where a clone does not have them.
+#: Of each group a demo runs several at a time: they need what the groups before them wrote, and
+#: nothing of each other. (A demo's ensemble is one of EfficientNets and ResNets.)
+DEMO_GROUPS = (NOTEBOOKS[:1], NOTEBOOKS[1:6], NOTEBOOKS[6:9], NOTEBOOKS[9:])
+#: Skipped where a clone does not have them.
 OPTIONAL = {"dataset/leak_audit.ipynb", "models/ensemble.ipynb"}
 PROFILES = ("demo", "cpu", "paper")
+#: The arrays of a demo and of most tests are too small for several threads, which only wait.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 #: Where a notebook is executed before the result is put in its place.
 SCRATCH = ".scratch"
 
@@ -74,36 +80,38 @@ class ReproduceError(Exception):
     """A failure that a user can mend: one sentence that says what was found and what to do."""
 
 
-# --- What runs, and where it writes --------------------------------------------------------------------------------
+# --- What runs, and where it writes ---------------------------------------------------------------
 
 
 def runs_folder() -> Path:
+    """Where results go that are not committed: ALZHEIMER_RUNS, or runs/ in the repository."""
     return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs")).absolute()
 
 
 def result_root(profile: str, data: str) -> Path:
-    """Where a run writes: the rule of `utils.utils_funcs.result_root`, which cannot be imported before the environment
-    is there."""
-    return (
-        ROOT
-        if profile in ("cpu", "paper") and data == "real"
-        else runs_folder() / f"{profile}-{data}"
-    )
+    """Where a run of a profile on `data`, "real" or "phantom", writes.
+
+    The same rule as `utils.utils_funcs.result_root`, which cannot be imported before the
+    environment is there.
+    """
+    if profile in ("cpu", "paper") and data == "real":
+        return ROOT
+    return runs_folder() / f"{profile}-{data}"
 
 
 def is_prepared(root: Path) -> bool:
     """Whether `prepare_dataset.ipynb` has written every set of both protocols under `root`."""
     folder = root / "dataset" / "dataset_variables"
     parts = ("slice", *(f"patient/fold{fold}" for fold in range(5)))
-    sets = [
-        folder / part / f"{name}_set.pt"
+    return all(
+        (folder / part / f"{name}_set.pt").is_file()
         for part in parts
         for name in ("train", "validation", "test")
-    ]
-    return all(path.is_file() for path in sets)
+    )
 
 
 def present_notebooks() -> set[str]:
+    """The notebooks that this clone has."""
     return {path for path in NOTEBOOKS if (ROOT / path).is_file()}
 
 
@@ -112,7 +120,7 @@ def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> 
 
     Args:
         only: names without folder and extension; empty for all.
-        present: the notebooks that this clone has.
+        present: paths of the notebooks that this clone has.
         prepared: whether the data set is prepared; where it is not, its notebook comes first.
 
     Raises:
@@ -120,7 +128,8 @@ def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> 
     """
     if missing := [path for path in NOTEBOOKS if path not in present | OPTIONAL]:
         raise ReproduceError(
-            f"This clone lacks {', '.join(missing)}: get it back with `git checkout -- {missing[0]}`."
+            f"This clone lacks {', '.join(missing)}: get it back with "
+            f"`git checkout -- {missing[0]}`."
         )
     names = {Path(path).stem: path for path in NOTEBOOKS if path in present}
     if unknown := [name for name in only if name not in names]:
@@ -134,10 +143,14 @@ def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> 
 
 
 def set_parameters(notebook: dict, values: dict[str, object]) -> dict:
-    """A copy of `notebook` in whose cell tagged `parameters` the names in `values` are assigned these values.
+    """A copy of `notebook` whose cell tagged `parameters` assigns `values` to their names.
 
-    The cell itself is rewritten instead of adding a second one after it, so that an executed notebook shows the
-    parameters that its outputs belong to, in the place where a reader changes them.
+    The cell itself is rewritten instead of adding a second one after it, so that an executed
+    notebook shows the parameters that its outputs belong to, in the place where a reader changes
+    them.
+
+    Raises:
+        ReproduceError: no cell is tagged, or it does not assign each name exactly once.
     """
     notebook = json.loads(json.dumps(notebook))
     for cell in notebook["cells"]:
@@ -145,9 +158,8 @@ def set_parameters(notebook: dict, values: dict[str, object]) -> dict:
             source = "".join(cell["source"])
             for name, value in values.items():
                 pattern = rf"(?m)^({re.escape(name)}[ \t]*=[ \t]*)[^#\n]*?([ \t]*(?:#.*)?)$"
-                source, count = re.subn(
-                    pattern, lambda match: match[1] + repr_double(value) + match[2], source
-                )
+                literal = repr_double(value).replace("\\", r"\\")
+                source, count = re.subn(pattern, rf"\g<1>{literal}\g<2>", source)
                 if count != 1:
                     raise ReproduceError(
                         f"The cell tagged `parameters` assigns {name} {count} times, expected once."
@@ -165,8 +177,11 @@ def repr_double(value: object) -> str:
 
 
 def without_traces(notebook: dict) -> dict:
-    """A copy of `notebook` without what the runner leaves in it: paths of this machine, times of day, empty tags, and the
-    state of progress bars that no output shows any more."""
+    """A copy of `notebook` without what the runner leaves in it.
+
+    That is: paths of this machine, times of day, empty tags, and the state of progress bars that no
+    output shows any more.
+    """
     notebook = json.loads(json.dumps(notebook))
     for key in ("papermill", "widgets"):
         notebook["metadata"].pop(key, None)
@@ -190,7 +205,7 @@ def first_error(notebook: dict) -> str | None:
 
 
 def describe_files(files: Sequence[Path], root: Path) -> list[str]:
-    """The names of `files`, folder by folder, in lines of at most 118 characters where names allow it."""
+    """The names of `files`, a paragraph for each folder, wrapped at 118 characters."""
     folders: dict[str, list[str]] = {}
     for file in sorted(files):
         folders.setdefault(file.relative_to(root).parent.as_posix(), []).append(file.name)
@@ -210,7 +225,11 @@ def describe_files(files: Sequence[Path], root: Path) -> list[str]:
 
 
 def written_files(root: Path, since: float) -> list[Path]:
-    """What a run left under `root`: everything in a folder of runs/, in the repository itself what changed `since`."""
+    """What a run wrote under `root`.
+
+    Everything in a folder of runs/; in the repository itself what changed at `since` (seconds of
+    the epoch) or later.
+    """
     if root == ROOT:
         places = [
             ROOT / name for name in ("assets", "checkpoints", "dataset", "models", "README.md")
@@ -225,6 +244,7 @@ def written_files(root: Path, since: float) -> list[Path]:
 
 
 def visible_files(place: Path) -> list[Path]:
+    """The file `place`, or all files under the folder, but those with a dot before a name."""
     files = [place] if place.is_file() else place.rglob("*")
     return [
         file
@@ -235,7 +255,7 @@ def visible_files(place: Path) -> list[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A kill at any moment leaves the old file or the new one."""
+    """Writes a text file so that a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -248,37 +268,43 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# --- Processes -----------------------------------------------------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
 
 
-#: Set when what runs side by side is to end, because one failed or the user stopped it.
+#: Set when all processes are to end, because one of them failed or the user stopped them.
 STOP = threading.Event()
 
 
 class ProgressLine:
-    """A line that counts the seconds while its work runs: in place on a terminal, once at the end elsewhere, or where
-    other work runs beside it and it is not `alone`."""
+    """Tells on standard output that some work runs, and at its end how long it took.
 
-    def __init__(self, text: str, alone: bool = True):
-        self.text, self.start, self.alone, self.live = (
-            text,
-            time.monotonic(),
-            alone,
-            alone and sys.stdout.isatty(),
-        )
+    On a terminal it is one line that counts the seconds. Where other work runs at the same time
+    (`alone` is False) the start and the end are lines of their own.
+    """
+
+    def __init__(self, text: str, alone: bool = True) -> None:
+        self.text, self.start, self.alone = text, time.monotonic(), alone
+        self.live = alone and sys.stdout.isatty()
         if alone:
             print(f"{text} … ", end="", flush=True)
+        else:
+            print(f"{text} starts", flush=True)
 
     def seconds(self) -> str:
+        """The time since the start, as text."""
         passed = time.monotonic() - self.start
         return f"{passed:.0f} s" if passed < 600 else f"{passed / 60:.0f} min"
 
     def tick(self) -> None:
+        """Shows the time on the line of the step, in a terminal."""
         if self.live:
             print(f"\r{self.text} … {self.seconds()} ", end="", flush=True)
 
     def done(self, word: str = "") -> None:
-        start = f"\r{self.text} … " if self.live else "" if self.alone else f"{self.text} … "
+        """Ends the line; `word` says how the work ended where it was no success."""
+        start = "" if self.alone and not self.live else f"{self.text} … "
+        if self.live:
+            start = f"\r{start}"
         print(f"{start}{word}{' after ' if word else ''}{self.seconds()}", flush=True)
 
 
@@ -289,7 +315,7 @@ def run_module(
     line: ProgressLine | None = None,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Runs `python -m module arguments` from the root with its output caught; it ends when this process does."""
+    """Runs `python -m module arguments` from the root; it ends when this process does."""
     command = [
         str(python),
         str(ROOT / "reproduce.py"),
@@ -307,6 +333,7 @@ def run_quietly(
     line: ProgressLine | None = None,
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
+    """Runs a command from the root and returns its output, while `line` counts the seconds."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -338,9 +365,10 @@ def run_quietly(
 
 
 def as_module(arguments: list[str]) -> None:
-    """The other side of `run_module`: a process that runs a module and does not outlive the one that started it.
+    """Called in the process that `run_module` starts: runs the module, and ends with its parent.
 
-    Without this, pip or a notebook would go on writing after `reproduce.py` was killed, beside those of the next start.
+    Without this, pip or a notebook would go on writing after `reproduce.py` was killed, at the same
+    time as those of the next start.
     """
     parent, module, *rest = arguments
     threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
@@ -349,7 +377,8 @@ def as_module(arguments: list[str]) -> None:
 
 
 def end_with(parent: int) -> None:
-    if os.name == "nt":
+    """Waits until the process `parent` has ended, then ends this one."""
+    if sys.platform == "win32":
         import _winapi
 
         with contextlib.suppress(OSError):  # the parent is gone already
@@ -362,35 +391,35 @@ def end_with(parent: int) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, without the exception's type or pip's label."""
+    """The last line that is not empty, without the exception's type or pip's label."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (
-        re.sub(r"^(?:[\w.]*(?:Error|Exception)|ERROR): *", "", lines[-1])
-        if lines
-        else "it gave no reason"
-    )
+    if not lines:
+        return "it gave no reason"
+    return re.sub(r"^(?:[\w.]*(?:Error|Exception)|ERROR): *", "", lines[-1])
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Holds the lock file `path`, waiting while another process holds it. The system lets go of it when that ends."""
+    """Holds the lock file `path`, waiting while another process holds it.
+
+    The system releases the lock when the process that holds it ends, however it ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
-        told = False
-        while not try_lock(file.fileno()):
-            if not told:
-                print(
-                    f"Another reproduce.py is at work here ({path.name}); waiting for it to end.",
-                    flush=True,
-                )
-                told = True
-            time.sleep(0.5)
+        if not try_lock(file.fileno()):
+            print(
+                f"Another reproduce.py is at work here ({path.name}); waiting for it to end.",
+                flush=True,
+            )
+            while not try_lock(file.fileno()):
+                time.sleep(0.5)
         yield
 
 
 def try_lock(descriptor: int) -> bool:
+    """Whether this process holds the lock on an open file now; never waits."""
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -406,28 +435,39 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-# --- The environment -----------------------------------------------------------------------------------------------
+# --- The environment ------------------------------------------------------------------------------
+
+
+def pyproject() -> dict:
+    """The content of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def no_deps_pins() -> list[str]:
-    """What pyproject.toml says is installed second, without dependencies."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
-        "alzheimer"
-    ]["no_deps"]
+    """Packages that pyproject.toml says are installed second, without dependencies."""
+    return pyproject()["tool"]["alzheimer"]["no_deps"]
 
 
 def fingerprint(requirements: str, python_version: str, no_deps: Sequence[str]) -> str:
-    """SHA-256 of all that decides what an environment holds. Line ends do not: Git may change them."""
+    """SHA-256 of what decides which packages an environment holds.
+
+    The ends of lines do not count: Git may change them.
+    """
     content = json.dumps([requirements.splitlines(), python_version, list(no_deps)])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def venv_python(venv: Path) -> Path:
+    """The interpreter of a virtual environment."""
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def probe(venv: Path) -> dict | None:
-    """Python version and package folders of a virtual environment; None where its interpreter does not run."""
+    """Version and package folders of a virtual environment's Python.
+
+    Returns:
+        {"version": "3.12", "folders": [...]}, or None where the interpreter does not run.
+    """
     code = (
         "import json, sys, sysconfig; print(json.dumps({'version': '%d.%d' % sys.version_info[:2], "
         "'folders': sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})}))"
@@ -442,6 +482,7 @@ def probe(venv: Path) -> dict | None:
 
 
 def is_complete(venv: Path, wanted: str) -> bool:
+    """Whether everything with the fingerprint `wanted` was installed into an environment."""
     try:
         return json.loads((venv / MARKER).read_text(encoding="utf-8"))["fingerprint"] == wanted
     except (OSError, ValueError, KeyError, TypeError):
@@ -451,8 +492,8 @@ def is_complete(venv: Path, wanted: str) -> bool:
 def drop_half_installed(folders: Sequence[str]) -> list[str]:
     """Makes pip install again what a kill left in the middle; returns the names of those packages.
 
-    pip takes a package for installed once its metadata can be read, but writes INSTALLER only after the last of its
-    files. What begins with `~` is a package that pip had set aside to replace it.
+    pip takes a package for installed once its metadata can be read, but writes INSTALLER only after
+    the last of its files. A name that begins with `~` is a package that pip was about to replace.
     """
     dropped = []
     for folder in map(Path, folders):
@@ -466,7 +507,7 @@ def drop_half_installed(folders: Sequence[str]) -> list[str]:
 
 
 def unexpected_conflicts(pip_check: str, no_deps: Sequence[str]) -> list[str]:
-    """Lines of `pip check` other than the one we accept: the old `requests` that a package of `no_deps` asks for."""
+    """Lines of `pip check`, less the accepted ones: a package of `no_deps` pins an old requests."""
     names = "|".join(re.escape(pin.split("==")[0]) for pin in no_deps)
     accepted = re.compile(
         rf"(?:{names}) \S+ has requirement requests\b|No broken requirements found"
@@ -475,10 +516,11 @@ def unexpected_conflicts(pip_check: str, no_deps: Sequence[str]) -> list[str]:
 
 
 def make_environment(venv: Path = VENV) -> Path:
-    """The interpreter of a virtual environment that holds every pinned package; made or finished where it is not.
+    """Makes a virtual environment with every pinned package, or finishes it; where it is complete,
+    does nothing. Returns its interpreter.
 
     Raises:
-        ReproduceError: when it cannot be made.
+        ReproduceError: it cannot be made.
     """
     with one_at_a_time(venv.with_name(f"{venv.name}-lock")):
         state = probe(venv)
@@ -503,7 +545,14 @@ def make_environment(venv: Path = VENV) -> Path:
 
 
 def make_venv(venv: Path) -> dict:
-    """Makes the virtual environment anew, over whatever lies there and has no interpreter that runs."""
+    """Makes the virtual environment from nothing, in place of what lies there.
+
+    Returns:
+        What `probe` says of it.
+
+    Raises:
+        ReproduceError: it cannot be made.
+    """
     if venv.exists() and not venv.is_dir():
         raise ReproduceError(
             f"{venv} is a file, and that is where the environment goes: move it away."
@@ -511,7 +560,8 @@ def make_venv(venv: Path) -> dict:
     if sys.version_info[:2] > NEWEST_TESTED:
         version = ".".join(map(str, sys.version_info[:2]))
         print(
-            f"Note: Python {version} is newer than those that this study is tested with, 3.11 to 3.13."
+            f"Note: Python {version} is newer than those that this study is tested with, "
+            "3.11 to 3.13."
         )
     made = run_quietly([sys.executable, "-m", "venv", "--clear", str(venv)])
     state = probe(venv) if made.returncode == 0 else None
@@ -525,6 +575,11 @@ def make_venv(venv: Path) -> dict:
 
 
 def install(venv: Path, folders: Sequence[str]) -> None:
+    """Installs every pinned package into a virtual environment whose package folders are given.
+
+    Raises:
+        ReproduceError: pip failed, or the packages do not fit each other.
+    """
     python, no_deps, environment = venv_python(venv), no_deps_pins(), venv_environment(venv)
     again = f"delete {venv} and run the same command again"
     drop_half_installed(folders)
@@ -552,7 +607,7 @@ def install(venv: Path, folders: Sequence[str]) -> None:
         if result.returncode:
             line.done("failed")
             raise ReproduceError(
-                f"pip could not install {what[-1]} ({pip_error(result.stderr)}): see to the network "
+                f"pip could not install {what[-1]} ({pip_error(result.stderr)}): check the network "
                 "and the disk and run the same command again; it goes on where it stopped."
             )
     check = run_module(
@@ -567,21 +622,24 @@ def install(venv: Path, folders: Sequence[str]) -> None:
 
 
 def pip_error(text: str) -> str:
+    """The first error in what pip printed, without its label."""
     errors = [line for line in text.splitlines() if line.startswith("ERROR:")]
     return last_line(errors[0] if errors else text)
 
 
 def venv_environment(venv: Path) -> dict[str, str]:
-    """This process's environment variables without those that would mix another Python's packages in."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONHOME", "PYTHONPATH", "__PYVENV_LAUNCHER__")
-    }
+    """This process's environment variables, changed to those of a virtual environment.
+
+    What would bring in another Python's packages is left out. Compiled modules are kept inside the
+    environment whatever the machine's setting is: every notebook is a process of its own, and
+    compiling PyTorch's modules again takes each of them five seconds.
+    """
+    dropped = ("PYTHONHOME", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "__PYVENV_LAUNCHER__")
     return {
-        **kept,
+        **{name: value for name, value in os.environ.items() if name not in dropped},
         "VIRTUAL_ENV": str(venv),
         "PYTHONNOUSERSITE": "1",
+        "PYTHONPYCACHEPREFIX": str(venv / "pycache"),
         "PYTHONUTF8": "1",
         "PATH": os.pathsep.join([str(venv_python(venv).parent), os.environ.get("PATH", "")]),
     }
@@ -593,19 +651,18 @@ def check_current_environment() -> Path:
     Raises:
         ReproduceError: naming what it lacks.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = [
-        re.match(r"[\w.-]+", entry)[0] for entry in (*project["dependencies"], *no_deps_pins())
-    ]
+    wanted = (*pyproject()["project"]["dependencies"], *no_deps_pins())
+    names = [re.findall(r"[\w.-]+", requirement)[0] for requirement in wanted]
     if missing := [name for name in names if not is_installed(name)]:
         raise ReproduceError(
-            f"{sys.executable} lacks {', '.join(missing)}: activate the study's environment, or leave "
-            "out --no-venv and one is made."
+            f"{sys.executable} lacks {', '.join(missing)}: activate the study's environment, or "
+            "leave out --no-venv and one is made."
         )
     return Path(sys.executable)
 
 
 def is_installed(name: str) -> bool:
+    """Whether this interpreter has a package, by its name in the package index."""
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -613,40 +670,52 @@ def is_installed(name: str) -> bool:
     return True
 
 
-# --- The run -------------------------------------------------------------------------------------------------------
+# --- The run --------------------------------------------------------------------------------------
 
 
 def find_data(python: Path, environment: dict[str, str]) -> str:
     """Absolute path of the raw images that the library finds, "" where there are none."""
-    code = "from utils.cohort import find_raw; path = find_raw(); print('raw=%s' % (path.resolve() if path else ''))"
+    code = (
+        "from utils.cohort import find_raw; path = find_raw(); "
+        "print('raw=%s' % (path.resolve() if path else ''))"
+    )
     line = ProgressLine("Looking for the raw images")
     answer = run_quietly([str(python), "-c", code], environment=environment, line=line)
     line.done("failed" if answer.returncode else "")
     if answer.returncode:
         raise ReproduceError(last_line(answer.stderr))
-    found = [text for text in answer.stdout.splitlines() if text.startswith("raw=")][
-        -1
-    ]  # a download prints too
-    return found.removeprefix("raw=")
+    # A download prints too.
+    found = [text for text in answer.stdout.splitlines() if text.startswith("raw=")]
+    return found[-1].removeprefix("raw=")
 
 
 def run_notebook(
     python: Path,
     notebook: str,
     root: Path,
-    own: Path,
+    runs: Path,
     values: dict[str, object],
     environment: dict[str, str],
     start: Callable[[], ProgressLine],
 ) -> None:
-    """Executes `notebook` in its own folder and puts the result under `root`; where a cell fails, what was done so far
-    under `own`/failed.
+    """Executes a notebook in its own folder and puts the result under `root`.
+
+    Args:
+        python: the interpreter of its kernel.
+        notebook: its path in the repository.
+        root: of the results, the repository itself or `runs`.
+        runs: the folder of this profile and data under runs/, for the notebook while it runs and,
+            under `failed`, for the outputs of one whose cell failed.
+        values: parameters, by name.
+        environment: variables of its process.
+        start: called at the beginning, for the line that shows its progress.
 
     Raises:
-        ReproduceError: when a cell fails, with its error.
+        ReproduceError: a cell failed, with its error.
     """
     line, source = start(), set_parameters(read_notebook(ROOT / notebook), values)
-    before, after = own / SCRATCH / f"in-{Path(notebook).name}", own / SCRATCH / Path(notebook).name
+    name = Path(notebook).name
+    before, after = runs / SCRATCH / f"in-{name}", runs / SCRATCH / name
     write_atomically(before, json.dumps(source))
     after.unlink(missing_ok=True)
     result = run_module(
@@ -664,11 +733,10 @@ def run_notebook(
         environment=environment,
     )
     executed = source
-    with contextlib.suppress(
-        OSError, ReproduceError
-    ):  # it ended before it wrote, or was killed while it wrote
+    # It may have ended before it wrote, or while it wrote.
+    with contextlib.suppress(OSError, ReproduceError):
         executed = without_traces(read_notebook(after))
-    failed = own / "failed" / notebook
+    failed = runs / "failed" / notebook
     # A reader who opens the result in Colab wants to see these outputs, not to spend hours on them.
     executed = set_parameters(
         executed, {name: False for name in ("retrain", "run_missing") if name in values}
@@ -687,6 +755,11 @@ def run_notebook(
 
 
 def read_notebook(path: Path) -> dict:
+    """A notebook's JSON.
+
+    Raises:
+        ReproduceError: it is no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -695,26 +768,28 @@ def read_notebook(path: Path) -> dict:
 
 
 def demo_workers() -> int:
-    """Notebooks of a demo, or files of tests, that run at a time: their arrays are too small for several cores."""
+    """How many notebooks of a demo, or files of tests, run at a time.
+
+    Each on one thread (`ONE_THREAD`).
+    """
     return max(1, min(4, os.cpu_count() or 1))
 
 
 def side_by_side(numbered: list[tuple[str, str]], profile: str) -> list[list[tuple[str, str]]]:
-    """The notebooks in groups that may run at the same time: in a demo those of the six models, else each alone."""
-    groups: list[list[tuple[str, str]]] = []
-    for item in numbered:
-        together = profile == "demo" and item[1] in MODEL_NOTEBOOKS
-        if together and groups and groups[-1][-1][1] in MODEL_NOTEBOOKS:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return groups
+    """The notebooks in groups that may run at the same time.
+
+    Args:
+        numbered: (text of the progress line, notebook), in their order.
+        profile: a demo has `DEMO_GROUPS`; otherwise each notebook is a group.
+    """
+    if profile != "demo":
+        return [[item] for item in numbered]
+    groups = [[item for item in numbered if item[1] in group] for group in DEMO_GROUPS]
+    return [group for group in groups if group]
 
 
 def run_all(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks, `demo_workers()` at a time where there are several; the first error ends the others."""
-    if len(tasks) == 1:
-        return tasks[0]()
+    """Runs the tasks, `demo_workers()` at a time; the first error ends the others and is raised."""
     with concurrent.futures.ThreadPoolExecutor(demo_workers()) as pool:
         futures = [pool.submit(task) for task in tasks]
         try:
@@ -729,19 +804,23 @@ def run_all(tasks: Sequence[Callable[[], None]]) -> None:
 
 
 def run_workspace(python: Path, options: argparse.Namespace, environment: dict[str, str]) -> None:
+    """Runs the notebooks that the options ask for, prints the results and lists what was written.
+
+    Raises:
+        ReproduceError: the raw images cannot be read, or a notebook failed.
+    """
     start = time.time()
-    # The environment's own kernel, before any other that happens to be called python3 on this machine.
+    # The environment's own kernel, before any other of the name python3 on this machine.
     kernels = (Path(sys.prefix) if options.no_venv else VENV) / "share" / "jupyter"
     environment = {**environment, "ALZHEIMER_QUIET": "1", "JUPYTER_PATH": str(kernels)}
     raw = find_data(python, environment)
     # Asked once and handed on, so that all notebooks agree and none waits for a download again.
     environment |= {"ALZHEIMER_RAW": raw} if raw else {"ALZHEIMER_OFFLINE": "1"}
     data = "real" if raw else "phantom"
-    print(
-        f"data: {data} ({raw or 'no raw images found: a drawn cohort that shows the machinery and is no result'})"
-    )
-    root, own = result_root(options.profile, data), runs_folder() / f"{options.profile}-{data}"
-    with one_at_a_time(own / ".lock"):
+    found = raw or "no raw images found: a drawn cohort that shows the machinery and is no result"
+    print(f"data: {data} ({found})")
+    root, runs = result_root(options.profile, data), runs_folder() / f"{options.profile}-{data}"
+    with one_at_a_time(runs / ".lock"):
         notebooks = choose_notebooks(options.only, present_notebooks(), is_prepared(root))
         values = {"profile": options.profile, "retrain": options.retrain}
         numbered = [
@@ -749,12 +828,7 @@ def run_workspace(python: Path, options: argparse.Namespace, environment: dict[s
             for number, notebook in enumerate(notebooks, 1)
         ]
         for group in side_by_side(numbered, options.profile):
-            shared = environment
-            if len(group) > 1:
-                shared = {
-                    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // demo_workers())),
-                    **environment,
-                }
+            alone = len(group) == 1
             run_all(
                 [
                     functools.partial(
@@ -762,15 +836,15 @@ def run_workspace(python: Path, options: argparse.Namespace, environment: dict[s
                         python,
                         notebook,
                         root,
-                        own,
+                        runs,
                         values | ({"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}),
-                        shared,
-                        functools.partial(ProgressLine, text, len(group) == 1),
+                        {**ONE_THREAD, **environment} if options.profile == "demo" else environment,
+                        functools.partial(ProgressLine, text, alone),
                     )
                     for text, notebook in group
                 ]
             )
-        shutil.rmtree(own / SCRATCH, ignore_errors=True)
+        shutil.rmtree(runs / SCRATCH, ignore_errors=True)
         print()
         report(python, environment, "table", "--root", str(root))
         if root == ROOT:
@@ -782,6 +856,11 @@ def run_workspace(python: Path, options: argparse.Namespace, environment: dict[s
 
 
 def report(python: Path, environment: dict[str, str], *arguments: str) -> None:
+    """Runs `python -m utils.report arguments` and prints what it says.
+
+    Raises:
+        ReproduceError: it failed.
+    """
     result = run_module(python, "utils.report", *arguments, environment=environment)
     print(result.stdout.rstrip())
     if result.returncode:
@@ -791,6 +870,7 @@ def report(python: Path, environment: dict[str, str], *arguments: str) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line's options; ends the process with a message where they make no sense."""
     parser = argparse.ArgumentParser(
         prog="reproduce.py",
         description=__doc__,
@@ -832,12 +912,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="use this interpreter (a conda environment, for example)",
     )
-    own, mark, for_pytest = list(arguments), "--" in arguments, []
-    if mark:
-        cut = own.index("--")
-        own, for_pytest = own[:cut], own[cut + 1 :]
-    options = parser.parse_args(own)
-    if mark and not options.test:
+    # argparse would take what follows -- for positional arguments.
+    cut = list(arguments).index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:cut])
+    if "--" in arguments and not options.test:
         parser.error("what follows -- goes to pytest, so it needs --test")
     if options.test and (options.command or options.only or options.retrain):
         parser.error("--test runs the tests alone: leave out figures, --only and --retrain")
@@ -845,12 +923,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(
             "figures reads the committed records alone: leave out --only, --retrain and --raw"
         )
-    options.pytest_arguments = for_pytest
+    options.pytest_arguments = list(arguments[cut + 1 :])
     return options
 
 
 def raw_choice(option: str | None) -> str | None:
-    """What --raw or ALZHEIMER_RAW names, as an absolute path, since notebooks run in their own folders."""
+    """What --raw or ALZHEIMER_RAW names, as an absolute path: notebooks run in their own folders.
+
+    Raises:
+        ReproduceError: there is nothing at that path.
+    """
     raw = option or os.environ.get("ALZHEIMER_RAW") or None
     if raw is None:
         return None
@@ -865,23 +947,23 @@ def raw_choice(option: str | None) -> str | None:
 
 
 def run_tests(python: Path, arguments: list[str], environment: dict[str, str]) -> int:
-    """All tests, a few files at a time; with arguments of the user's own, as pytest runs them by itself."""
+    """Runs pytest, by default on all tests and several files at a time; returns its exit status."""
     if not arguments:
-        workers = demo_workers()
-        arguments = ["-n", str(workers), "--dist", "loadfile"]
-        environment = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
-            **environment,
-        }
+        arguments = ["-n", str(demo_workers()), "--dist", "loadfile"]
+        environment = {**ONE_THREAD, **environment}
     return subprocess.call([str(python), "-m", "pytest", *arguments], cwd=ROOT, env=environment)
 
 
 def run(options: argparse.Namespace) -> int:
+    """Does what the options ask for; returns the exit status.
+
+    Raises:
+        ReproduceError: in one sentence, what went wrong and what to do.
+    """
     raw = raw_choice(options.raw) if options.command is None else None
     if not options.test and options.command is None:
-        choose_notebooks(
-            options.only, present_notebooks(), prepared=True
-        )  # a slip shows now, not after installing
+        # A mistake in --only is reported now and not after installing.
+        choose_notebooks(options.only, present_notebooks(), prepared=True)
     python = check_current_environment() if options.no_venv else make_environment()
     environment = {**os.environ, "PYTHONUTF8": "1"} if options.no_venv else venv_environment(VENV)
     environment |= {"ALZHEIMER_RAW": raw} if raw else {}
@@ -896,8 +978,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Runs the command line; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a stream that a notebook or a test has replaced
+        if isinstance(stream, io.TextIOWrapper):  # and not one that a notebook or test put there
             stream.reconfigure(errors="replace")
     try:
         return run(parse(arguments))

@@ -1,5 +1,6 @@
-"""Tiny models and images that the attack and robustness tests share: an honest classifier, a linear one with a known
-optimum, a model fooled only on the way, and a zoo of defences that must never pass as robust."""
+"""Tiny models and images that the attack and robustness tests share: an honest classifier, a linear
+one with a known optimum, one that is wrong only on the way of an ascent, and a zoo of defenses that
+must never pass as robust."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.attacks import ATTACKS
+from utils.attacks.base import ATTACKS
 
 SIDE = 16
 
 
 def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Four classes of faint discs of growing size in noise: uint8 (count, 1, 16, 16), labels (count,), people (count,),
-    eight images of one class to a person."""
+    """Four classes of faint discs of growing size in noise: uint8 (count, 1, 16, 16), labels
+    (count,) and patients (count,), eight images of one class to a patient."""
     random = np.random.default_rng(seed)
     patients = np.arange(count) // 8
     labels = patients % 4
@@ -30,9 +31,8 @@ def blobs(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def small_net(seed: int = 0) -> nn.Module:
-    with (
-        torch.random.fork_rng()
-    ):  # a test that compares random states must not see these weights being drawn
+    # A test that compares random states must not see these weights being drawn.
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.Conv2d(1, 8, 3, padding=1),
@@ -54,12 +54,12 @@ def trained_state(seed: int = 0) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = small_net(seed).train()
-        optimiser = torch.optim.Adam(net.parameters(), 5e-3)
-        for step in range(120):
+        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+        for _ in range(120):
             part = torch.randint(len(pixels), (64,))
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             F.cross_entropy(net(pixels[part]), truth[part]).backward()
-            optimiser.step()
+            optimizer.step()
     return net.state_dict()
 
 
@@ -73,7 +73,7 @@ def honest_model(seed: int = 0) -> nn.Module:
 def linear_model(
     seed: int = 0, classes: int = 4, side: int = 8
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A linear model, 12 mid-grey images far from the edges of [0, 1], and its answers as labels."""
+    """A linear model, 12 mid-gray images far from the edges of [0, 1], and its answers."""
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(side * side, classes)
     with torch.no_grad():
@@ -97,7 +97,8 @@ def linear_optimum(model: nn.Module, images: Tensor, labels: Tensor, norm: str) 
 
 
 def within_oracle(attack: str, budget: dict, slack: float = 1.25) -> bool:
-    """Whether a registered attack fells every image of two linear models at `slack` times its exact distance."""
+    """Whether a registered attack succeeds on every image of two linear models at `slack` times its
+    exact distance."""
     for seed in range(2):
         model, images, labels = linear_model(seed)
         optimum = linear_optimum(model, images, labels, ATTACKS[attack].norm)
@@ -109,24 +110,25 @@ def within_oracle(attack: str, budget: dict, slack: float = 1.25) -> bool:
 
 
 class OnTheWay(nn.Module):
-    """Wrong only in a thin shell of brightness that a long ascent walks through: an attack that returns its last
-    iterate misses it. Its gradient always points outwards."""
+    """Wrong only in a thin shell of brightness that a long ascent passes through: an attack that
+    returns its last iterate misses it. Its gradient always points outwards."""
 
     def forward(self, images: Tensor) -> Tensor:
         shift = (images.flatten(1).mean(1) - 0.5) * 255
         lead = torch.where((shift > 1.5) & (shift < 2.5), -1 - 0.1 * shift, 10 - 0.1 * shift)
-        return torch.stack(
-            [
-                lead,
-                torch.zeros_like(lead),
-                torch.full_like(lead, -5.0),
-                torch.full_like(lead, -5.0),
-            ],
-            1,
-        )
+        others = torch.zeros_like(lead)
+        return torch.stack([lead, others, others - 5, others - 5], 1)
 
 
-# -- the zoo: defences that are none -----------------------------------------------------------------------------------
+def last_iterate_only(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    """PGD that returns its last iterate, whether or not an earlier one succeeded."""
+    import torchattacks
+
+    attack = torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)
+    return attack(images, labels)
+
+
+# -- the zoo: defenses that are none ---------------------------------------------------------------
 
 
 class Wrapped(nn.Module):
@@ -135,8 +137,8 @@ class Wrapped(nn.Module):
         self.model = model or honest_model()
 
 
-class QuantisedInput(Wrapped):
-    """Rounds its input to a few grey levels: the gradient is zero everywhere."""
+class QuantizedInput(Wrapped):
+    """Rounds its input to a few gray levels: the gradient is zero everywhere."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model((images * 12).round() / 12)
@@ -157,7 +159,7 @@ class ZeroGradient(Wrapped):
 
 
 class RandomResizing(Wrapped):
-    """Resizes at random before it looks (Xie et al. 2018)."""
+    """Resizes its input at random (Xie et al. 2018)."""
 
     def forward(self, images: Tensor) -> Tensor:
         size = int(torch.randint(SIDE - 4, SIDE + 1, ()))
@@ -213,7 +215,7 @@ class KnowsItsAttacker(Wrapped):
 
 
 class DependsOnItsBatch(Wrapped):
-    """Centres its input by the batch."""
+    """Centers its input by the mean of the batch."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images - images.mean() + 0.45)
@@ -240,7 +242,7 @@ class MeanOfMembers(nn.Module):
 
 #: Each must be attacked successfully or flagged, never reported as robust.
 ZOO = {
-    "quantised input": QuantisedInput,
+    "quantized input": QuantizedInput,
     "scaled logits": ScaledLogits,
     "zero gradient": ZeroGradient,
     "random resizing": RandomResizing,

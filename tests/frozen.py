@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path(__file__).with_suffix(".json")
 #: The last commit before the refactoring: its code decides what is right.
 START = "6f802851c4f3964bcd16cd15c8dde40e7236668f"
-#: One thread, the CPU, no network, nobody who watches: the same hashes whoever starts it.
+#: One thread, the CPU, no network and no progress bars: the same hashes however it is started.
 ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
     "CUDA_VISIBLE_DEVICES": "",
@@ -43,8 +43,8 @@ ENVIRONMENT = {
 #: Side of the phantom's slices, and what each backbone sees: smaller and larger, by the resize.
 SIDE = 36
 INPUT_SIZE = {"Dinov2": 28, "Efficientnet": 40, "Resnet": 32}
-MODELS = tuple(f"{backbone}{twin}" for backbone in INPUT_SIZE for twin in ("", "_atk"))
-#: Trainings beside the plain ones, through other branches of the loop: name -> model, settings.
+MODELS = tuple(f"{backbone}{regime}" for backbone in INPUT_SIZE for regime in ("", "_atk"))
+#: Further trainings, through other branches of the loop: name -> model, settings.
 VARIANTS = {
     "trades": ("Efficientnet_atk", {"method": "trades", "ema_decay": 0.5}),
     "fast": ("Efficientnet_atk", {"method": "fast", "clean_weight": 0.5, "eps_ramp": 0.0}),
@@ -54,11 +54,12 @@ VARIANTS = {
         {"fine_tune": "last_block", "layer_decay": 0.7, "class_weights": False},
     ),
 }
-#: eps by norm, and of attacks to which all images would stand there: some fall and some stand.
+#: eps by norm, such that an attack misclassifies some of the images and not all.
 EPS = {"linf": 3 / 255, "l2": 0.25, "l0": 0.3}
-OWN_EPS = {
+#: eps of attacks that would misclassify none at that of their norm.
+EPS_OF_ATTACK = {
     **dict.fromkeys(("square", "hopskipjump", "transfer"), 9 / 255),
-    "autoattack": 4 / 255,  # all fall before its 5,000 queries of Square
+    "autoattack": 4 / 255,  # misclassifies all, before the 5,000 queries of its Square attack
 }
 #: Budgets of the attacks that take one; the others have none, or the same always.
 BUDGETS = {
@@ -98,7 +99,7 @@ def recorded_hashes() -> dict[str, str] | None:
 
 
 def hashes_of(checkout: Path) -> dict[str, str]:
-    """What `python -m tests.frozen` prints in a checkout, from a process of its own."""
+    """What `python -m tests.frozen` prints in a checkout."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -160,16 +161,16 @@ def digest(tensors: dict) -> str:
 
 
 def phantom_set(name: str, patients: tuple[int, ...], slices: int, seed: int):
-    """An `ImageSet` of a drawn cohort: all its real slices, nothing of nobody."""
+    """An `ImageSet` of a drawn cohort: slices of patients, no synthetic ones and no duplicates."""
     import numpy as np
     import torch
 
     from utils.data import ImageSet
     from utils.phantom import draw_cohort
 
-    # The code of the starting commit, which this may run with, says `people` and `person`.
+    # In the starting commit's code, which this may run with, they are `people` and `person`.
     counts = next(key for key in ("patients", "people") if key in signature(draw_cohort).parameters)
-    options = dict(slices=slices, size=SIDE, synthetic=0, duplicates=0, seed=seed)
+    options = {"slices": slices, "size": SIDE, "synthetic": 0, "duplicates": 0, "seed": seed}
     drawn = draw_cohort(**{counts: patients}, **options)
     return ImageSet(
         torch.from_numpy(np.stack(drawn.images))[:, None],
@@ -216,7 +217,7 @@ def hash_trainings(folder: Path) -> dict[str, str]:
 
 
 def fixed_network(seed: int, images):
-    """A small convolutional network of random weights, whose logits are centred over `images`
+    """A small convolutional network of random weights, whose logits have mean 0 over `images`
     (N, 1, H, W): so it answers different classes, by margins that an attack can overcome."""
     import torch
     from torch import nn
@@ -246,7 +247,7 @@ def hash_attacks() -> dict[str, str]:
     images = slices.images.float() / 255
     model, source = fixed_network(6, images), fixed_network(4, images)
     with torch.no_grad():
-        labels = model(images).argmax(1)  # every image stands, whatever it shows
+        labels = model(images).argmax(1)  # every image is classified correctly
     targets = (labels + 1 + torch.arange(4) % 3) % 4
     mask = torch.zeros(1, 1, SIDE, SIDE)
     mask[..., 8:28, 8:28] = 1
@@ -266,14 +267,14 @@ def hash_attacks() -> dict[str, str]:
     for title, (name, option) in options.items():
         budget = BUDGETS.get(name, {}) | option | ({"source": source} if name == "transfer" else {})
         attack = ATTACKS[name]
-        eps = OWN_EPS.get(name, EPS[attack.norm])
+        eps = EPS_OF_ATTACK.get(name, EPS[attack.norm])
         adversarial = attack(model, images, labels, eps, seed=7, **budget)
         hashes[f"attack: {title}"] = digest({"adversarial": adversarial})
     return hashes
 
 
 def compute() -> dict[str, str]:
-    """All hashes, by this process: call it in a process of its own (`hashes_of`)."""
+    """All hashes. It changes PyTorch's settings, so `hashes_of` calls it in another process."""
     import torch
 
     torch.set_num_threads(1)
@@ -286,7 +287,8 @@ def compute() -> dict[str, str]:
 def main() -> None:
     os.environ.update(ENVIRONMENT)
     if sys.argv[1:] == ["--record"]:
-        return record()
+        record()
+        return
     with contextlib.redirect_stdout(sys.stderr):  # packages of attacks print what they do
         hashes = compute()
     print(json.dumps(hashes, indent=1))

@@ -1,11 +1,13 @@
-"""Saves on a disk of 2 MiB that is really full: started by tests/test_training.py in a mount namespace of its own.
+"""Saves on a disk of 2 MiB that is really full; tests/test_training.py starts it.
 
     python -m tests.full_disk FOLDER
 
-mounts a small memory disk on FOLDER, that nobody else sees and that goes with this process, and prints what came of each
-way to save as JSON: name → {error, whole, left}.
+mounts a small memory disk on FOLDER and prints the result of each way to save as JSON: name →
+{error, whole, left}. It is run in a mount namespace, so that other processes do not see the disk,
+which disappears with this process.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,9 +21,14 @@ import torch
 
 from tests import killable
 from tests.test_training import DEVICE, TRAIN, VALIDATION, TinyNet, equal, small, weights
-from utils import records, training
+from utils import training
 from utils.backbones import read_metadata, save_model
-from utils.utils_funcs import atomic_path, write_json
+from utils.evaluation import records
+from utils.utils_funcs import ROOT, atomic_path, write_json
+
+#: The record that is written again and again: small, so that its predictions are what fills the
+#: disk.
+RECORD = ROOT / "assets" / "Baselines" / "slice.json"
 
 #: Bytes of the new version of every file: more than is left on the disk, less than the disk.
 LARGE = 512 << 10
@@ -29,7 +36,7 @@ LARGE = 512 << 10
 
 def network(width: int) -> TinyNet:
     model = TinyNet()
-    model.extra = torch.nn.Linear(width // 16, 4)  # of `width` bytes
+    model.body.extra = torch.nn.Linear(width // 16, 4)  # of `width` bytes
     return model
 
 
@@ -40,10 +47,9 @@ def save_state(path: Path, width: int) -> None:
 
 
 def save_record(path: Path, width: int) -> None:
-    rows = {
-        "clean": np.random.default_rng(0).integers(0, 255, width).astype(np.uint8)
-    }  # noise, which nothing compresses
-    records.write_record(path, {"width": width}, rows)
+    noise = np.random.default_rng(0).integers(0, 255, width)  # which cannot be compressed
+    record = dataclasses.replace(records.read_record(RECORD), hardware=f"{width} bytes")
+    records.write_record(path, record, {"clean": noise.astype(np.uint8)})
 
 
 #: Name → (what saves, the file that it saves).
@@ -56,7 +62,7 @@ WAYS: dict[str, tuple[Callable[[Path, int], None], str]] = {
 
 
 def fill(folder: Path, leave: int | None) -> list[Path]:
-    """Takes all of the disk but about `leave` bytes; None takes all file names instead, and leaves the bytes."""
+    """Takes all of the disk but about `leave` bytes; None takes all file names, and no bytes."""
     fillers = [folder.parent / "filler"]
     try:
         with open(fillers[0], "wb", buffering=0) as file:
@@ -81,17 +87,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def attempt(save: Callable[[Path, int], None], path: Path, leave: int | None) -> dict:
-    """An old file, a full disk, a new one: how it ended, whether the old files are whole, what else lies there."""
+    """Saves over an old file on a full disk: the error, whether the old files are whole, and which
+    other files are left."""
     path.parent.mkdir()
     save(path, 64)
     before, fillers, error = contents(path.parent), fill(path.parent, leave), None
     try:
         save(path, LARGE)
-    except Exception as raised:  # noqa: BLE001  whatever came is what the test judges
+    except Exception as raised:  # noqa: BLE001  the test judges whatever was raised
         error = [type(raised).__name__, str(raised)]
     after = contents(path.parent)
     free(fillers)
-    save(path, LARGE)  # with room again, the same call goes through
+    save(path, LARGE)  # with space again, the same call succeeds
     return {
         "error": error,
         "whole": all(after.get(name) == content for name, content in before.items()),
@@ -100,7 +107,8 @@ def attempt(save: Callable[[Path, int], None], path: Path, leave: int | None) ->
 
 
 def attempt_training(folder: Path) -> dict:
-    """The disk fills after the first epoch of a training; with room again, the same command goes on to the same numbers."""
+    """The disk is full after the first epoch of a training; with space again, the same command goes
+    on to the same numbers."""
     config, fillers, error = small("Resnet", epochs=3, ema_decay=0.9), [], None
     whole = training.fit(TRAIN, VALIDATION, config, folder / "whole" / "unit.safetensors", DEVICE)
     broken = folder / "broken" / "unit.safetensors"

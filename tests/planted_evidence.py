@@ -13,40 +13,68 @@ from torch import Tensor, nn
 
 from utils import grad_cam
 from utils.backbones import PixelClassifier, build_model
+from utils.prediction import predict
 
-#: Side of the training images in px; the patch is half as wide, a quarter of the area, and lies on the 32 px grid of a
-#: ResNet's or EfficientNet's cells.
+#: Side of the training images in px. The patch is half as wide, a quarter of the area, and lies on
+#: the 32 px grid of the cells of a ResNet or EfficientNet.
 SIDE = 256
-#: The side at which EfficientNet is held to `LIMIT`: 16 × 16 cells (ResNet keeps it at `SIDE`). A cell next to the patch sees
-#: into it and also names the class by itself, so evidence *is* there, and a coarse grid is mostly border: 0.56 of
-#: EfficientNet's maps lie in a patch of 4 × 4 cells, 0.75 in one of 8 × 8 (`assets/planted_evidence.json`).
+#: The side at which EfficientNet must keep `LIMIT`: 16 × 16 cells (ResNet keeps it at `SIDE`). A
+#: cell next to the patch sees into it and also names the class by itself, so evidence *is* there,
+#: and a coarse grid is mostly border: 0.56 of EfficientNet's maps lie in a patch of 4 × 4 cells,
+#: 0.75 in one of 8 × 8 (`assets/planted_evidence.json`).
 EXPLAINED_SIDE = 512
+#: The least share of a map that must lie in the patch.
 LIMIT = 0.7
-#: What each backbone takes to learn the task from random weights in one pass over fresh images. `whole` learns everything
-#: from the class. `tokens first` is nearer to how DINOv2 is made and used: patch tokens learn, from so many images more, what
-#: lies under them; then the last block starts anew and learns the class with the head. DINOv2's stripes lie on plain grey,
-#: not in noise.
+#: What each backbone takes to learn the task from random weights in one pass over fresh images.
+#: `whole` learns everything from the class. `tokens first` is nearer to how DINOv2 is made:
+#: on so many more images, patch tokens learn what lies under them; then the last block starts anew
+#: and learns the class with the head. DINOv2's stripes lie on plain gray, not in noise.
 BUDGETS: dict[tuple[str, str], dict] = {
-    ("Resnet", "whole"): dict(count=960, lr=1e-3, half=True, noise=True, input_size=None),
-    ("Efficientnet", "whole"): dict(count=1600, lr=2e-3, half=False, noise=True, input_size=None),
-    ("Dinov2", "whole"): dict(
-        count=1280, lr=3e-4, half=False, noise=False, input_size=112
-    ),  # 8 × 8 tokens
-    ("Dinov2", "tokens first"): dict(
-        count=640, lr=1e-4, half=True, noise=False, input_size=112, tokens=1920, token_lr=6e-4
-    ),
+    ("Resnet", "whole"): {
+        "count": 960,
+        "lr": 1e-3,
+        "half": True,
+        "noise": True,
+        "input_size": None,
+    },
+    ("Efficientnet", "whole"): {
+        "count": 1600,
+        "lr": 2e-3,
+        "half": False,
+        "noise": True,
+        "input_size": None,
+    },
+    ("Dinov2", "whole"): {
+        "count": 1280,
+        "lr": 3e-4,
+        "half": False,
+        "noise": False,
+        "input_size": 112,
+    },  # 8 × 8 tokens
+    ("Dinov2", "tokens first"): {
+        "count": 640,
+        "lr": 1e-4,
+        "half": True,
+        "noise": False,
+        "input_size": 112,
+        "tokens": 1920,
+        "token_lr": 6e-4,
+    },
 }
 
 
 def stripes_in_patch(
     count: int, seed: int, *, side: int = SIDE, noise: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (N, 1, side, side) in [0, 1], labels (N,) and the patch (N, side, side): stripes that fade in towards the
-    middle of a patch anywhere on the grid, and whose orientation is the class; around it noise of the stripes' own frequency
-    or plain grey.
+    """Images whose class is the orientation of the stripes in a patch. The stripes fade in toward
+    the middle of the patch; around it is noise of their own frequency, or plain gray.
 
-    The patch moves, because a network that may know its place by the image's border spreads its evidence at no cost; it
-    has no edge, because an edge is evidence and reaches into every cell beside it.
+    The patch lies anywhere on the grid, because a network that can know its place by the image's
+    border spreads its evidence at no cost. It has no edge, because an edge is evidence and reaches
+    into every cell next to it.
+
+    Returns:
+        (images (N, 1, side, side) in [0, 1], labels (N,), patch bool (N, side, side)).
     """
     images, labels, share = _stripes(count, seed, side, noise)
     return images, labels, share > 0
@@ -55,8 +83,12 @@ def stripes_in_patch(
 def stripes_by_token(
     count: int, seed: int, *, side: int = SIDE, noise: bool = True, cells: int = 8, part: int = 640
 ) -> tuple[Tensor, Tensor]:
-    """Images, and what lies under each of cells × cells tokens (N, cells, cells): the class of its stripes, or 4
-    where they are too faint to be read there (a patch's four corners) or absent. Drawn in parts, to bound memory."""
+    """Images, and what lies under each of cells × cells tokens (N, cells, cells): the class of its
+    stripes, or 4 where they are too faint to be read (the patch's four corners) or absent.
+
+    Args:
+        part: images drawn at once, which bounds the memory.
+    """
     images, targets = [], []
     for start in range(0, count, part):
         some, labels, share = _stripes(
@@ -69,7 +101,8 @@ def stripes_by_token(
 
 
 def _stripes(count: int, seed: int, side: int, noise: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, labels and the share of stripes in every pixel (N, side, side), which is 0 outside the patch alone."""
+    """Images, labels, and the share of stripes in every pixel (N, side, side): 0 outside the patch
+    and nowhere else."""
     generator = torch.Generator().manual_seed(seed)
     labels, half = torch.arange(count) % 4, side // 2
     y, x = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
@@ -111,7 +144,13 @@ def fit(
     batch: int = 32,
     half: bool = False,
 ) -> nn.Module:
-    """The model after `epochs` passes over `count` phantom images (AdamW, one-cycle), in eval mode."""
+    """The model after `epochs` passes over `count` phantom images (AdamW, one-cycle learning rate),
+    in eval mode.
+
+    Args:
+        phantom: (count, seed=) → images and targets first.
+        half: bfloat16 autocast.
+    """
     images, labels = phantom(count, seed=0)[:2]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -121,9 +160,8 @@ def fit(
     for _ in range(epochs):
         for rows in torch.randperm(count)[: count // batch * batch].split(batch):
             optimizer.zero_grad()
-            with torch.autocast(
-                "cpu", dtype=torch.bfloat16, enabled=half
-            ):  # a step each: it keeps cast weights until it is left
+            # A context for each step: until it is left, it keeps cast copies of the weights.
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
                 loss = F.cross_entropy(model(images[rows]).float(), labels[rows])
             loss.backward()
             optimizer.step()
@@ -132,7 +170,8 @@ def fit(
 
 
 class TokenReader(nn.Module):
-    """Five logits for each patch token of a DINOv2 (N, 5, h, w): one linear layer on its last tokens."""
+    """Five logits for each patch token of a DINOv2 (N, 5, h, w): one linear layer on its last
+    tokens."""
 
     def __init__(self, model: PixelClassifier) -> None:
         super().__init__()
@@ -142,7 +181,7 @@ class TokenReader(nn.Module):
         tokens = self.model.body.backbone(
             pixel_values=self.model.pixels_to_input(images)
         ).last_hidden_state
-        return grad_cam._tokens_to_map(self.model)(self.head(tokens))
+        return grad_cam.map_from_tokens(self.model)(self.head(tokens))
 
 
 def trained_backbone(name: str, training: str = "whole") -> PixelClassifier:
@@ -188,4 +227,5 @@ def inside(
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return float((grad_cam._predict(model, images, 8).argmax(1) == labels).float().mean())
+    """The share of images (N, 1, H, W) whose class is predicted right."""
+    return float((predict(model, images, batch_size=8).argmax(1) == labels).float().mean())

@@ -1,4 +1,5 @@
-"""What every registered attack promises, and that the arithmetic agrees with two independent libraries."""
+"""What every registered attack promises, and that its arithmetic agrees with two independent
+libraries."""
 
 from __future__ import annotations
 
@@ -10,40 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from tests import fixtures_attacks as zoo
-from utils import attacks
-from utils.attacks import (
+from utils.attacks.base import (
     ATTACKS,
-    BINARY,
-    THREE,
     AttackError,
     GroupedClasses,
-    brain_mask,
-    clinical_targets,
+    InBfloat16,
+    check_result,
     group_labels,
     margin,
-    perturb_for_training,
     perturbation_size,
     unsaturated_cross_entropy,
 )
+from utils.attacks.gradient import clinical_targets
+from utils.attacks.regional import brain_mask
+from utils.attacks.training import perturb_for_training
+from utils.class_groups import BINARY, THREE
+from utils.model_state import frozen
+from utils.otsu import otsu_thresholds
 
 #: Budgets that let every attack run in a moment.
 SHORT = {
-    "apgd_ce": dict(steps=8),
-    "apgd_t": dict(steps=8),
-    "fab_t": dict(steps=4),
-    "square": dict(queries=30),
-    "hopskipjump": dict(steps=1, evaluations=20),
-    "deepfool": dict(steps=5),
-    "few_pixel": dict(generations=3, population=8),
-    "one_pixel": dict(generations=3, population=8),
+    "apgd_ce": {"steps": 8},
+    "apgd_t": {"steps": 8},
+    "fab_t": {"steps": 4},
+    "square": {"queries": 30},
+    "hopskipjump": {"steps": 1, "evaluations": 20},
+    "deepfool": {"steps": 5},
+    "few_pixel": {"generations": 3, "population": 8},
+    "one_pixel": {"generations": 3, "population": 8},
 }
-#: AutoAttack has no shorter form; it has its own test.
+#: AutoAttack takes no smaller budget; it has its own test.
 FAST = sorted(set(ATTACKS) - {"autoattack"})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny models only lose by sharing their work."""
+    """Tiny models are slower on several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,7 +76,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         return float((model(images).argmax(1) == labels).float().mean())
 
 
-# -- promises of every attack ------------------------------------------------------------------------------------------
+# -- promises of every attack ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -82,24 +85,25 @@ def test_perturbation_stays_in_its_ball_and_changes_images(name, model, batch):
     adversarial = run(name, model, images, labels)
     assert adversarial.shape == images.shape and adversarial.dtype == images.dtype
     assert adversarial.isfinite().all() and adversarial.min() >= 0 and adversarial.max() <= 1
-    # An L2 ball lies inside the L-infinity ball of the same eps, and a pixel attack changes its pixels by at most eps.
+    # An L2 ball is inside the L-infinity ball of the same eps, and a pixel attack changes its
+    # pixels by at most eps.
     assert (adversarial - images).abs().max() <= 8 / 255 + 1e-6
     if ATTACKS[name].norm == "l2":
         assert perturbation_size(images, adversarial, "l2").max() <= 8 / 255 + 1e-6
     robust = model(adversarial).argmax(1) == labels
     assert (adversarial != images).flatten(1).any(1)[robust].all(), (
-        "a standing image came back as it was"
+        "a robust image came back as it was"
     )
 
 
 def test_an_attack_outside_its_ball_is_refused(model, batch):
     images, _ = batch
     with pytest.raises(AttackError, match="perturbation of"):
-        attacks._checked("broken", "linf", images, (images + 0.1).clamp(0, 1), 0.05)
+        check_result("broken", "linf", images, (images + 0.1).clamp(0, 1), 0.05)
     with pytest.raises(AttackError, match="NaN"):
-        attacks._checked("broken", "linf", images, images * torch.nan, 0.05)
+        check_result("broken", "linf", images, images * torch.nan, 0.05)
     with pytest.raises(AttackError, match=r"outside \[0, 1\]"):
-        attacks._checked("broken", "linf", images, images + 2, 3.0)
+        check_result("broken", "linf", images, images + 2, 3.0)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -132,8 +136,8 @@ def same_state(before: tuple, after: tuple) -> bool:
 
 
 def half_frozen_model() -> nn.Module:
-    """In training mode but for a frozen BatchNorm, as when fine-tuning: the state that a careless `train()`
-    destroys."""
+    """In training mode except for a BatchNorm, as when fine-tuning: the state that a careless
+    `train()` destroys."""
     model = zoo.honest_model().train()
     model[1].eval()
     return model
@@ -145,6 +149,22 @@ def test_attack_leaves_model_and_random_states_untouched(name, batch):
     before = state_of(model)
     run(name, model, *batch)
     assert same_state(before, state_of(model))
+
+
+def test_a_frozen_model_takes_no_gradient_and_keeps_those_it_has(batch):
+    images, labels = batch
+    model = half_frozen_model()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    before = state_of(model)
+    for eval_mode in (True, False):
+        with frozen(model, eval_mode=eval_mode):
+            assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+            modes = [module.training for module in model.modules()]
+            assert modes == ([False] * len(modes) if eval_mode else before[1])
+            model.zero_grad(set_to_none=False)
+        after = state_of(model)
+        assert before[1:3] == after[1:3]
+        assert all(a is b and a.abs().sum() > 0 for a, b in zip(before[3], after[3], strict=True))
 
 
 def test_attack_leaves_model_untouched_when_it_raises(batch):
@@ -162,7 +182,7 @@ def test_attack_leaves_model_untouched_when_it_raises(batch):
     assert same_state(before, state_of(model))
 
 
-def test_the_untouched_test_sees_a_careless_library(batch):
+def test_the_comparison_of_states_detects_a_careless_library(batch):
     import torchattacks
 
     model = half_frozen_model().eval()
@@ -216,15 +236,14 @@ def test_grouped_classes_add_probabilities_and_pass_the_gradient(model, batch):
     assert group_labels(torch.arange(4), BINARY).tolist() == [0, 1, 1, 1]
 
 
-# -- strength ----------------------------------------------------------------------------------------------------------
+# -- strength --------------------------------------------------------------------------------------
 
 
 def test_attacks_order_as_they_must(model):
     images, labels, _ = zoo.blobs(200, seed=6)
     images, labels = torch.as_tensor(images).float() / 255, torch.as_tensor(labels)
-    right = (
-        model(images).argmax(1) == labels
-    )  # a clean error is an error, also where noise happens to mend it
+    # A clean error is an error, also where noise happens to correct it.
+    right = model(images).argmax(1) == labels
     scores = [right.float().mean().item()]
     for name in ("noise", "fgsm", "pgd", "pgd_targeted"):
         attacked = run(name, model, images, labels, 4 / 255)
@@ -233,18 +252,10 @@ def test_attacks_order_as_they_must(model):
     assert scores[0] > 0.9 and scores[-1] < 0.7 * scores[0]
 
 
-def test_pgd_at_eps_one_leaves_nothing(model, batch):
+def test_no_image_is_robust_against_pgd_at_eps_one(model, batch):
     images, labels = batch
     assert accuracy(model, images, labels) > 0.6
     assert accuracy(model, run("pgd", model, images, labels, 1.0, loss="margin"), labels) < 0.05
-
-
-def last_iterate_only(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    import torchattacks
-
-    return torchattacks.PGD(model, eps=eps, alpha=eps / 4, steps=10, random_start=False)(
-        images, labels
-    )
 
 
 def test_any_successful_iterate_counts():
@@ -254,14 +265,14 @@ def test_any_successful_iterate_counts():
         model, images, labels, eps, steps=10, step_size=eps / 4, random_start=False
     )
     assert accuracy(model, ours, labels) == 0
-    assert accuracy(model, last_iterate_only(model, images, labels, eps), labels) == 1, (
+    assert accuracy(model, zoo.last_iterate_only(model, images, labels, eps), labels) == 1, (
         "the model no longer shows the flaw"
     )
 
 
 class AwayFromItsNearest(nn.Module):
-    """Class 2 gains more than class 1 loses, which is `ahead` of the truth at first and stays ahead of class 2: the
-    cross-entropy of class 0 rises at every step, and so does its margin."""
+    """Class 1 is `ahead` of the true class 0 at first, and stays ahead of class 2, which gains more
+    than class 1 loses: the cross-entropy of class 0 rises at every step, and so does its margin."""
 
     def __init__(self, ahead: float) -> None:
         super().__init__()
@@ -278,7 +289,7 @@ class AwayFromItsNearest(nn.Module):
     "name,ahead", [("ifgsm", -0.1), ("mifgsm", -0.1), ("transfer", -0.1), ("transfer", 0.1)]
 )
 def test_the_image_itself_is_no_iterate(name, ahead):
-    """Nor where the source of a transfer attack gives a wrong answer to it: the target may not."""
+    """Also where the source of a transfer attack gives a wrong answer to it: the target may not."""
     model, images, labels = (
         AwayFromItsNearest(ahead),
         torch.full((2, 1, 4, 4), 0.5),
@@ -291,8 +302,9 @@ def test_the_image_itself_is_no_iterate(name, ahead):
 
 
 class ConfusedInBfloat16(zoo.Wrapped):
-    """Answers Moderate to everything as soon as it computes in bfloat16, with the gradient left as it is. The other classes
-    fall to that at once; Moderate itself seems out of reach, and which class is nearest to it comes out wrong."""
+    """Answers Moderate to everything as soon as it computes in bfloat16, with the same gradient. In
+    bfloat16 the other classes are misclassified at once, Moderate itself seems out of reach, and
+    the wrong class seems nearest to it."""
 
     def forward(self, images: Tensor) -> Tensor:
         confused = torch.is_autocast_enabled("cpu")
@@ -300,7 +312,7 @@ class ConfusedInBfloat16(zoo.Wrapped):
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, ConfusedInBfloat16])
-def test_a_search_in_bfloat16_counts_only_what_falls_in_float32(wrap, model, thousand):
+def test_a_search_in_bfloat16_counts_only_what_is_misclassified_in_float32(wrap, model, thousand):
     images, labels = thousand[0][:200], thousand[1][:200]
     scores = []
     for precision in ("fp32", "bf16"):
@@ -308,9 +320,8 @@ def test_a_search_in_bfloat16_counts_only_what_falls_in_float32(wrap, model, tho
             wrap(model), images, labels, 4 / 255, precision=precision, loss="margin"
         )
         scores.append(accuracy(model, found, labels))
-    apart = round(
-        len(images) * abs(scores[0] - scores[1])
-    )  # in whole images: 0.02 of them, free of float32's last digit
+    # In whole images, so that the last digit of float32 does not matter.
+    apart = round(len(images) * abs(scores[0] - scores[1]))
     assert apart <= 0.02 * len(images) and scores[0] < 0.7 * accuracy(model, images, labels)
 
 
@@ -318,15 +329,14 @@ def test_a_search_in_bfloat16_counts_only_what_falls_in_float32(wrap, model, tho
 @pytest.mark.parametrize(
     ("attack", "budget"),
     [
-        ("apgd_t", dict(steps=10)),
-        ("square", dict(queries=100)),
-        ("kryptonite", dict(mask=torch.ones(200, 1, 1, 1))),
+        ("apgd_t", {"steps": 10}),
+        ("square", {"queries": 100}),
+        ("kryptonite", {"mask": torch.ones(200, 1, 1, 1)}),
     ],
 )
 def test_any_attack_may_search_in_bfloat16(attack, budget, wrap, model, thousand):
-    images, labels = (
-        values[thousand[1] != 3][:200] for values in thousand[:2]
-    )  # where the confused answer is a wrong one
+    # The classes to which the confused answer is a wrong one.
+    images, labels = (values[thousand[1] != 3][:200] for values in thousand)
     scores = []
     for precision in ("fp32", "bf16"):
         found = ATTACKS[attack](wrap(model), images, labels, 4 / 255, precision=precision, **budget)
@@ -334,8 +344,9 @@ def test_any_attack_may_search_in_bfloat16(attack, budget, wrap, model, thousand
     assert abs(scores[0] - scores[1]) <= 0.02 and scores[0] < accuracy(model, images, labels)
 
 
-class CoarseInBfloat16(torch.nn.Module):
-    """Sure of the first class, by a margin that brightness lowers, and a small step by less than bfloat16 can tell there."""
+class CoarseInBfloat16(nn.Module):
+    """Answers the first class by a margin that brightness lowers: a small step lowers it by less
+    than bfloat16 resolves."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = torch.stack(
@@ -344,16 +355,14 @@ class CoarseInBfloat16(torch.nn.Module):
         return logits.bfloat16().float() if torch.is_autocast_enabled("cpu") else logits
 
 
-def test_an_image_that_bfloat16_cannot_tell_from_a_step_is_attacked_in_float32():
+def test_an_image_whose_steps_bfloat16_does_not_resolve_is_attacked_in_float32():
     model, images, labels = (
         CoarseInBfloat16(),
         torch.full((2, 1, 4, 4), 0.2),
         torch.zeros(2, dtype=torch.int64),
     )
-    budget = dict(steps=10, loss="margin", push=True)
-    assert (
-        ATTACKS["pgd"](attacks._InBfloat16(model), images, labels, 4 / 255, **budget) == images
-    ).all()
+    budget = {"steps": 10, "loss": "margin", "push": True}
+    assert (ATTACKS["pgd"](InBfloat16(model), images, labels, 4 / 255, **budget) == images).all()
     moved = ATTACKS["pgd"](model, images, labels, 4 / 255, precision="bf16", **budget)
     assert (margin(model(moved), labels) < margin(model(images), labels)).all()
 
@@ -405,20 +414,20 @@ def test_unsaturated_cross_entropy_has_the_direction_of_cross_entropy_where_that
     assert torch.autograd.grad(unsaturated_cross_entropy(big, labels).sum(), big)[0].abs().max() > 0
 
 
-# -- the linear oracle -------------------------------------------------------------------------------------------------
+# -- the linear oracle -----------------------------------------------------------------------------
 
 #: Iterative full-gradient attacks on a margin, with a budget for the oracle.
 ORACLE = {
-    "pgd": dict(steps=20, loss="margin"),
-    "pgd_targeted": dict(steps=20),
-    "ifgsm": dict(steps=20, loss="margin"),
-    "ifgsm_targeted": dict(steps=20),
-    "mifgsm": dict(steps=20, loss="margin"),
-    "pgd_l2": dict(steps=40),
-    "deepfool": dict(steps=20),
-    "fab_t": dict(steps=20),
-    "apgd_t": dict(steps=20),
-    "kryptonite": dict(mask=torch.ones(1, 1, 8, 8)),
+    "pgd": {"steps": 20, "loss": "margin"},
+    "pgd_targeted": {"steps": 20},
+    "ifgsm": {"steps": 20, "loss": "margin"},
+    "ifgsm_targeted": {"steps": 20},
+    "mifgsm": {"steps": 20, "loss": "margin"},
+    "pgd_l2": {"steps": 40},
+    "deepfool": {"steps": 20},
+    "fab_t": {"steps": 20},
+    "apgd_t": {"steps": 20},
+    "kryptonite": {"mask": torch.ones(1, 1, 8, 8)},
 }
 
 
@@ -427,14 +436,14 @@ def test_iterative_attacks_come_within_a_quarter_of_the_linear_optimum(name):
     assert zoo.within_oracle(name, ORACLE[name])
 
 
-def test_no_attack_beats_the_linear_optimum():
+def test_no_attack_is_stronger_than_the_linear_optimum():
     for name in ORACLE:
         assert not zoo.within_oracle(name, ORACLE[name], slack=0.97)
 
 
-def test_the_oracle_sees_too_small_a_step():
+def test_the_linear_optimum_exposes_too_small_a_step():
     assert not zoo.within_oracle(
-        "pgd", dict(steps=3, step_size=1e-5, loss="margin", random_start=False)
+        "pgd", {"steps": 3, "step_size": 1e-5, "loss": "margin", "random_start": False}
     )
 
 
@@ -454,7 +463,7 @@ def test_fgsm_is_optimal_on_two_linear_classes():
         )
 
 
-# -- against torchattacks and ART --------------------------------------------------------------------------------------
+# -- against torchattacks and ART ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -487,7 +496,7 @@ def test_fgsm_predictions_equal_torchattacks_and_art(model, thousand, art_classi
     theirs = model(torchattacks.FGSM(model, eps)(images, labels)).argmax(1)
     toolbox = FastGradientMethod(art_classifier, eps=eps).generate(images.numpy(), y=labels.numpy())
     assert 0.05 < (ours != labels).float().mean() < 0.95, (
-        "the comparison says nothing where all or none fall"
+        "the comparison says nothing where all or no images are misclassified"
     )
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, model(torch.as_tensor(toolbox)).argmax(1))
@@ -543,7 +552,7 @@ def test_pgd_agrees_with_torchattacks_and_art(model, thousand, art_classifier):
     assert abs(started - accuracy(model, toolbox(1), labels)) <= 0.005
 
 
-# -- single attacks ----------------------------------------------------------------------------------------------------
+# -- single attacks --------------------------------------------------------------------------------
 
 
 def test_autoattack_runs_with_as_many_targets_as_other_classes(model, batch, monkeypatch):
@@ -600,7 +609,7 @@ def test_training_perturbation_is_a_working_pgd_without_parameter_gradients(mode
             generator=torch.Generator().manual_seed(0),
         )
         assert (
-            (found - images).abs().max() <= 8 / 255 + 1e-6 and 0 <= found.min() and found.max() <= 1
+            (found - images).abs().max() <= 8 / 255 + 1e-6 and found.min() >= 0 and found.max() <= 1
         )
         assert not found.requires_grad
         losses = [nn.functional.cross_entropy(model(x), labels) for x in (images, found)]
@@ -626,6 +635,13 @@ def test_brain_mask_is_the_bright_piece_with_its_holes_filled():
     mask = brain_mask(image)
     assert mask[0, 0, 15, 15] == 1 and mask[0, 0, 2, 2] == 0 and mask.sum() == 16 * 16
     assert brain_mask(torch.zeros(1, 1, 8, 8)).min() == 1
+
+
+def test_otsu_thresholds_part_levels_of_gray():
+    levels = np.repeat([0.1, 0.5, 0.9], [50, 30, 20])
+    low, high = otsu_thresholds(levels, 2)
+    assert 0.1 < low <= 0.5 < high <= 0.9
+    assert 0.1 < otsu_thresholds(levels, value_range=(0.0, 1.0))[0] <= 0.5
 
 
 @pytest.mark.parametrize(("name", "pixels"), [("one_pixel", 1), ("few_pixel", 5)])

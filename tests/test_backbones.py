@@ -1,22 +1,28 @@
-"""backbones: raw pixels in, four logits out, whatever the batch; checkpoints come back whole or say what does not fit."""
+"""backbones: raw pixels in, four logits out, whatever the batch; checkpoints restore or refuse."""
 
 import pytest
 import torch
 
-from utils.backbones import Depthwise, build_model, load_model, read_metadata, save_half, save_model
+from utils.backbones import (
+    Depthwise,
+    announce_missing_weights,
+    build_model,
+    load_model,
+    read_metadata,
+    save_half,
+    save_model,
+)
 from utils.utils_funcs import BACKBONES, MODELS, UserError
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def model(request):
     torch.manual_seed(0)
-    network = build_model(
-        request.param, pretrained=False, input_size=70 if request.param == "Dinov2" else 64
-    )
+    size = 70 if request.param == "Dinov2" else 64
+    network = build_model(request.param, pretrained=False, input_size=size)
     for module in network.modules():
-        if isinstance(
-            module, torch.nn.BatchNorm2d
-        ):  # timm starts residual branches at zero: until trained they pass no gradient
+        # timm starts residual branches at zero: until trained they pass no gradient.
+        if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
     return network
 
@@ -51,8 +57,8 @@ def test_a_checkpoint_restores_the_same_logits(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_that_loaded_nothing_says_random(name, capsys, monkeypatch):
-    monkeypatch.setattr("utils.backbones._TOLD", set())
+def test_a_model_that_loaded_nothing_says_random(name, capsys):
+    announce_missing_weights.cache_clear()  # said once a process
     model = build_model(name, pretrained=True)
     assert model.init == "random", "the tests run without a hub"
     assert "random weights" in capsys.readouterr().out
@@ -96,12 +102,11 @@ def test_an_empty_weights_folder_is_an_error_not_random_weights(tmp_path, monkey
             build_model(name)
 
 
-def test_an_untrained_model_does_not_claim_to_know():
-    """Its loss in training is near ln 4, that of four equal probabilities; with timm's own head EfficientNet's is about 4 here."""
-    images, labels = (
-        torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0)),
-        torch.arange(16) % 4,
-    )
+def test_an_untrained_model_is_not_confident():
+    """Its loss in training is near ln 4, that of four equal probabilities; with timm's head that of
+    EfficientNet is about 4 here."""
+    images = torch.rand(16, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(16) % 4
     for name in BACKBONES:
         torch.manual_seed(0)
         model = build_model(name, pretrained=False, input_size=70).train()
@@ -115,9 +120,8 @@ def test_a_file_of_half_the_size_answers_alike(tmp_path):
         model.body.bn1.running_var.fill_(1e6)  # more than float16 holds
     save_model(model, tmp_path / "whole.safetensors", {"best_epoch": 3})
     save_half(tmp_path / "whole.safetensors", tmp_path / "half.safetensors")
-    assert (tmp_path / "half.safetensors").stat().st_size < 0.52 * (
-        tmp_path / "whole.safetensors"
-    ).stat().st_size
+    sizes = {name: (tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "half")}
+    assert sizes["half"] < 0.52 * sizes["whole"]
     half, images = load_model(tmp_path / "half.safetensors"), torch.rand(4, 1, 128, 128)
     assert read_metadata(tmp_path / "half.safetensors")["best_epoch"] == 3
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
@@ -189,7 +193,8 @@ def test_bfloat16_on_a_cpu_agrees_with_float32_forwards_and_backwards(name):
         found[precision] = logits.float().detach(), torch.cat([part.flatten() for part in gradient])
     (logits, gradient), (low_logits, low_gradient) = found["fp32"], found["bf16"]
     assert logits.dtype == torch.float32 and not torch.equal(logits, low_logits)
-    # Wide limits: BatchNorm over random features makes much of a rounding; a layer that computes something else is far outside.
+    # Wide limits: BatchNorm over random features amplifies a rounding; a layer that computes
+    # something else is far outside.
     assert (low_logits - logits).norm() < 0.2 * logits.norm()
     assert torch.cosine_similarity(low_gradient, gradient, dim=0) > 0.9
 

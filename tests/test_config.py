@@ -1,4 +1,4 @@
-"""config: profiles change budgets, names are checked, eps reads as people write it."""
+"""config: profiles change budgets, names are checked, eps reads as it is written."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def test_a_config_is_frozen():
         RunConfig().epochs = 3
 
 
-@pytest.mark.parametrize("bad", [dict(model="ResNet"), dict(epoch=3), dict(profile="huge")])
+@pytest.mark.parametrize("bad", [{"model": "ResNet"}, {"epoch": 3}, {"profile": "huge"}])
 def test_wrong_names_are_one_sentence_errors(bad):
     with pytest.raises(UserError):
         make_config(**{"profile": "demo", **bad})
@@ -51,7 +51,7 @@ def test_the_small_adversarial_model_starts_from_its_counterpart_in_a_cpu_run_al
     config = make_config("cpu", "Efficientnet_atk")
     assert (config.method, config.warm_start) == ("trades", True)
     assert make_config("cpu", "Efficientnet_atk", method="pgd").method == "pgd", (
-        "what the caller says goes first"
+        "the caller's settings come first"
     )
     others = [
         make_config("paper", "Efficientnet_atk"),
@@ -61,7 +61,7 @@ def test_the_small_adversarial_model_starts_from_its_counterpart_in_a_cpu_run_al
     assert all((other.method, other.warm_start) == ("pgd", False) for other in others)
 
 
-def test_a_rehearsal_repeats_its_attacks_less_than_a_workspace():
+def test_the_demo_repeats_its_attacks_less_often_than_a_full_run():
     assert (
         make_config("demo").max_steps
         < make_config("cpu").max_steps

@@ -1,4 +1,4 @@
-"""data: who is in which set, whatever is drawn; the refusal fires; batches and augmentation keep their promises."""
+"""data: no patient in two sets, refusals, batches and augmentation."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import torch
 from tests import memory
 from tests.test_resume import finish
 from utils import data
-from utils.cohort import Cohort
+from utils.cohort.table import Cohort
 from utils.utils_funcs import ROOT, UserError
 
 
@@ -48,7 +48,7 @@ def test_the_published_split_shares_patients_and_the_loader_says_so(phantom_sets
     real_only = {
         name: part.pick(torch.nonzero(part.patients >= 0)[:, 0]) for name, part in leaky.items()
     }
-    with pytest.raises(data.SharedPatientsError, match=r"Person \d+ is in both train and"):
+    with pytest.raises(data.SharedPatientsError, match=r"Patient \d+ is in both train and"):
         data.check_patients_apart(real_only)
 
 
@@ -62,12 +62,12 @@ def test_a_leaky_prepared_file_is_refused_on_load(phantom_sets, tmp_path):
         data.load_sets(tmp_path, "patient", 0)
 
 
-def test_an_image_of_nobody_known_is_refused():
+def test_an_image_of_an_unknown_patient_is_refused():
     with pytest.raises(data.SharedPatientsError, match="unknown"):
         data.check_patients_apart({"train": make_set([1, -1]), "test": make_set([2])})
 
 
-def test_folds_cover_everybody_once_and_are_stratified():
+def test_folds_cover_every_patient_once_and_are_stratified():
     patients, label = patients_like_the_real_ones()
     folds = data.assign_folds(patients, label)
     for fold in range(5):
@@ -79,7 +79,7 @@ def test_folds_cover_everybody_once_and_are_stratified():
         assert validation.sum() == 20 and not (validation & (label == 3)).any()
     assert sorted(folds.fold[label == 3].tolist())[0] != sorted(folds.fold[label == 3].tolist())[1]
     assert max(map(len, folds.validation_of)) == 1, (
-        "nobody validates twice in a cohort of this size"
+        "no patient validates twice in a cohort of this size"
     )
 
 
@@ -91,7 +91,7 @@ def test_folds_survive_their_file(tmp_path):
 
 
 def test_the_committed_folds_belong_to_the_committed_cohort():
-    from utils.cohort import read_cohort
+    from utils.cohort.table import read_cohort
 
     patients, label = data.patients_of(read_cohort(ROOT / "dataset" / "cohort.csv"))
     folds = data.read_folds(data.COMMITTED_FOLDS)
@@ -162,12 +162,12 @@ def test_a_small_part_is_spread_over_classes_patients_and_slices(phantom_sets):
     assert present.min() >= present.max() - 1
     non = part.labels == 0
     assert len(part.patients[non].unique()) >= min(6, whole.balance()["Non"][0]), (
-        "one slice of many people, not many of one"
+        "one slice of many patients, not many of one"
     )
     assert len(data.spread(whole, 10**6)) == len(whole)
 
 
-def test_an_epoch_with_stride_2_draws_half_of_everybody():
+def test_an_epoch_with_stride_2_draws_half_of_each_patients_slices():
     part = make_set(np.repeat([3, 7, 9], 32))
     drawn = data.epoch_rows(part, 2, torch.Generator().manual_seed(0))
     for patient in (3, 7, 9):
@@ -184,9 +184,9 @@ def test_an_epoch_without_stride_draws_every_image_once():
 
 
 def test_a_last_batch_that_is_too_small_joins_the_one_before_it():
-    sizes = lambda rows, least: [
-        len(chunk) for chunk in data.join_last(torch.arange(rows).split(16), least)
-    ]  # noqa: E731
+    def sizes(rows, least):
+        return [len(chunk) for chunk in data.join_last(torch.arange(rows).split(16), least)]
+
     assert sizes(33, 2) == [16, 17] and sizes(34, 2) == [16, 16, 2] and sizes(1, 2) == [1]
     assert torch.equal(torch.cat(data.join_last(torch.arange(33).split(16), 2)), torch.arange(33))
 
@@ -195,11 +195,11 @@ def test_augmentation_keeps_range_and_shape_and_follows_its_generator():
     images = torch.rand(8, 1, 32, 32)
     drawn = data.draw_augmentation(8, 1.0, torch.Generator().manual_seed(4))
     once = data.apply_augmentation(images, drawn)
-    assert once.shape == images.shape and 0 <= once.min() and once.max() <= 1
+    assert once.shape == images.shape and once.min() >= 0 and once.max() <= 1
     assert torch.equal(drawn, data.draw_augmentation(8, 1.0, torch.Generator().manual_seed(4)))
     assert not torch.allclose(once, images)
     assert torch.allclose(once[2:4], data.apply_augmentation(images[2:4], drawn[2:4]), atol=1e-6), (
-        "an image's changes are its own"
+        "an image's changes do not depend on the others"
     )
     assert torch.equal(
         data.apply_augmentation(images, data.draw_augmentation(8, 0.0, torch.Generator())), images
@@ -213,8 +213,8 @@ def test_every_nth_slice_covers_every_patient():
     assert np.array_equal(data.every_nth(part, 1), np.arange(40))
 
 
-def test_images_of_odd_sizes_come_to_the_commonest_one():
-    from utils.cohort import RawImages
+def test_images_of_odd_sizes_are_resized_to_the_most_common_one():
+    from utils.cohort.raw import RawImages
 
     sizes = [(20, 20), (20, 20), (31, 17)]
     raw = RawImages(
@@ -229,18 +229,20 @@ def test_images_of_odd_sizes_come_to_the_commonest_one():
 
 
 def shares(folder: Path, patients: tuple[int, int], counterpart: bool = False) -> dict[str, float]:
-    """Stage → what an image takes at the stage's highest moment, as a share of what it took the seeds' authors."""
+    """Stage → peak memory of an image, as a share of its bytes in the original project."""
     raw = [memory.write_raw(folder / f"raw{count}", count) for count in patients]
     finish(memory.measure, raw, folder, counterpart)
     found = json.loads((folder / "peaks.json").read_text())
     return {stage: memory.share_of_theirs(found, stage) for stage in ("prepare", "train")}
 
 
+@pytest.mark.slow  # 40 s: cohorts of four sizes are prepared, as floats too
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the peak of resident memory is read from Linux's /proc"
 )
-def test_the_data_take_a_tenth_of_the_authors_memory_at_every_moment(tmp_path):
-    """Measured, not reckoned: the highest resident memory of preparing 3,200 images against 1,600, and of an epoch on them."""
+def test_the_data_take_a_tenth_of_the_original_memory_at_every_moment(tmp_path):
+    """Measured: the peak of resident memory while 3,200 images are prepared, and in an epoch on
+    them, against 1,600 images."""
     ours = shares(tmp_path / "ours", (50, 100))
     assert 0 < ours["prepare"] < 0.1 and 0 < ours["train"] < 0.1, ours
     theirs = shares(tmp_path / "theirs", (20, 30), counterpart=True)

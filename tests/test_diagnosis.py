@@ -1,4 +1,7 @@
-"""`utils/diagnosis.py` and its report: who is taken, what is refused, and what a record of whole persons must satisfy."""
+"""Ensembles and sequence models: which patients are taken, what is refused, what a record holds.
+
+And what the report makes of these records.
+"""
 
 import dataclasses
 import json
@@ -7,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from utils import diagnosis, diagnosis_report, experiment, records, report, sequence
+from utils import diagnosis, experiment, report, sequence
 from utils.backbones import build_model, save_half, save_model
 from utils.config import make_config
 from utils.data import ImageSet
-from utils.experiment import Workspace, Run
-from utils.metrics import to_half
+from utils.evaluation import records, rows, schema
+from utils.metrics.scores import to_half
+from utils.pipeline import ensembles, scan_attacks
+from utils.pipeline.members import FORMS, MissingMembersError, with_more_variants
+from utils.pipeline.scans import few_patients, patient_rows
+from utils.pipeline.store import RunResult
+from utils.pipeline.workspace import Workspace, half_of
+from utils.report import scans_and_ensembles
 from utils.utils_funcs import ROOT, UserError
 
 
@@ -30,19 +39,19 @@ def image_set(patients: int = 12, each: int = 3) -> ImageSet:
 
 
 def test_a_part_of_the_patients_is_whole_patients_of_every_class():
-    part = diagnosis.few_patients(image_set(), 5)
+    part = few_patients(image_set(), 5)
     patients, counts = np.unique(part.patients.numpy(), return_counts=True)
     assert len(patients) == 5 and (counts == 3).all()
     assert set((patients % 3).tolist()) == {0, 1, 2}
-    assert len(diagnosis.few_patients(image_set(), None)) == 36
+    assert len(few_patients(image_set(), None)) == 36
 
 
 def test_a_patients_row_has_the_hash_of_the_slices_in_order():
     part, config = image_set(), make_config("demo", "Resnet")
     patients = sequence.gather_scans(part.images, part.labels, part.patients, part.slices)
-    rows = diagnosis._patient_rows(part, patients, config)
+    rows = patient_rows(part, patients, config)
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(1))
-    shuffled = diagnosis._patient_rows(part.pick(order), patients, config)
+    shuffled = patient_rows(part.pick(order), patients, config)
     assert (
         np.array_equal(rows["file_sha256"], shuffled["file_sha256"])
         and len(np.unique(rows["file_sha256"], axis=0)) == 12
@@ -53,11 +62,12 @@ def test_a_patients_row_has_the_hash_of_the_slices_in_order():
 def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     workspace = Workspace(tmp_path, "phantom", "demo", tmp_path, "")
     with pytest.raises(
-        diagnosis.MissingMembersError,
-        match="utils.experiment train --profile demo --model Efficientnet --protocol patient --fold 0",
+        MissingMembersError,
+        match="utils.experiment train --profile demo --model Efficientnet --protocol patient "
+        "--fold 0",
     ):
         diagnosis.run_ensemble(workspace)
-    with pytest.raises(diagnosis.MissingMembersError, match="Resnet_atk"):
+    with pytest.raises(MissingMembersError, match="Resnet_atk"):
         diagnosis.run_sequence(workspace)
     assert diagnosis.run_available(workspace, "Sequence") is None
     assert "is left out" in capsys.readouterr().out
@@ -65,7 +75,10 @@ def test_missing_members_are_named_with_the_command_that_makes_them(tmp_path, ca
 
 @pytest.fixture(scope="module")
 def trained(phantom_raw, tmp_path_factory):
-    """A rehearsal on the phantom in which untrained networks stand for the trained members; Efficientnet's is an fp16 copy."""
+    """A workspace of the phantom cohort with untrained networks as members.
+
+    Efficientnet's weights are an fp16 copy.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALZHEIMER_RUNS", str(tmp_path_factory.mktemp("runs")))
         workspace = dataclasses.replace(
@@ -75,14 +88,17 @@ def trained(phantom_raw, tmp_path_factory):
             path = workspace.checkpoint(make_config("demo", name))
             save_model(build_model(name, pretrained=False, input_size=32), path)
             if name == "Efficientnet":
-                save_half(path, experiment.half_of(path))
+                save_half(path, half_of(path))
                 path.unlink()
         yield workspace
 
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The forms that were evaluated, with an evaluation that attacks nothing: what is tested is which form runs, and what is kept."""
+    """The forms that were evaluated, by an evaluation that attacks nothing.
+
+    What is tested is which form runs, and what is kept.
+    """
     forms = []
 
     def evaluated(workspace, config, form, model, sources, test, answers, chosen, *, relaxed):
@@ -92,32 +108,32 @@ def ran(monkeypatch):
                 model.combine(torch.stack([answers[name] for name in model.members])).numpy()
             )
         rows = {f"{form}/clean": clean, f"{form}/4/255:fgsm": clean}
-        told = {
+        description = {
             "attacks": {"4/255": {"fgsm": {"norm": "linf"}}},
             "members": list(model.members),
-            "weights": diagnosis._weights_of(model),
+            "weights": ensembles.weights_of(model),
         }
-        return rows, told, [{"check": "any", "passed": True, "variant": form}]
+        return rows, description, [{"check": "any", "passed": True, "variant": form}]
 
-    monkeypatch.setattr(diagnosis, "_evaluated_form", evaluated)
+    monkeypatch.setattr(ensembles, "evaluated_form", evaluated)
     return forms
 
 
 def test_an_ensemble_grows_form_by_form_and_evaluates_none_twice(trained, ran):
     first = diagnosis.run_ensemble(trained, forms=("uniform mixed",))
-    assert list(first["variants"]) == ["uniform mixed"] and first["units"][0]["config"][
-        "fp16_members"
-    ] == ["Efficientnet"]
+    assert list(first.variants) == ["uniform mixed"] and first.runs[0].config["fp16_members"] == [
+        "Efficientnet"
+    ]
     second = diagnosis.run_ensemble(trained, forms=("uniform mixed", "uniform clean"))
-    assert ran == ["uniform mixed", "uniform clean"] and list(second["variants"]) == [
+    assert ran == ["uniform mixed", "uniform clean"] and list(second.variants) == [
         "uniform clean",
         "uniform mixed",
     ]
-    assert second["variants"]["uniform mixed"] == first["variants"]["uniform mixed"]
-    assert [check["variant"] for check in second["sanity"]] == list(second["variants"])
+    assert second.variants["uniform mixed"] == first.variants["uniform mixed"]
+    assert [check.variant for check in second.sanity] == list(second.variants)
     assert diagnosis.run_ensemble(trained, forms=("uniform clean",)) == second and len(ran) == 2
-    assert "Members alone" in diagnosis_report.ensemble_text(second)
-    assert set(second["units"][0]["members"]) == {
+    assert "Members alone" in scans_and_ensembles.ensemble_text(second)
+    assert set(second.runs[0].members) == {
         "Efficientnet",
         "Efficientnet_atk",
         "Resnet",
@@ -140,18 +156,19 @@ def test_an_ensemble_without_its_members_shows_what_is_recorded(trained, ran, ca
     path = trained.checkpoint(make_config("demo", "Resnet"))
     hidden = path.rename(path.with_suffix(".hidden"))
     try:
-        assert diagnosis.run_ensemble(trained)["variants"].keys() >= before["variants"].keys()
+        shown = diagnosis.run_ensemble(trained, forms=("uniform mixed", "stacking mixed"))
+        assert shown.variants.keys() >= before.variants.keys()
         assert "stacking mixed, since Resnet is not trained here" in capsys.readouterr().out
     finally:
         hidden.rename(path)
 
 
-def a_run(*variants: str, weights: dict[str, str], patients: int = 6) -> Run:
+def a_run(*variants: str, weights: dict[str, str], patients: int = 6) -> RunResult:
     rows = {
         "file_sha256": np.arange(patients * 32, dtype=np.uint8).reshape(patients, 32),
         **{f"{name}/clean": np.ones((patients, 4)) for name in variants},
     }
-    return Run(
+    return RunResult(
         rows,
         {
             "model": "Sequence",
@@ -174,7 +191,7 @@ def test_a_run_grows_by_the_sources_that_are_trained_later():
     second = a_run(
         "Resnet gru", "Resnet + Efficientnet gru", weights={"Resnet": "b", "Efficientnet": "a"}
     )
-    both = diagnosis.with_more_variants(first, second)
+    both = with_more_variants(first, second)
     assert list(both.meta["variants"]) == [
         "Efficientnet gru",
         "Resnet gru",
@@ -197,9 +214,7 @@ def test_a_run_grows_by_the_sources_that_are_trained_later():
         "Resnet + Efficientnet gru/clean",
     }
 
-    turned = diagnosis.with_more_variants(
-        first, second, order=("Resnet + Efficientnet gru", "Resnet gru")
-    )
+    turned = with_more_variants(first, second, order=("Resnet + Efficientnet gru", "Resnet gru"))
     assert list(turned.meta["variants"]) == [
         "Resnet + Efficientnet gru",
         "Resnet gru",
@@ -213,17 +228,21 @@ def test_a_run_grows_by_the_sources_that_are_trained_later():
 def test_a_run_never_mixes_weights_or_patients():
     first = a_run("Resnet gru", weights={"Resnet": "a"})
     with pytest.raises(UserError, match="Resnet has other weights now"):
-        diagnosis.with_more_variants(
+        with_more_variants(
             first, a_run("Resnet + Resnet_atk gru", weights={"Resnet": "b", "Resnet_atk": "c"})
         )
-    with pytest.raises(UserError, match="other people"):
-        diagnosis.with_more_variants(
+    with pytest.raises(UserError, match="other patients"):
+        with_more_variants(
             first, a_run("Efficientnet gru", weights={"Efficientnet": "a"}, patients=5)
         )
 
 
 def a_scan_evaluation():
-    """(people, chosen, clean, found, budget) of four people: one clean error, one falls to one slice, one to all, one stands."""
+    """(scans, chosen, curve, clean, found, budget) of four patients.
+
+    One is a clean error, one is misclassified once one slice is attacked, one once all are, and one
+    is robust.
+    """
     labels = torch.tensor([0, 1, 2, 0])
     patients = sequence.Scans(
         torch.zeros(4, 8, 1), torch.ones(4, 8, dtype=torch.bool), labels, torch.arange(4)
@@ -249,7 +268,7 @@ def a_scan_evaluation():
 
 
 def test_checks_pass_on_a_sound_evaluation_of_patients():
-    checks = diagnosis._scan_checks("Resnet gru", *a_scan_evaluation())
+    checks = scan_attacks.scan_checks("Resnet gru", *a_scan_evaluation())
     assert all(check["passed"] for check in checks) and len(checks) == 9
 
 
@@ -266,7 +285,7 @@ def test_each_check_fails_on_a_broken_evaluation(broken, check):
     patients, chosen, curve, clean, found, budget = a_scan_evaluation()
     failed = [
         row["check"]
-        for row in diagnosis._scan_checks(
+        for row in scan_attacks.scan_checks(
             "Resnet gru", patients, chosen, curve, clean, found | broken, budget
         )
         if not row["passed"]
@@ -287,7 +306,7 @@ class FlatBackbone(torch.nn.Module):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """(model, people, looked): a small scan model, seven people of it, and the attacks that were run."""
+    """(model, scans, ran): a small scan model, seven patients, and the attacks that were run."""
     torch.manual_seed(0)
     model = sequence.ScanModel(
         FlatBackbone(),
@@ -309,7 +328,7 @@ def scans(monkeypatch):
         return attack_scan(*given, **more)
 
     monkeypatch.setattr(sequence, "attack_scan", noted)
-    monkeypatch.setattr(diagnosis, "choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(scan_attacks, "choose_device", lambda: torch.device("cpu"))
     return model, sequence.Scans(values, mask, labels, torch.arange(20, 27)), ran
 
 
@@ -334,7 +353,7 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
 
     def attacked(budget=SMALL, of=model, chosen=chosen, curve=curve, config=config):
         ran.clear()
-        return diagnosis._attacked_scans(
+        return scan_attacks.attacked_scans(
             of, patients, chosen, curve, config, budget, path, "attention"
         )
 
@@ -365,10 +384,11 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
         "these are settings of what comes before"
     )
 
-    # Curves of older code are measured again, and the attacks on whole scans, which cost most, are not.
+    # Curves of older code are measured again, and the attacks on whole scans, which cost most, are
+    # not.
     np.savez(path, **{**first, "curve_state": np.array(0), "least_gradient": np.full(2, 77)})
     with monkeypatch.context() as patched:
-        patched.setattr(diagnosis, "_attacked_in_view", lambda *_: pytest.fail("attacked again"))
+        patched.setattr(scan_attacks, "attacked_in_view", lambda *_: pytest.fail("attacked again"))
         assert same(attacked(), first)
 
     longer = attacked(SMALL | {"steps": 3})
@@ -388,22 +408,22 @@ def test_attacks_on_scans_resume_from_their_file_and_never_from_one_of_other_set
     assert ran, "other weights"
 
 
-def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
+def test_every_attack_on_scans_is_scored_and_described(scans, tmp_path):
     model, patients, _ = scans
-    everybody = np.arange(7)
-    found = diagnosis._attacked_scans(
+    everyone = np.arange(7)
+    found = scan_attacks.attacked_scans(
         model,
         patients,
-        everybody,
-        everybody,
+        everyone,
+        everyone,
         make_config("demo", "Resnet"),
         SMALL,
         tmp_path / "a.npz",
         "a",
     )
-    told = diagnosis._scan_attacks(found, SMALL, 7)
-    assert {f"{eps}:{name}" for eps, name in told} == {key for key in found if ":scan_" in key}
-    assert {name: attack["view"] for (_, name), attack in told.items()} == {
+    metadata = scan_attacks.attack_metadata(found, 7)
+    assert {f"{eps}:{name}" for eps, name in metadata} == {key for key in found if ":scan_" in key}
+    assert {name: attack["view"] for (_, name), attack in metadata.items()} == {
         "scan_pgd2": "four",
         "scan_mpgd2": "four",
         "scan_pgd2_merged": "three",
@@ -411,7 +431,7 @@ def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
         "scan_pgd2_binary": "binary",
     }
     clean = model(patients.values.float() / 255, patients.mask).detach().numpy()
-    checks = diagnosis._scan_checks("a", patients, everybody, everybody, clean, found, SMALL)
+    checks = scan_attacks.scan_checks("a", patients, everyone, everyone, clean, found, SMALL)
     assert [
         row["check"]
         for row in checks
@@ -419,10 +439,10 @@ def test_every_attempt_on_scans_is_scored_and_told(scans, tmp_path):
     ] == []
 
 
-# -------------------------------------------------------------------------------------------------------- from records
+# --- From records ---
 
 
-def sequence_entry(tmp_path):
+def sequence_record(tmp_path):
     generator = np.random.default_rng(0)
     labels = np.array([0] * 10 + [1] * 7 + [2] * 3)
     clean = 2 * np.eye(4)[labels] + generator.normal(size=(20, 4))
@@ -468,66 +488,66 @@ def sequence_entry(tmp_path):
             }
         },
     }
-    record = records.summarise(rows, [run], n_boot=100)
+    record = records.summarize(rows, [run], n_boot=100)
     path = tmp_path / "assets" / "Sequence" / "patient.json"
     records.write_record(path, record, rows)
-    return records.read_entries(tmp_path)["Sequence", "patient"]
+    return records.read_records(tmp_path)["Sequence", "patient"]
 
 
 def test_a_record_names_its_variants_and_its_figures_come_from_it_alone(tmp_path):
-    entry = sequence_entry(tmp_path)
-    assert entry.record["variants"]["Resnet gru"]["variant"] == "Resnet gru"
-    assert {path.name for path in diagnosis_report.draw_figures(tmp_path)} == {
+    record = sequence_record(tmp_path)
+    assert record.to_json()["variants"]["Resnet gru"]["variant"] == "Resnet gru"
+    assert {path.name for path in scans_and_ensembles.draw_figures(tmp_path)} == {
         "slice_budget_patient.png",
         "abstention_patient.png",
     }
-    budgets, shares, count, eps = diagnosis_report.pooled_budgets(
-        entry.record, "Resnet gru", "gradient"
-    )
-    assert (budgets, count, eps) == ([0, 1, 32], 10, "4/255")
-    assert [share["value"] for share in shares] == pytest.approx([1, 0.5, 0])
+    pooled = scans_and_ensembles.pooled_budgets(record, "Resnet gru", "gradient")
+    assert (pooled.budgets, pooled.n_patients, pooled.eps) == ([0, 1, 32], 10, "4/255")
+    assert [share.value for share in pooled.robust] == pytest.approx([1, 0.5, 0])
 
 
 def test_a_fold_without_a_form_is_left_out_of_it(tmp_path):
-    entry = sequence_entry(tmp_path)
-    whole = diagnosis_report.patient_reliability(entry, "Resnet gru")
+    record = sequence_record(tmp_path)
+    whole = scans_and_ensembles.patient_reliability(record, "Resnet gru")
     more = {
         name: np.concatenate([values, np.full_like(values, np.nan) if "/" in name else values])
-        for name, values in entry.predictions.items()
+        for name, values in record.predictions.items()
     }
     more["fold"] = np.repeat(np.array([0, 1], np.int8), 20)
-    other = {**entry.record["units"][0], "fold": 1, "variants": {}}
-    record = records.summarise(more, [entry.record["units"][0], other], n_boot=100)
+    other = {**record.metas[0], "fold": 1, "variants": {}}
+    record = records.summarize(more, [record.metas[0], other], n_boot=100)
     records.write_record(tmp_path / "assets" / "Sequence" / "patient.json", record, more)
-    grown = records.read_entries(tmp_path)["Sequence", "patient"]
-    assert diagnosis_report.patient_reliability(grown, "Resnet gru") == whole
-    assert record["variants"]["Resnet gru"]["clean"]["n_people"] == 20 and record["folds"] == [0, 1]
-    assert diagnosis_report.pooled_budgets(record, "Resnet gru", "gradient")[2] == 10
-    grown.record["sanity"] = [
-        {"check": "any", "passed": True, "variant": name, "fold": 0, "seed": 0}
+    grown = records.read_records(tmp_path)["Sequence", "patient"]
+    assert scans_and_ensembles.patient_reliability(grown, "Resnet gru") == whole
+    assert record.variants["Resnet gru"].clean.n_patients == 20 and record.folds == [0, 1]
+    assert scans_and_ensembles.pooled_budgets(record, "Resnet gru", "gradient").n_patients == 10
+    checks = [
+        schema.Check(name="any", passed=True, variant=name, fold=0, seed=0)
         for name in ("Resnet gru", "Resnet mean")
     ]
-    grown.record["profile"] = "cpu"
-    row = next(row for row in records.table_rows({("Sequence", "patient"): grown}) if row.variant)
+    grown = dataclasses.replace(grown, sanity=checks, profile="cpu")
+    row = next(row for row in rows.table_rows({("Sequence", "patient"): grown}) if row.variant)
     assert (
         row.folds("patient") == [0]
-        and report._runs(row).endswith(", fold 0 of 5")
-        and report._checks(row, "patient") == "1/1"
+        and report.runs_text(row).endswith(", fold 0 of 5")
+        and report.checks_text(row, "patient") == "1/1"
     )
-    assert len(diagnosis_report.draw_figures(tmp_path)) == 2
+    assert len(scans_and_ensembles.draw_figures(tmp_path)) == 2
 
 
-def test_coverage_falls_under_attack_at_the_thresholds_of_clean_studies(tmp_path):
-    found = diagnosis_report.patient_reliability(sequence_entry(tmp_path), "Resnet gru", alpha=0.2)
-    assert found["clean"]["n_people"] == 20 and found["eps 4/255"]["n_people"] == 10
-    assert found["eps 4/255"]["coverage"]["value"] < found["clean"]["coverage"]["value"]
-    assert "Resnet gru" in diagnosis_report.sequence_text(sequence_entry(tmp_path))
+def test_coverage_falls_under_attack_at_the_thresholds_of_clean_scans(tmp_path):
+    found = scans_and_ensembles.patient_reliability(
+        sequence_record(tmp_path), "Resnet gru", alpha=0.2
+    )
+    assert found["clean"].n_patients == 20 and found["eps 4/255"].n_patients == 10
+    assert found["eps 4/255"].coverage.value < found["clean"].coverage.value
+    assert "Resnet gru" in scans_and_ensembles.sequence_text(sequence_record(tmp_path))
 
 
 def test_the_committed_ensembles_leave_no_more_robust_under_several_images_than_under_one():
     record = json.loads((ROOT / "assets" / "Ensemble" / "patient.json").read_text(encoding="utf-8"))
     assert record["data"] == "real" and set(record["variants"]) == {
-        f"{combiner} {membership}" for combiner, membership in diagnosis.FORMS
+        f"{combiner} {membership}" for combiner, membership in FORMS
     }
     compared = 0
     for variant, blocks in record["variants"].items():

@@ -1,4 +1,4 @@
-"""`utils/ensemble.py`: one model out of several, fitted on nobody it is tested on, attacked as one."""
+"""ensemble: one model out of several, fitted on no test patient, attacked as one."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from utils import ensemble, metrics
-from utils.attacks import ATTACKS
+from utils.attacks.base import ATTACKS
 from utils.utils_funcs import UserError
 
 
@@ -35,33 +35,33 @@ def images(count: int = 12, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("weights", [None, (0.2, 0.5, 0.3), (0.0, 1.0, 0.0)])
 def test_logits_are_the_log_of_the_members_mean_probability(weights):
-    own, x = members(), images()
+    three, x = members(), images()
     mixed = sum(
         weight * member(x).double().softmax(1)
-        for weight, member in zip(weights or (1 / 3,) * 3, own.values(), strict=True)
+        for weight, member in zip(weights or (1 / 3,) * 3, three.values(), strict=True)
     )
     assert torch.allclose(
-        ensemble.Mixture(own, weights)(x).double(), mixed.log(), atol=1e-6, rtol=0
+        ensemble.Mixture(three, weights)(x).double(), mixed.log(), atol=1e-6, rtol=0
     )
 
 
 def test_a_pool_is_the_multinomial_model_on_its_members_logits():
-    own, x, a, b = members(), images(), np.array([0.5, 0.2, 1.0]), np.array([0.1, -0.2, 0.3, 0.3])
+    three, x, a, b = members(), images(), np.array([0.5, 0.2, 1.0]), np.array([0.1, -0.2, 0.3, 0.3])
     z = sum(
-        k * member(x).double().log_softmax(1) for k, member in zip(a, own.values(), strict=True)
+        k * member(x).double().log_softmax(1) for k, member in zip(a, three.values(), strict=True)
     ) + torch.tensor(b)
     assert torch.allclose(
-        ensemble.LogLinearPool(own, a, b)(x).double(), z.log_softmax(1), atol=1e-6, rtol=0
+        ensemble.LogLinearPool(three, a, b)(x).double(), z.log_softmax(1), atol=1e-6, rtol=0
     )
 
 
 def ensembles() -> list[nn.Module]:
-    own = members()
+    three = members()
     return [
-        ensemble.Mixture(own),
-        ensemble.Mixture(own, (0.2, 0.5, 0.3)),
-        ensemble.LogLinearPool(own, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
-        ensemble.SeparateImages(ensemble.Mixture(own)),
+        ensemble.Mixture(three),
+        ensemble.Mixture(three, (0.2, 0.5, 0.3)),
+        ensemble.LogLinearPool(three, (0.5, 0.2, 1.0), (0.1, -0.2, 0.3, 0.3)),
+        ensemble.SeparateImages(ensemble.Mixture(three)),
     ]
 
 
@@ -86,24 +86,24 @@ def test_gradients_equal_finite_differences(kind):
 
 
 def test_every_ensemble_reads_one_channel_and_no_member_is_forgotten():
-    own = members()
+    three = members()
     x = images(5)
-    for drop in own:
-        rest = {name: member for name, member in own.items() if name != drop}
-        assert not torch.allclose(ensemble.Mixture(own)(x), ensemble.Mixture(rest)(x), atol=1e-3)
+    for drop in three:
+        rest = {name: member for name, member in three.items() if name != drop}
+        assert not torch.allclose(ensemble.Mixture(three)(x), ensemble.Mixture(rest)(x), atol=1e-3)
     with pytest.raises(UserError, match="at least one member"):
         ensemble.Mixture({})
     with pytest.raises(UserError, match="sum to 1"):
-        ensemble.Mixture(own, (0.5, 0.5, 0.5))
+        ensemble.Mixture(three, (0.5, 0.5, 0.5))
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# -- weights ------------------------------------------------------------------------------------
 
 
 def validation(
     noise: tuple[float, ...], patients: int = 30, each: int = 4, classes: int = 3, seed: int = 0
 ):
-    """(log-probabilities (M, N, 4), labels, people): the less noise a member has, the better it is."""
+    """Log-probabilities (M, N, 4), labels, patients; a member with less noise is better."""
     generator = np.random.default_rng(seed)
     patient = np.repeat(np.arange(patients), each)
     labels = patient % classes
@@ -115,11 +115,11 @@ def validation(
 @pytest.mark.parametrize("combiner", ["weighted", "stacking", "blending"])
 def test_weights_are_never_fitted_on_test_patients(combiner):
     z, labels, patients = validation((1.0, 1.0, 1.0))
-    own = members()
-    ensemble.build_ensemble(combiner, own, z, labels, patients, test_patients=np.arange(100, 140))
-    with pytest.raises(UserError, match="2 test people"):
+    three = members()
+    ensemble.build_ensemble(combiner, three, z, labels, patients, test_patients=np.arange(100, 140))
+    with pytest.raises(UserError, match="2 test patients"):
         ensemble.build_ensemble(
-            combiner, own, z, labels, patients, test_patients=np.array([3, 4, 200])
+            combiner, three, z, labels, patients, test_patients=np.array([3, 4, 200])
         )
 
 
@@ -135,12 +135,12 @@ def test_the_better_member_gets_the_weight():
 def test_fitted_weights_beat_uniform_ones_on_other_patients():
     z, labels, patients = validation((0.5, 4.0, 4.0), patients=60)
     fitted, held = patients < 30, patients >= 30
-    own = members()
+    three = members()
 
     def loss(combiner):
         model = ensemble.build_ensemble(
             combiner,
-            own,
+            three,
             z[:, fitted],
             labels[fitted],
             patients[fitted],
@@ -167,7 +167,7 @@ def test_stacking_is_calibrated_out_of_fold():
     assert metrics.fit_temperature(sharp.mean(0), labels) > 3
 
 
-def test_a_class_that_nobody_was_fitted_on_is_answered_from_the_members():
+def test_a_class_without_any_fitted_patient_is_answered_from_the_members():
     z, labels, patients = validation((1.0, 1.0), classes=3)
     coefficients, bias = ensemble.fit_stacking(z, labels, patients, test_patients=np.array([999]))
     assert bias[3] == bias[2]
@@ -183,12 +183,12 @@ def test_a_class_that_nobody_was_fitted_on_is_answered_from_the_members():
 
 def test_patients_take_turns_whole():
     _, labels, patients = validation((1.0,))
-    turns = ensemble._turns(labels, patients)
+    turns = ensemble.patient_turns(labels, patients)
     assert all(len(set(turns[patients == patient])) == 1 for patient in np.unique(patients))
     for label in range(3):
         assert set(turns[labels == label]) == set(range(ensemble.TURNS))
-    with pytest.raises(UserError, match="two people"):
-        ensemble._turns(np.zeros(4, int), np.zeros(4, int))
+    with pytest.raises(UserError, match="two patients"):
+        ensemble.patient_turns(np.zeros(4, int), np.zeros(4, int))
 
 
 def test_an_unknown_combiner_is_named():
@@ -197,17 +197,17 @@ def test_an_unknown_combiner_is_named():
         ensemble.build_ensemble("vote", members(1), z, labels, patients, test_patients=np.array([]))
 
 
-# ----------------------------------------------------------------------------------------------------------- diversity
+# -- diversity ----------------------------------------------------------------------------------
 
 
-def test_diversity_of_counterparts_and_strangers():
+def test_diversity_of_equal_and_of_independent_members():
     generator = np.random.default_rng(0)
     labels, patients = np.arange(400) % 4, np.arange(400) // 4
     a = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
     b = np.eye(4)[np.where(generator.random(400) < 0.6, labels, (labels + 1) % 4)]
-    found = ensemble.diversity({"a": a, "twin": a, "b": b}, labels, patients, n_boot=200)
-    assert set(found) == {"a / twin", "a / b", "twin / b"}
-    assert found["a / twin"]["disagreement"]["value"] == 0 and found["a / twin"][
+    found = ensemble.diversity({"a": a, "copy": a, "b": b}, labels, patients, n_boot=200)
+    assert set(found) == {"a / copy", "a / b", "copy / b"}
+    assert found["a / copy"]["disagreement"]["value"] == 0 and found["a / copy"][
         "error_correlation"
     ]["value"] == pytest.approx(1)
     wrong = [(x.argmax(1) != labels).astype(float) for x in (a, b)]
@@ -218,7 +218,7 @@ def test_diversity_of_counterparts_and_strangers():
     assert low <= (a.argmax(1) != b.argmax(1)).mean() <= high and high > low
 
 
-# ---------------------------------------------------------------------------------------------------------- relaxation
+# -- relaxation ---------------------------------------------------------------------------------
 
 
 def attacked(eps: float):
@@ -238,9 +238,9 @@ def test_separate_images_leave_no_more_robust_than_one_image(eps):
     helped = (
         ensemble.attack_separately(model, x, labels, eps, steps=40, shared=one).argmax(1) == labels
     )
-    assert 0 < robust_one.sum() < len(x), "the check says nothing where all or none stand"
+    assert 0 < robust_one.sum() < len(x), "the check says nothing where all or no images are robust"
     assert alone.sum() <= robust_one.sum()
-    assert not (helped & ~robust_one).any(), "what one image fells, several images fell"
+    assert not (helped & ~robust_one).any(), "one image is a point of the relaxation"
 
 
 def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_leaves_more_robust():
@@ -259,7 +259,7 @@ def test_the_original_projects_attack_never_reaches_the_edge_of_the_ball_and_lea
     assert max(float((part - x).abs().max()) for part in parts) <= 10 * 1e-4 + 1e-6
 
 
-def test_a_relaxed_ensemble_wants_an_image_a_member():
+def test_separate_images_must_be_as_many_as_members():
     model = ensemble.SeparateImages(ensemble.Mixture(members(3)))
     with pytest.raises(UserError, match="3 members"):
         model(images(2))

@@ -1,4 +1,5 @@
-"""experiment: a unit goes from data to record once; shards share the grid; the phantom is announced."""
+"""The pipeline: a run goes from data to record once; shards share the grid; the phantom is
+announced."""
 
 import dataclasses
 import json
@@ -11,9 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from utils import experiment, metrics, report, training
+from utils import experiment, metrics, training
 from utils.backbones import load_model, save_half, save_model
 from utils.config import make_config
+from utils.evaluation import records, schema
+from utils.pipeline import command, driver, explanations, stages, store
+from utils.pipeline import workspace as workspaces
+from utils.pipeline.driver import Run
+from utils.pipeline.workspace import Workspace, half_of
 from utils.utils_funcs import MODELS, ROOT, UserError
 
 TINY = dict(
@@ -44,7 +50,7 @@ def tiny(protocol="patient", model="Efficientnet", **changes):
 
 @pytest.fixture(scope="module")
 def record(workspace):
-    return experiment.run_stages(workspace, tiny())
+    return Run(workspace, tiny()).save()
 
 
 def test_a_run_leaves_a_record_with_everything_in_it(workspace, record):
@@ -71,39 +77,35 @@ def test_a_run_leaves_a_record_with_everything_in_it(workspace, record):
         "worst_case",
         "sanity",
     ):
-        assert key in record, key
-    told = [record[key] for key in ("model", "data", "init", "folds", "seeds")]
+        assert key in record.to_json(), key
+    told = [getattr(record, key) for key in ("model", "data", "init", "folds", "seeds")]
     assert told == ["Efficientnet", "phantom", "random", [0], [0]]
-    assert record == report.read_record(workspace.record("Efficientnet", "patient"))
-    assert record["units"][0]["explanation"] and record["units"][0]["history"]
-    assert json.dumps(record, allow_nan=False)
+    assert record == records.read_record(workspace.record("Efficientnet", "patient"))
+    assert record.metas[0]["explanation"] and record.runs[0].history
+    assert json.dumps(record.to_json(), allow_nan=False)
 
 
 def test_a_record_names_every_machine_that_worked_on_the_run(workspace, record, monkeypatch):
-    before = record["units"][0]["hardware"]
-    monkeypatch.setattr(experiment, "hardware", lambda: "two cores")
-    assert (
-        experiment.attack(workspace, tiny(), retrain=True).meta["hardware"]
-        == f"{before} + two cores"
-    ), "the weights are of before"
+    before = record.runs[0].hardware
+    monkeypatch.setattr(store, "hardware", lambda: "two cores")
+    again = Run(workspace, tiny(), retrain=True)
+    again.fit = Run(workspace, tiny()).trained  # the weights are of before
+    assert again.result.meta["hardware"] == f"{before} + two cores"
     monkeypatch.setattr(training, "fit", lambda *_, **__: None)
-    experiment.train(workspace, tiny(), retrain=True)
-    assert experiment._machines(workspace, tiny()) == "two cores", (
-        "a new training starts a new list"
-    )
+    assert Run(workspace, tiny(), retrain=True).trained is None
+    assert store.add_machine(workspace, tiny()) == "two cores", "a new training starts a new list"
 
 
 def test_the_record_follows_from_its_predictions(workspace, record):
-    rows = report.read_predictions(workspace.record("Efficientnet", "patient"))
-    assert len(rows["labels"]) == record["clean"]["slice"].get(
-        "n_slices", record["clean"].get("n_slices")
-    )
-    assert report.summarise(rows, record["units"]) == record
+    rows = schema.read_predictions(workspace.record("Efficientnet", "patient"))
+    assert len(rows["labels"]) == record.clean.n_slices
+    assert records.summarize(rows, record.metas) == record
 
 
 @pytest.fixture
 def copied(workspace, record, tmp_path):
-    """The study with its record and weights in a folder of the test's own, to be changed at will."""
+    """The study with its record and weights in a folder of the test's own, to be changed at
+    will."""
     for folder in ("assets", "checkpoints"):
         shutil.copytree(workspace.root / folder, tmp_path / folder)
     (tmp_path / "dataset").symlink_to(workspace.root / "dataset")
@@ -111,34 +113,34 @@ def copied(workspace, record, tmp_path):
 
 
 def keep_only_a_weak_attack(workspace):
-    """Makes the copied record one of a weak evaluation: FGSM at 4/255 alone, under which every slice gets its right
-    answer, and the last slice outside its set. Returns the rows."""
+    """Makes the copied record one of a weak evaluation: FGSM at 4/255 alone, under which every
+    slice gets its right answer, and the last slice outside its set. Returns the rows."""
     path = workspace.record("Efficientnet", "patient")
-    rows, run = report.read_predictions(path), report.read_record(path)["units"][0]
+    rows, run = schema.read_predictions(path), records.read_record(path).metas[0]
     right = np.where(np.arange(4) == rows["labels"][:, None], 0, -9).astype(np.float16)
     right[-1] = np.nan
     rows = {name: values for name, values in rows.items() if ":" not in name} | {
         "4/255:fgsm": right
     }
     run = {**run, "attacks": {"4/255": {"fgsm": run["attacks"]["4/255"]["fgsm"]}}}
-    report.write_record(path, report.summarise(rows, [run]), rows)
+    records.write_record(path, records.summarize(rows, [run]), rows)
     return rows
 
 
 def attack_the_record_again(workspace, monkeypatch, **options):
     """Record and rows after the command was run on the copied study."""
-    monkeypatch.setattr(experiment, "make_config", lambda *_, **__: tiny())
-    monkeypatch.setattr(experiment, "open_workspace", lambda *_: workspace)
-    experiment.attack_again_command(
+    monkeypatch.setattr(command, "make_config", lambda *_, **__: tiny())
+    monkeypatch.setattr(command, "open_workspace", lambda *_: workspace)
+    command.attack_again_command(
         "Efficientnet", **{"eps": ("4/255",), "steps": 4, "profile": "demo", **options}
     )
     path = workspace.record("Efficientnet", "patient")
-    return report.read_record(path), report.read_predictions(path)
+    return records.read_record(path), schema.read_predictions(path)
 
 
 def test_a_record_is_attacked_again_where_it_holds_slices_robust(copied, monkeypatch, capsys):
     old = keep_only_a_weak_attack(copied)
-    before = report.read_record(copied.record("Efficientnet", "patient"))
+    before = records.read_record(copied.record("Efficientnet", "patient"))
     after, rows = attack_the_record_again(copied, monkeypatch)
     assert set(rows) - set(old) == {"4/255:pgd4_again", "4/255:pgd4_again_merged"}
     assert all(np.array_equal(rows[name], values, equal_nan=True) for name, values in old.items())
@@ -147,7 +149,7 @@ def test_a_record_is_attacked_again_where_it_holds_slices_robust(copied, monkeyp
         np.arange(len(old["labels"])) < len(old["labels"]) - 1,
     )
     for name, place in (("pgd4_again", 0), ("pgd4_again_merged", 1)):
-        meta, column = after["units"][0]["attacks"]["4/255"][name], rows[f"4/255:{name}"]
+        meta, column = after.runs[0].attacks["4/255"][name], rows[f"4/255:{name}"]
         right = metrics.correct(old["clean"], old["labels"])[place] & inside
         assert (meta["n_attacked"], meta["n_set"]) == (right.sum(), inside.sum()) and right.any()
         assert np.isnan(column[~inside]).all() and not np.isnan(column[inside]).any()
@@ -164,13 +166,13 @@ def test_a_record_is_attacked_again_where_it_holds_slices_robust(copied, monkeyp
             "checkpoint",
         )
         assert {"seconds", "kind", "view", "git_commit", "git_dirty"} <= set(meta)
-    assert set(after["worst_case"]["4/255"]["attacks"]) == {
+    assert set(after.worst_case["4/255"].attacks) == {
         "fgsm",
         "pgd4_again",
         "pgd4_again_merged",
     }
-    assert after["wall_seconds"]["attack"] >= before["wall_seconds"]["attack"]
-    assert report.summarise(rows, after["units"]) == after
+    assert after.wall_seconds["attack"] >= before.wall_seconds["attack"]
+    assert records.summarize(rows, after.metas) == after
 
 
 def test_what_the_record_misclassified_already_is_not_attacked_again_and_carries_its_logits(
@@ -180,10 +182,10 @@ def test_what_the_record_misclassified_already_is_not_attacked_again_and_carries
     path, wrong = copied.record("Efficientnet", "patient"), np.float16([-3, -3, -3, -3])
     first = int(np.flatnonzero(metrics.correct(rows["clean"], rows["labels"])[0])[0])
     rows["4/255:fgsm"][first] = np.where(np.arange(4) == (rows["labels"][first] + 2) % 4, 0, wrong)
-    report.write_record(path, report.summarise(rows, report.read_record(path)["units"]), rows)
+    records.write_record(path, records.summarize(rows, records.read_record(path).metas), rows)
     after, again = attack_the_record_again(copied, monkeypatch)
     right = metrics.correct(rows["clean"], rows["labels"])[0] & metrics.scored(rows["4/255:fgsm"])
-    assert after["units"][0]["attacks"]["4/255"]["pgd4_again"]["n_attacked"] == right.sum() - 1
+    assert after.runs[0].attacks["4/255"]["pgd4_again"]["n_attacked"] == right.sum() - 1
     assert np.array_equal(again["4/255:pgd4_again"][first], rows["4/255:fgsm"][first])
 
 
@@ -193,7 +195,7 @@ def test_a_record_is_attacked_again_once_a_seed_and_at_its_own_eps(copied, monke
         attack_the_record_again(copied, monkeypatch)
     after, _ = attack_the_record_again(copied, monkeypatch, attack_seed=2)
     assert {"pgd4_again", "pgd4_again_seed2", "pgd4_again_seed2_merged"} <= set(
-        after["units"][0]["attacks"]["4/255"]
+        after.runs[0].attacks["4/255"]
     )
     with pytest.raises(UserError, match="no attacks at eps 3/255"):
         attack_the_record_again(copied, monkeypatch, eps=("3/255",))
@@ -217,16 +219,16 @@ def test_other_weights_than_the_recorded_ones_are_not_attacked_for_the_record(co
 
 def test_the_half_copy_of_the_weights_is_named_as_such(copied, monkeypatch):
     checkpoint = copied.checkpoint(tiny())
-    save_half(checkpoint, experiment.half_of(checkpoint))
+    save_half(checkpoint, half_of(checkpoint))
     checkpoint.unlink()
     after, _ = attack_the_record_again(copied, monkeypatch)
-    assert after["units"][0]["attacks"]["4/255"]["pgd4_again"]["weights"] == "fp16 copy"
+    assert after.runs[0].attacks["4/255"]["pgd4_again"]["weights"] == "fp16 copy"
 
 
 def test_a_finished_run_is_not_run_twice(workspace, record, monkeypatch):
-    monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(experiment, "evaluate_suite", lambda *a, **k: pytest.fail("attacked again"))
-    assert experiment.run_stages(workspace, tiny()) == record
+    monkeypatch.setattr(training, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "evaluate_suite", lambda *a, **k: pytest.fail("attacked again"))
+    assert Run(workspace, tiny()).save() == record
 
 
 def test_a_warm_start_takes_the_clean_counterpart_or_its_half_copy_or_trains_it_first(
@@ -234,7 +236,7 @@ def test_a_warm_start_takes_the_clean_counterpart_or_its_half_copy_or_trains_it_
 ):
     workspace = dataclasses.replace(workspace, root=tmp_path)
     config = make_config("cpu", "Efficientnet_atk", warm_start=True, fold=2)
-    assert experiment.start_of(workspace, dataclasses.replace(config, warm_start=False)) is None
+    assert driver.start_of(workspace, dataclasses.replace(config, warm_start=False)) is None
     whole = tmp_path / "checkpoints" / "Efficientnet" / "patient" / "fold2_seed0.safetensors"
     trained = []
 
@@ -243,25 +245,25 @@ def test_a_warm_start_takes_the_clean_counterpart_or_its_half_copy_or_trains_it_
         return training.Fit(checkpoint, [], 1, "random", "fp32", 0.0, False)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "load_sets", lambda *_: {"train": None, "validation": None})
+        patch.setattr(driver, "load_sets", lambda *_: {"train": None, "validation": None})
         patch.setattr(training, "fit", fit)
-        assert experiment.start_of(workspace, config) == whole and trained == [
+        assert driver.start_of(workspace, config) == whole and trained == [
             make_config("cpu", "Efficientnet", fold=2)
         ]
     half = whole.with_name("fold2_seed0_fp16.safetensors")
     half.touch()
-    assert experiment.start_of(workspace, config) == half
+    assert driver.start_of(workspace, config) == half
     whole.touch()
-    assert experiment.start_of(workspace, config) == whole
+    assert driver.start_of(workspace, config) == whole
 
 
 def test_weights_are_the_checkpoint_or_its_half_copy(tmp_path):
-    workspace, config = experiment.Workspace(tmp_path, "phantom", "demo", tmp_path, ""), tiny()
+    workspace, config = Workspace(tmp_path, "phantom", "demo", tmp_path, ""), tiny()
     assert workspace.weights(config) is None
     whole = workspace.checkpoint(config)
     whole.parent.mkdir(parents=True)
-    experiment.half_of(whole).touch()
-    assert workspace.weights(config) == experiment.half_of(whole)
+    half_of(whole).touch()
+    assert workspace.weights(config) == half_of(whole)
     whole.touch()
     assert workspace.weights(config) == whole
 
@@ -273,10 +275,10 @@ def test_lost_weights_are_trained_again_and_the_record_stays(workspace, record, 
         workspace.record("Efficientnet", "patient"),
     )
     before = path.read_bytes()
-    monkeypatch.setattr(experiment, "make_config", lambda *_, **__: config)
-    monkeypatch.setattr(experiment, "open_workspace", lambda *_: workspace)
+    monkeypatch.setattr(command, "make_config", lambda *_, **__: config)
+    monkeypatch.setattr(command, "open_workspace", lambda *_: workspace)
     try:
-        experiment.train_command("Efficientnet", profile="demo")
+        command.train_command("Efficientnet", profile="demo")
         assert checkpoint.is_file() and path.read_bytes() == before
     finally:
         hidden.replace(checkpoint)
@@ -285,51 +287,45 @@ def test_lost_weights_are_trained_again_and_the_record_stays(workspace, record, 
 def test_a_record_is_shown_without_its_weights(workspace, record, monkeypatch):
     checkpoint = workspace.checkpoint(tiny())
     hidden = checkpoint.rename(checkpoint.with_suffix(".hidden"))
-    monkeypatch.setattr(experiment.training, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "fit", lambda *a, **k: pytest.fail("trained again"))
     try:
-        fit = experiment.train(workspace, tiny())
-        run = experiment.attack(workspace, tiny())
-        assert fit.history == record["units"][0]["history"] and len(run.rows["labels"]) == 8
-        assert (
-            experiment.save(
-                workspace,
-                experiment.with_explanation(run, experiment.explain(workspace, tiny())[1]),
-            )
-            == record
-        )
+        run = Run(workspace, tiny())
+        assert run.fit.history == record.runs[0].history and len(run.result.rows["labels"]) == 8
+        assert run.explanation == record.metas[0]["explanation"]
+        assert run.save() == record
     finally:
         hidden.rename(checkpoint)
 
 
 def test_other_settings_do_not_pass_as_the_recorded_ones(workspace, record):
     with pytest.raises(UserError, match="epochs 1 instead of 7"):
-        experiment.run_stages(workspace, tiny(epochs=7))
+        Run(workspace, tiny(epochs=7)).save()
 
 
 def test_folds_are_pooled_and_a_run_replaces_only_itself(workspace, record):
-    first = experiment.attack(workspace, tiny())
-    second = experiment.Run(
+    first = Run(workspace, tiny()).result
+    second = store.RunResult(
         {**first.rows, "fold": np.full(8, 1, np.int8)}, {**first.meta, "fold": 1}
     )
-    both = experiment.save(workspace, second)
+    both = store.add_run(workspace, second)
     assert (
-        both["folds"] == [0, 1]
-        and len(report.read_predictions(workspace.record("Efficientnet", "patient"))["labels"])
+        both.folds == [0, 1]
+        and len(schema.read_predictions(workspace.record("Efficientnet", "patient"))["labels"])
         == 16
     )
-    again = experiment.save(
-        workspace, experiment.Run(second.rows, {**second.meta, "hardware": "another machine"})
+    again = store.add_run(
+        workspace, store.RunResult(second.rows, {**second.meta, "hardware": "another machine"})
     )
     assert (
-        again["folds"] == [0, 1]
-        and len(report.read_predictions(workspace.record("Efficientnet", "patient"))["labels"])
+        again.folds == [0, 1]
+        and len(schema.read_predictions(workspace.record("Efficientnet", "patient"))["labels"])
         == 16
     )
 
 
 def test_an_attack_that_one_fold_lacks_is_outside_its_declared_set():
     rows = {"labels": np.zeros(2, np.int8), "clean": np.zeros((2, 4), np.float16)}
-    pooled = experiment._pool({**rows, "4/255:square": np.ones((2, 4), np.float16)}, rows)
+    pooled = store.pool_rows({**rows, "4/255:square": np.ones((2, 4), np.float16)}, rows)
     assert (
         np.isnan(pooled["4/255:square"][2:]).all()
         and not np.isnan(pooled["4/255:square"][:2]).any()
@@ -337,17 +333,17 @@ def test_an_attack_that_one_fold_lacks_is_outside_its_declared_set():
 
 
 def test_the_grid_puts_the_most_valuable_first():
-    runs = experiment.grid_runs("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
-    assert len(runs) == 6 * 6 and set(experiment.GRID_MODELS) == set(MODELS)
-    assert [run.protocol for run in runs] == ["patient"] * 30 + ["slice"] * 6
-    assert runs[0].model == "Resnet" and runs[-1].model == "Dinov2_atk"
+    runs = driver.grid_configs("cpu", driver.GRID_MODELS, ("patient", "slice"), (0,))
+    assert len(runs) == 6 * len(MODELS) and set(driver.GRID_MODELS) == set(MODELS)
+    assert [run.protocol for run in runs] == ["patient"] * 5 * len(MODELS) + ["slice"] * len(MODELS)
+    assert runs[0].model == MODELS[-2] and runs[-1].model == "Dinov2_atk"
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 50])
 def test_shards_together_do_every_run_once(count):
-    runs = experiment.grid_runs("cpu", experiment.GRID_MODELS, ("patient", "slice"), (0,))
+    runs = driver.grid_configs("cpu", driver.GRID_MODELS, ("patient", "slice"), (0,))
     shared = [
-        run for index in range(count) for run in experiment.shard_of(runs, f"{index + 1}/{count}")
+        run for index in range(count) for run in driver.shard_of(runs, f"{index + 1}/{count}")
     ]
     assert sorted(map(repr, shared)) == sorted(map(repr, runs))
 
@@ -355,7 +351,7 @@ def test_shards_together_do_every_run_once(count):
 @pytest.mark.parametrize("bad", ["0/2", "3/2", "1", "a/b", "1/0"])
 def test_a_shard_that_makes_no_sense_is_refused(bad):
     with pytest.raises(UserError, match="i/n"):
-        experiment.shard_of([], bad)
+        driver.shard_of([], bad)
 
 
 def test_the_phantom_is_announced(tmp_path, monkeypatch, capsys):
@@ -428,8 +424,8 @@ def test_anybodys_model_is_attacked_on_anybodys_images(phantom_raw, tmp_path):
         "import torch\n"
         "def build():\n"
         "    torch.manual_seed(0)\n"
-        "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), torch.nn.Linear(16, "
-        "4))\n"
+        "    head = torch.nn.Linear(16, 4)\n"
+        "    return torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten(), head)\n"
     )
     few = tmp_path / "images"
     for folder in sorted((phantom_raw / "test").iterdir()):
@@ -463,26 +459,26 @@ def test_what_each_attack_does_is_drawn_once_and_never_without_weights(
 ):
     from PIL import Image
 
-    path = experiment.show_attacks(workspace, tiny())
+    path = Run(workspace, tiny()).attack_picture
     with Image.open(path) as picture:
         assert picture.width > 1000
-    monkeypatch.setattr(experiment, "attack_images", lambda *a, **k: pytest.fail("attacked again"))
-    assert experiment.show_attacks(workspace, tiny()) == path
-    assert not experiment.show_attacks(workspace, tiny(model="Dinov2")).is_file()
+    monkeypatch.setattr(
+        explanations, "attack_images", lambda *a, **k: pytest.fail("attacked again")
+    )
+    assert Run(workspace, tiny()).attack_picture == path
+    assert not Run(workspace, tiny(model="Dinov2")).attack_picture.is_file()
 
 
 def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(
     workspace, monkeypatch, capsys
 ):
-    monkeypatch.setattr(
-        experiment,
-        "recorded",
-        lambda workspace, run: run if (run.model, run.protocol) == ("Resnet", "patient") else None,
-    )
-    assert [run.protocol for run in experiment.runs_of(workspace, "Resnet", run_missing=False)] == [
-        "patient"
-    ]
-    assert "1 of 2 units are in no record yet" in capsys.readouterr().out
+    def find(workspace, config):
+        return config if (config.model, config.protocol) == ("Resnet", "patient") else None
+
+    monkeypatch.setattr(driver, "find_matching_run", find)
+    runs = experiment.runs_of(workspace, "Resnet", run_missing=False)
+    assert [run.requested.protocol for run in runs] == ["patient"]
+    assert "1 of 2 runs are in no record yet" in capsys.readouterr().out
     assert len(experiment.runs_of(workspace, "Resnet")) == 2
     assert len(experiment.runs_of(workspace, "Dinov2", run_missing=False)) == 2, (
         "where nothing is held there is nothing to show"
@@ -490,8 +486,8 @@ def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(
 
 
 def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
-    monkeypatch.setattr(experiment, "find_raw", lambda raw: None)
-    monkeypatch.setattr(experiment, "_holds_records", lambda profile: True)
+    monkeypatch.setattr(workspaces, "find_raw", lambda raw: None)
+    monkeypatch.setattr(workspaces, "holds_records", lambda profile: True)
     workspace = experiment.open_workspace("cpu", records=True)
     assert (
         workspace.raw is None
@@ -499,30 +495,30 @@ def test_without_images_the_committed_records_are_shown(monkeypatch, capsys):
         and "no images here" in capsys.readouterr().out
     )
     runs = [
-        make_config("cpu", "Resnet", protocol=protocol, fold=3 if protocol == "patient" else 0)
-        for protocol in ("patient", "slice")
+        Run(workspace, make_config("cpu", "Resnet", protocol=protocol, fold=fold))
+        for protocol, fold in (("patient", 3), ("slice", 0))
     ]
-    text = experiment.balance_text(workspace, runs)
+    text = experiment.balance_text(runs)
     lines = {
         " ".join(line.split()[:3]): " ".join(line.split()[3:]) for line in text.splitlines()[1:]
     }
     assert (
         lines["patient fold3_seed0 test"]
-        == "20 people, 640 14 people, 448 5 people, 160 1 people, 32"
+        == "20 patients, 640 14 patients, 448 5 patients, 160 1 patients, 32"
     )
     assert (
         lines["slice fold0_seed0 test"]
-        == "100 people, 640 70 people, 448 28 people, 179 2 people, 12"
+        == "100 patients, 640 70 patients, 448 28 patients, 179 2 patients, 12"
     )
 
 
 @pytest.mark.parametrize("model", ["Resnet", "Resnet_atk"])
-def test_the_workspace_of_defaults_is_a_table_of_its_file(model):
+def test_the_comparison_of_defaults_is_a_table_of_its_file(model):
     workspace = json.loads((ROOT / "assets" / model / "defaults.json").read_text(encoding="utf-8"))
     text = experiment.defaults_text(model)
     assert (
-        "validation people only" in text
-        and "n = 20 people, 640 slices" in text
+        "validation patients only" in text
+        and "n = 20 patients, 640 slices" in text
         and "3 classes present" in text
     )
     assert "patient, fold 0 · data: real · profile: cpu" in text and "init random" in text
@@ -543,7 +539,7 @@ def test_the_workspace_of_defaults_is_a_table_of_its_file(model):
     assert experiment.defaults_text(model, "real") == text
 
 
-def test_a_notebook_on_phantom_data_shows_no_workspace_of_the_real_cohort():
+def test_a_notebook_on_phantom_data_shows_no_comparison_on_the_real_cohort():
     text = experiment.defaults_text("Resnet", "phantom")
     assert (
         "data: real" not in text
@@ -574,33 +570,34 @@ def test_a_line_of_defaults_that_failed_or_answered_one_class_says_so(tmp_path):
     ), "each machine that ran a line is named"
 
 
-def test_a_model_without_a_workspace_of_defaults_says_so(tmp_path):
+def test_a_model_without_a_comparison_of_defaults_says_so(tmp_path):
     assert (
         experiment.defaults_text("Resnet", root=tmp_path)
-        == "No study of training defaults was run for Resnet."
+        == "No comparison of training defaults was run for Resnet."
     )
 
 
 def test_several_processes_refuse_to_search_together(monkeypatch, tmp_path):
-    """Each would take a trial of its own while every training waits for all processes: they would wait for ever."""
+    """Each would take a trial of its own while every training waits for all processes: they would
+    wait for ever."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    workspace = experiment.Workspace(tmp_path, "phantom", "demo", tmp_path, "0")
+    workspace = Workspace(tmp_path, "phantom", "demo", tmp_path, "0")
     with pytest.raises(UserError, match="experiment search --model Resnet_atk"):
-        experiment.search(workspace, experiment.make_config("demo", "Resnet_atk"))
+        Run(workspace, make_config("demo", "Resnet_atk")).config  # noqa: B018
 
 
 @pytest.mark.parametrize("protocol", ["slice", "patient"])
 @pytest.mark.parametrize("model", ["Resnet", "Efficientnet_atk"])
 def test_one_run_by_hand_has_the_settings_that_the_grid_gives_it(model, protocol, monkeypatch):
     ran = []
-    monkeypatch.setattr(experiment, "open_workspace", lambda *_: None)
-    monkeypatch.setattr(experiment, "run_stages", lambda _, config, **__: ran.append(config))
-    experiment.run_command(["--profile", "cpu", "--model", model, "--protocol", protocol])
-    assert ran == experiment.grid_runs("cpu", (model,), (protocol,), (0,))[:1]
+    monkeypatch.setattr(command, "open_workspace", lambda *_: None)
+    monkeypatch.setattr(Run, "save", lambda run: ran.append(run.requested))
+    command.run_command(["--profile", "cpu", "--model", model, "--protocol", protocol])
+    assert ran == driver.grid_configs("cpu", (model,), (protocol,), (0,))[:1]
 
 
 def test_results_are_shown_where_there_are_no_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "find_raw", lambda _: None)
+    monkeypatch.setattr(workspaces, "find_raw", lambda _: None)
     monkeypatch.setenv("ALZHEIMER_RUNS", str(tmp_path))
     assert experiment.results_root("cpu") == ROOT
     assert experiment.results_root("demo") == tmp_path / "demo-phantom"

@@ -1,6 +1,5 @@
 """Refactoring changes no number: weights, adversarial images, the cohort's table, figures stay."""
 
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -20,10 +19,11 @@ def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
     return [name for name in before if now.get(name) != before[name]]
 
 
+@pytest.mark.slow  # trains every backbone, here and with the code of the starting commit
 def test_training_and_attacks_give_the_same_numbers_as_before():
     now, before = frozen.hashes_of(ROOT), frozen.recorded_hashes()
     if before is None or changed(before, now):
-        # Another machine, or other versions of packages: the starting commit is asked here and now.
+        # Another machine, or other versions of packages: the starting commit's code runs here.
         before = frozen.hashes_of_start() or before
     if before is None:
         pytest.skip(
@@ -34,7 +34,7 @@ def test_training_and_attacks_give_the_same_numbers_as_before():
     assert not different, f"not what commit {START[:7]} computes: {', '.join(different)}"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # links every slice of the real cohort to its patient
 def test_the_real_cohort_is_the_committed_file_byte_for_byte(tmp_path):
     raw = os.environ.get("ALZHEIMER_RAW")
     if not raw:
@@ -58,7 +58,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def copy_of_working_tree(folder: Path) -> None:
-    """A clone of this repository with one more commit: the working tree, without ignored files."""
+    """Clones this repository and commits the working tree, without ignored files, in the clone."""
     subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(folder)], check=True)
     present = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     for name in filter(None, git(folder, "ls-files", "-z").split("\0")):
@@ -68,22 +68,24 @@ def copy_of_working_tree(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     git(folder, "add", "--all")
-    who = [
-        "-c",
-        "user.name=test",
-        "-c",
-        "user.email=test@example.org",
-        "-c",
-        "commit.gpgsign=false",
-    ]
-    git(folder, *who, "commit", "--quiet", "--allow-empty", "--no-verify", "-m", "The working tree")
+    settings = ("user.name=test", "user.email=test@example.org", "commit.gpgsign=false")
+    options = [option for setting in settings for option in ("-c", setting)]
+    git(
+        folder,
+        *options,
+        "commit",
+        "--quiet",
+        "--allow-empty",
+        "--no-verify",
+        "-m",
+        "The working tree",
+    )
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # draws every figure of the repository
 def test_figures_and_readme_drawn_again_are_the_committed_ones(tmp_path):
-    pinned = re.search(
-        r"^matplotlib==(\S+)", (ROOT / "env" / "requirements.txt").read_text(encoding="utf-8"), re.M
-    )[1]
+    requirements = (ROOT / "env" / "requirements.txt").read_text(encoding="utf-8")
+    pinned = re.search(r"^matplotlib==(\S+)", requirements, re.M)[1]
     if importlib.metadata.version("matplotlib") != pinned:
         pytest.skip(
             f"figures are drawn by the pinned matplotlib {pinned}: another one draws other bytes"

@@ -1,6 +1,11 @@
-"""The notebooks: thin, of one anatomy, twins but for title and parameters, and they run headless, from two commands."""
+"""The notebooks: thin, of one anatomy, in pairs that differ in parameters alone; they run headless.
+
+The whole demonstration and runs on real data are slow tests. What every notebook calls is looked up
+by a test that is not.
+"""
 
 import ast
+import importlib
 import json
 import os
 import random
@@ -9,6 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import numpy as np
@@ -16,7 +22,10 @@ import pytest
 from safetensors import safe_open
 
 from reproduce import NOTEBOOKS
-from utils.utils_funcs import BACKBONES, MODELS, ROOT
+from utils.utils_funcs import ROOT
+
+STUDIED = ("Dinov2", "Efficientnet", "Resnet")
+STUDIED_MODELS = tuple(f"{backbone}{regime}" for backbone in STUDIED for regime in ("", "_atk"))
 
 COMMITTED = [path for path in NOTEBOOKS if (ROOT / path).is_file()]
 
@@ -25,17 +34,25 @@ def read(path: str) -> nbformat.NotebookNode:
     return nbformat.read(ROOT / path, as_version=4)
 
 
-def code(notebook) -> list[str]:
+def code(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def printed(notebook) -> str:
+def without_magics(source: str) -> str:
+    """Python alone, without IPython's own lines."""
+    return "\n".join(
+        line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))
+    )
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    """What the cells printed."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
 
 
 def test_every_model_has_its_notebook():
-    assert {f"models/{model}.ipynb" for model in MODELS} | {
+    assert {f"models/{model}.ipynb" for model in STUDIED_MODELS} | {
         "models/results.ipynb",
         "dataset/prepare_dataset.ipynb",
     } <= set(COMMITTED)
@@ -47,11 +64,7 @@ def test_a_notebook_is_thin(path):
     assert (ROOT / path).stat().st_size < 1_000_000
     for source in code(notebook):
         assert source.count("\n") < 20, f"a cell of {path} is longer than 20 lines"
-        tree = ast.parse(
-            "\n".join(
-                line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))
-            )
-        )
+        tree = ast.parse(without_magics(source))
         assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(tree))
     definitions = [
         node
@@ -66,26 +79,59 @@ def test_a_notebook_is_thin(path):
 def test_a_notebook_has_the_fixed_anatomy(path):
     notebook = read(path)
     first, setup, imports, parameters = notebook.cells[:4]
-    assert (
-        first.cell_type == "markdown"
-        and first.source.startswith("# ")
-        and "colab-badge" in first.source
-        and path in first.source
-    )
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert "colab-badge" in first.source and path in first.source
     assert "?" in first.source, "the first paragraph poses the question"
     assert "google.colab" in setup.source and "print_environment()" in imports.source
     assert "parameters" in parameters.metadata.tags
     assert set(re.findall(r"^(\w+) =", parameters.source, re.M)) >= {"profile", "raw", "retrain"}
     assert notebook.metadata.kernelspec.name == "python3"
     last = notebook.cells[-1]
-    assert (
-        last.cell_type == "markdown"
-        and last.source.startswith("## What this shows")
-        and len(last.source) > 200
+    assert last.cell_type == "markdown" and last.source.startswith("## What this shows")
+    assert len(last.source) > 200
+
+
+@pytest.mark.parametrize("path", COMMITTED)
+def test_every_name_that_a_notebook_uses_is_defined_in_it(path):
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", COMMITTED)
+def test_everything_that_a_notebook_takes_from_the_library_is_there(path):
+    tree = ast.parse("\n".join(map(without_magics, code(read(path)))))
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "utils":
+            for alias in node.names:
+                found = imported(node.module, alias.name)
+                if isinstance(found, ModuleType):
+                    modules[alias.asname or alias.name] = found
+    used = {
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    missing = [
+        f"{module}.{name}"
+        for module, name in sorted(used)
+        if module in modules and not hasattr(modules[module], name)
+    ]
+    assert not missing
+
+
+def imported(module: str, name: str) -> object:
+    """What `from module import name` gives."""
+    found = importlib.import_module(module)
+    return (
+        getattr(found, name)
+        if hasattr(found, name)
+        else importlib.import_module(f"{module}.{name}")
     )
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", STUDIED)
 def test_a_clean_notebook_and_its_counterpart_differ_in_title_parameters_and_prose_only(backbone):
     notebooks = [read(f"models/{backbone}{counterpart}.ipynb") for counterpart in ("", "_atk")]
     sources = [
@@ -105,16 +151,21 @@ def test_a_committed_notebook_shows_a_run_on_real_data_and_no_error(path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs, f"{path} was committed without its outputs"
     assert not any(output.output_type == "error" for output in outputs)
-    # How maps do on planted evidence is a record of phantom images, and says so, whatever the data of the run.
-    assert "data: real" in printed(notebook) and "phantom" not in printed(notebook).replace(
-        "Planted evidence (phantom,", ""
-    )
+    # Planted evidence is measured on phantom images, whatever the data of the run, and says so.
+    text = printed(notebook).replace("Planted evidence (phantom,", "")
+    assert "data: real" in text and "phantom" not in text
     assert str(Path.home()) not in json.dumps(outputs) and str(ROOT) not in json.dumps(outputs)
 
 
 def reproduce(
-    tmp_path: Path, *arguments: str, raw: str | None = None, **options
+    tmp_path: Path, *arguments: str, raw: str | None = None, **options: object
 ) -> subprocess.CompletedProcess:
+    """Runs reproduce.py in this environment, with its results in a temporary folder.
+
+    Args:
+        raw: the real data (None: the phantom cohort).
+        options: of `subprocess.run`.
+    """
     environment = {
         **os.environ,
         "ALZHEIMER_RUNS": str(tmp_path),
@@ -135,11 +186,18 @@ def reproduce(
 
 
 def state_of_the_tree() -> str:
+    """What git says of the working tree."""
     return subprocess.run(
         ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True
     ).stdout
 
 
+def record_of(root: Path, model: str, protocol: str) -> dict:
+    path = root / "assets" / model / f"{protocol}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow  # all ten notebooks: some seven minutes of one core
 def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
     before = state_of_the_tree()
     done = reproduce(tmp_path)
@@ -150,26 +208,25 @@ def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
     for path in COMMITTED:
         notebook = nbformat.read(root / path, as_version=4)
         assert "data: phantom" in printed(notebook) and "data: real" not in printed(notebook), path
-    for model in MODELS:
+    for model in STUDIED_MODELS:
         for protocol in ("slice", "patient"):
-            record = json.loads(
-                (root / "assets" / model / f"{protocol}.json").read_text(encoding="utf-8")
-            )
+            record = record_of(root, model, protocol)
             assert (record["data"], record["profile"]) == ("phantom", "demo")
             assert record["wall_seconds"]["train"] > 0 and record["worst_case"]
     for model in ("Ensemble", "Sequence"):
-        record = json.loads((root / "assets" / model / "patient.json").read_text(encoding="utf-8"))
+        record = record_of(root, model, "patient")
         assert (record["data"], record["profile"]) == ("phantom", "demo") and record["folds"] == [0]
         assert all(
             blocks["variant"] == name and blocks["worst_case"]
             for name, blocks in record["variants"].items()
         )
     assert all(check["passed"] for check in record["sanity"]), (
-        "what whole persons must satisfy holds by construction"
+        "the checks of sequence models hold by construction"
     )
     assert "phantom" in done.stdout and "Dinov2_atk" in done.stdout
 
 
+@pytest.mark.slow  # prepares the real cohort and runs one notebook, twice
 @pytest.mark.skipif("ALZHEIMER_RAW" not in os.environ, reason="needs the real data")
 def test_with_data_a_part_of_the_real_cohort_runs_survives_a_kill_and_says_so(tmp_path):
     raw = os.environ["ALZHEIMER_RAW"]
@@ -177,28 +234,22 @@ def test_with_data_a_part_of_the_real_cohort_runs_survives_a_kill_and_says_so(tm
         reproduce(tmp_path, "--only", "Efficientnet_atk", raw=raw, timeout=25)
     done = reproduce(tmp_path, "--only", "Efficientnet_atk", raw=raw)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    record = json.loads(
-        (tmp_path / "demo-real" / "assets" / "Efficientnet_atk" / "patient.json").read_text(
-            encoding="utf-8"
-        )
-    )
+    record = record_of(tmp_path / "demo-real", "Efficientnet_atk", "patient")
     assert (record["data"], record["profile"], record["init"]) == ("real", "demo", "random")
-    clean, worst = (
-        record["clean"]["slice"]["accuracy"]["value"],
-        record["worst_case"]["4/255"]["accuracy"]["value"],
-    )
+    clean = record["clean"]["slice"]["accuracy"]["value"]
+    worst = record["worst_case"]["4/255"]["accuracy"]["value"]
     attacks = record["attacks"]["4/255"]
     assert worst <= attacks["fgsm"]["accuracy"]["value"] <= clean
     assert not list((tmp_path / "demo-real").rglob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # eight runs that are killed, and the whole demonstration on the real cohort
 @pytest.mark.skipif(
     "ALZHEIMER_RAW" not in os.environ or os.name == "nt",
     reason="needs the real data and process groups",
 )
 def test_the_whole_workspace_survives_kills_at_random_moments(tmp_path):
-    """The whole demo on the real cohort, killed with all its children eight times, then left to finish."""
+    """The demo on the real cohort, killed with all its children eight times, then finished."""
     environment = {**os.environ, "ALZHEIMER_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     moments = random.Random(0)
     for _ in range(8):
@@ -218,24 +269,21 @@ def test_the_whole_workspace_survives_kills_at_random_moments(tmp_path):
             if path.suffix in (".json", ".ipynb"):
                 json.loads(path.read_text(encoding="utf-8"))
             elif path.suffix == ".npz":
-                np.load(path, allow_pickle=False).files
+                with np.load(path, allow_pickle=False) as arrays:
+                    assert arrays.files
             elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
                     file.keys()
     done = reproduce(tmp_path, raw=os.environ["ALZHEIMER_RAW"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for model in MODELS:
+    for model in STUDIED_MODELS:
         for protocol in ("slice", "patient"):
-            assert json.loads(
-                (tmp_path / "demo-real" / "assets" / model / f"{protocol}.json").read_text(
-                    encoding="utf-8"
-                )
-            )["worst_case"]
+            assert record_of(tmp_path / "demo-real", model, protocol)["worst_case"]
 
 
 @pytest.mark.parametrize("folder", ["dataset", "."])
 def test_a_notebook_runs_from_its_own_folder_and_from_the_root(folder, tmp_path, phantom_raw):
-    """Executed by hand, without `reproduce.py`, on a phantom cohort that it is told to take for data."""
+    """Executed by hand, without `reproduce.py`, on a phantom cohort given as if it were data."""
     import papermill
 
     environment = {"ALZHEIMER_RUNS": str(tmp_path), "ALZHEIMER_QUIET": "1"}

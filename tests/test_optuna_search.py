@@ -1,4 +1,4 @@
-"""optuna_search: the study lasts, the test set is out of reach, a failed trial is recorded and not fatal."""
+"""optuna_search: a search resumes, never sees the test set, and survives a failed trial."""
 
 import dataclasses
 import inspect
@@ -10,9 +10,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from tests.test_training import DEVICE, TRAIN, VALIDATION, small, tiny
+from tests.test_training import DEVICE, TRAIN, VALIDATION, small, tiny  # noqa: F401  a fixture
 from utils import experiment, optuna_search
 from utils.config import make_config
+from utils.optuna_search import trials
+from utils.pipeline.driver import Run
 from utils.utils_funcs import UserError, read_json
 
 
@@ -34,7 +36,7 @@ def test_a_search_leaves_the_best_settings_where_training_reads_them(tiny, tmp_p
 
 def test_a_search_goes_on_where_it_stopped_and_draws_the_same_trials(tiny, tmp_path, monkeypatch):
     whole, _ = run_search(tmp_path / "whole")
-    original, calls = optuna_search.objective, []
+    original, calls = trials.objective, []
 
     def killed(*arguments):
         calls.append(1)
@@ -42,18 +44,34 @@ def test_a_search_goes_on_where_it_stopped_and_draws_the_same_trials(tiny, tmp_p
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(optuna_search, "objective", killed)
+    monkeypatch.setattr(trials, "objective", killed)
     with pytest.raises(KeyboardInterrupt):
         run_search(tmp_path / "broken")
-    monkeypatch.setattr(optuna_search, "objective", original)
+    monkeypatch.setattr(trials, "objective", original)
     study, config = run_search(tmp_path / "broken")
     assert [(t.state, t.params, t.value) for t in study.trials] == [
         (t.state, t.params, t.value) for t in whole.trials
     ]
 
 
+def test_a_trial_killed_while_its_settings_are_stored_draws_the_others_as_if_it_were_not(
+    tiny, tmp_path, monkeypatch
+):
+    whole, _ = run_search(tmp_path / "whole")
+
+    def killed(trial):
+        trial.suggest_float("lr", 3e-5, 3e-3, log=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trials, "suggest", killed)
+        run_search(tmp_path / "broken")
+    study, _ = run_search(tmp_path / "broken")
+    assert [trial.params for trial in study.trials] == [trial.params for trial in whole.trials]
+
+
 def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
-    original, calls = optuna_search.objective, []
+    original, calls = trials.objective, []
 
     def sometimes(*arguments):
         calls.append(1)
@@ -61,24 +79,21 @@ def test_a_failing_trial_is_recorded_and_not_fatal(tiny, tmp_path, monkeypatch):
             raise RuntimeError("out of memory")
         return original(*arguments)
 
-    monkeypatch.setattr(optuna_search, "objective", sometimes)
+    monkeypatch.setattr(trials, "objective", sometimes)
     study, _ = run_search(tmp_path)
     states = [trial.state for trial in study.trials]
-    assert (
-        states.count(optuna.trial.TrialState.FAIL) == 1
-        and states.count(optuna.trial.TrialState.COMPLETE) == 3
-    )
+    assert states.count(TrialState.FAIL) == 1 and states.count(TrialState.COMPLETE) == 3
     assert "out of memory" in study.trials[0].user_attrs["error"]
 
 
 def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(
     tiny, tmp_path, monkeypatch
 ):
-    storage, real = f"sqlite:///{(tmp_path / 'shared.db').as_posix()}", optuna_search.objective
+    storage, real = f"sqlite:///{(tmp_path / 'shared.db').as_posix()}", trials.objective
     study = optuna_search.open_search(tmp_path, small("Resnet", trials=3), storage)
     optuna_search.enqueue(study, 3)
 
-    def slept(trial, *arguments):
+    def given_up(trial, *arguments):
         if trial.number == 0:
             study.tell(0, state=TrialState.FAIL)  # before the trial writes anything
         value = real(trial, *arguments)
@@ -87,8 +102,8 @@ def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(
         return value
 
     said: list[str] = []
-    monkeypatch.setattr(optuna_search, "objective", slept)
-    monkeypatch.setattr(optuna_search, "say", said.append)
+    monkeypatch.setattr(trials, "objective", given_up)
+    monkeypatch.setattr(trials, "say", said.append)
     optuna_search.search(
         TRAIN, VALIDATION, small("Resnet", trials=3), tmp_path, DEVICE, storage=storage
     )
@@ -104,7 +119,7 @@ def test_a_search_in_which_everything_fails_ends_with_a_sentence(tmp_path, monke
     def broken(*arguments):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(optuna_search, "objective", broken)
+    monkeypatch.setattr(trials, "objective", broken)
     with pytest.raises(UserError, match="failed"):
         run_search(tmp_path)
 
@@ -114,7 +129,7 @@ def test_the_test_set_is_out_of_reach_by_construction():
     assert "test" not in inspect.signature(optuna_search.objective).parameters
 
 
-def test_every_fold_has_its_own_workspace(tmp_path):
+def test_every_protocol_and_fold_has_a_search(tmp_path):
     names = {
         optuna_search.open_search(
             tmp_path, small("Resnet", protocol=protocol, fold=fold)
@@ -124,27 +139,28 @@ def test_every_fold_has_its_own_workspace(tmp_path):
     assert len(names) == 3
 
 
-# ---------------------------------------------------------------------------------------------------- what it looks like
+# --- The figure of a search ---
 
 
 def drawn_search(
     complete: int, pruned: int = 0, failed: int = 0, one_class: int = 0, flat: bool = False
 ) -> optuna.Study:
-    """A study whose score is the learning rate and hears nothing of the optimiser."""
+    """A study whose score depends on the learning rate and not on the optimizer."""
     distributions = {
         "lr": FloatDistribution(0.0, 1.0),
         "optimizer": CategoricalDistribution(["adamw", "sgd"]),
     }
-    study, dice = optuna.create_study(study_name="Resnet_atk-patient_fold0-cpu"), random.Random(0)
+    study = optuna.create_study(study_name="Resnet_atk-patient_fold0-cpu")
+    generator = random.Random(0)
 
     def add(state: TrialState, charge: float = 0.0) -> None:
-        lr = dice.random()
+        lr = generator.random()
         value = 1.0 if flat else 1.0 + lr + charge
         study.add_trial(
             create_trial(
                 state=state,
                 value=value,
-                params={"lr": lr, "optimizer": dice.choice(["adamw", "sgd"])},
+                params={"lr": lr, "optimizer": generator.choice(["adamw", "sgd"])},
                 distributions=distributions,
                 intermediate_values={1: value},
             )
@@ -176,8 +192,8 @@ def test_the_figure_shows_every_finished_trial_the_best_so_far_and_what_decided(
         collection.get_label(): collection.get_offsets().tolist()
         for collection in history.collections
     }
-    learnt = [[trial.number, trial.value] for trial in study.trials[:20]]
-    assert shown["complete"] == learnt
+    scored = [[trial.number, trial.value] for trial in study.trials[:20]]
+    assert shown["complete"] == scored
     assert {label: len(points) for label, points in shown.items()} == {
         "complete": 20,
         "pruned (last epoch's)": 3,
@@ -185,12 +201,10 @@ def test_the_figure_shows_every_finished_trial_the_best_so_far_and_what_decided(
         "answered one class": 1,
     }
     best = history.lines[0].get_ydata()
-    assert best[-1] == min(value for _, value in learnt) and (best[1:] <= best[:-1]).all()
-    assert history.get_ylim()[1] < 3, (
-        "one class is charged 10, and must not squeeze the others into a line"
-    )
+    assert best[-1] == min(value for _, value in scored) and (best[1:] <= best[:-1]).all()
+    assert history.get_ylim()[1] < 3, "10 is added for one class, and must not flatten the others"
     names = [label.get_text() for label in importances.get_yticklabels()]
-    assert names[-1] == "lr", "the only setting that decides stands on top"
+    assert names[-1] == "lr", "the only setting that decides is on top"
     assert [bar.get_width() for bar in importances.patches][::-1] == list(
         optuna.importance.get_param_importances(study).values()
     )
@@ -222,33 +236,35 @@ def test_importances_that_would_mean_nothing_are_words(study):
 @pytest.mark.parametrize(
     "study", [drawn_search(0), drawn_search(0, failed=3), drawn_search(0, one_class=2)]
 )
-def test_a_workspace_in_which_nothing_learnt_is_drawn_too(study):
+def test_a_search_without_any_useful_trial_is_drawn_too(study):
     figure = optuna_search.search_figures(study)
     assert figure._repr_png_() and f"n = {len(study.trials)} trials" in words_of(figure)
 
 
-def test_runs_show_the_searches_that_they_rest_on_and_make_none(tiny, tmp_path):
-    """Under `cpu` all five folds rest on the search of fold 0; under `paper` each on its own."""
-    place = experiment.Workspace(tmp_path, "phantom", "cpu", tmp_path, "0")
-    runs = [
+def test_runs_show_the_searches_that_they_use_and_make_none(tiny, tmp_path):
+    """Under `cpu` all five folds use the search of fold 0; under `paper` each has its search."""
+    workspace = experiment.Workspace(tmp_path, "phantom", "cpu", tmp_path, "0")
+
+    def figures(configs):
+        return experiment.search_figures([Run(workspace, config) for config in configs])
+
+    configs = [
         make_config("cpu", "Resnet", protocol=protocol, fold=fold, trials=3)
         for protocol, folds in (("patient", 5), ("slice", 1))
         for fold in range(folds)
     ]
-    assert experiment.search_figures(place, runs) == []
-    assert not list(tmp_path.rglob("*")), "looking makes no study"
-    small_runs = [
+    assert figures(configs) == []
+    assert not list(tmp_path.rglob("*")), "looking creates nothing"
+    small_configs = [
         dataclasses.replace(small("Resnet", fold=fold, trials=3, search_epochs=1), profile="cpu")
         for fold in (0, 1)
     ]
-    for run in small_runs:
-        optuna_search.search(TRAIN, VALIDATION, run, place.optuna("Resnet"), DEVICE)
-    (figure,) = experiment.search_figures(place, runs)
+    for config in small_configs:
+        optuna_search.search(TRAIN, VALIDATION, config, workspace.optuna("Resnet"), DEVICE)
+    (figure,) = figures(configs)
     assert "Search Resnet-patient_fold0-cpu" in words_of(figure) and "3 trials" in words_of(figure)
-    paper = [dataclasses.replace(run, profile="paper") for run in small_runs]
-    for run in paper:
-        optuna_search.search(TRAIN, VALIDATION, run, place.optuna("Resnet"), DEVICE)
-    assert len(experiment.search_figures(place, paper)) == 2
-    assert (
-        experiment.search_figures(place, [dataclasses.replace(run, trials=0) for run in runs]) == []
-    )
+    paper = [dataclasses.replace(config, profile="paper") for config in small_configs]
+    for config in paper:
+        optuna_search.search(TRAIN, VALIDATION, config, workspace.optuna("Resnet"), DEVICE)
+    assert len(figures(paper)) == 2
+    assert figures([dataclasses.replace(config, trials=0) for config in configs]) == []

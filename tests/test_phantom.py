@@ -1,4 +1,5 @@
-"""phantom: the cohort drawn is the cohort asked for, is the same for the same seed, and shows class and person."""
+"""phantom: the cohort drawn is the cohort asked for, is the same for the same seed, and shows class
+and person."""
 
 import csv
 from collections import Counter
@@ -54,7 +55,9 @@ def test_duplicates_repeat_real_training_images(drawn):
         assert np.array_equal(drawn.images[i], drawn.images[original])
         assert drawn.kind[original] == "real" and drawn.split[original] == "train"
         assert drawn.patient[i] == drawn.patient[original]
-    copies = [split for split, kind in zip(drawn.split, drawn.kind) if kind == "duplicate"]
+    copies = [
+        split for split, kind in zip(drawn.split, drawn.kind, strict=True) if kind == "duplicate"
+    ]
     assert Counter(copies) == {"train": 4, "test": 2}
 
 

@@ -1,4 +1,5 @@
-"""README says what the records say, links to what exists, and names the repository as pyproject.toml does."""
+"""README says what the records say, links to what exists, and names the repository as
+pyproject.toml does."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 
 from utils import report
 from utils.backbones import load_model
-from utils.records import read_entries, table_rows, without_rehearsals
+from utils.evaluation.records import read_records, without_rehearsals
+from utils.evaluation.rows import table_rows
 from utils.utils_funcs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +21,7 @@ PROSE = README.split(report.BEGIN)[0] + README.split(report.END)[1]
 
 
 def test_readme_equals_the_records() -> None:
-    assert report.results_markdown(read_entries(ROOT)) == GENERATED, (
+    assert report.results_markdown(read_records(ROOT)) == GENERATED, (
         "run `python -m utils.report readme`"
     )
 
@@ -27,13 +29,13 @@ def test_readme_equals_the_records() -> None:
 def test_patients_and_slices_are_never_rows_of_one_headline_table() -> None:
     before, _, after = README.split("<details>")[0].partition("**Whole scans**")
     after, _, apart = after.partition("**One fold alone**")
-    rows = table_rows(without_rehearsals(read_entries(ROOT)))
+    rows = table_rows(without_rehearsals(read_records(ROOT)))
     assert all(
         f"| {row.name} |" in apart and f"| {row.name} |" not in before + after
         for row in rows
-        if not report._is_whole(row)
+        if not report.is_whole(row)
     )
-    names = {row.name: row.counts_patients for row in rows if report._is_whole(row)}
+    names = {row.name: row.counts_patients for row in rows if report.is_whole(row)}
     assert any(names.values())
     for name, counts_patients in names.items():
         assert (f"| {name} |" in before, f"| {name} |" in after) == (
@@ -61,12 +63,11 @@ def test_the_examples_run(monkeypatch, capsys) -> None:
 
 @pytest.mark.parametrize("model", ["Efficientnet", "Efficientnet_atk"])
 def test_the_committed_models_are_those_of_the_records(model: str) -> None:
-    """Of the slices shown, each file gives the probabilities that its unit gave, to what half precision leaves."""
+    """Of the slices shown, each file gives the probabilities that its run gave, to what half
+    precision leaves."""
     network = load_model(ROOT / "checkpoints" / model / "patient" / "fold0_seed0_fp16.safetensors")
-    run = next(
-        run for run in read_entries(ROOT)[model, "patient"].record["units"] if run["fold"] == 0
-    )
-    assert network.name == model and network.init == run["init"] and run["profile"] != "demo"
+    run = next(run for run in read_records(ROOT)[model, "patient"].runs if run.fold == 0)
+    assert network.name == model and network.init == run.init and run.profile != "demo"
     with np.load(ROOT / "assets" / model / "patient_explained.npz") as slices:
         images, expected = (
             torch.tensor(slices["images"])[:, None] / 255,
@@ -114,7 +115,7 @@ def test_every_notebook_has_its_badge() -> None:
 def test_every_figure_of_a_record_exists() -> None:
     missing = [
         name
-        for model, _ in read_entries(ROOT)
+        for model, _ in read_records(ROOT)
         if (ROOT / "assets" / model / "robustness.png").exists()
         for name in ("confusion_matrix", "loss_curve", "accuracy_curve")
         if not (ROOT / "assets" / model / f"{name}.png").is_file()

@@ -1,4 +1,5 @@
-"""A record says what its predictions and units bear, nothing else; tables, figures and publishing follow from it."""
+"""A record says what its predictions and runs bear, nothing else; tables, figures and publishing
+follow from it."""
 
 from __future__ import annotations
 
@@ -8,22 +9,25 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
 
-from utils import comparisons, diagnosis, figures, metrics, records, report
-from utils.records import (
-    attacks_of,
-    read_entries,
+from utils import drawing, metrics, report
+from utils.evaluation import comparisons, records
+from utils.evaluation.records import (
+    read_records,
     robust_decisions,
-    table_rows,
-    summarise,
-    variants_of,
+    summarize,
+    without_rehearsals,
     write_record,
 )
+from utils.evaluation.rows import TableRow, table_rows
+from utils.evaluation.schema import Json, Record, Score, attacks_of, variants_of
+from utils.report import model_figures, notes, result_figures
 from utils.utils_funcs import ROOT, UserError
 
 EPS = ("1/255", "4/255", "8/255")
@@ -36,13 +40,14 @@ def workspace(
     protocol: str = "patient",
     *,
     seed: int = 0,
-    fall: float = 0.6,
+    weakness: float = 0.6,
     full: bool = False,
     n_folds: int = 2,
-    **told,
-):
-    """Predictions and units of a small study whose attacks lower the true logit by strength × eps × `fall`; a `full` one
-    has images of its twin and measures of a sample too."""
+    **changes,
+) -> tuple[dict[str, np.ndarray], list[Json]]:
+    """Predictions and runs of a small workspace whose attacks lower the true logit by strength ×
+    eps × `weakness`; a `full` one has images made on its counterpart and measures of a sample too.
+    `changes` are keys of its runs."""
     generator = np.random.default_rng(seed)
     class_of_patient = np.repeat(np.arange(4), (10, 7, 4, 2))
     patients = np.repeat(np.arange(len(class_of_patient)), 4)
@@ -61,7 +66,7 @@ def workspace(
     meta: dict = {}
     for number, eps in enumerate(EPS):
         for name, strength in ATTACKS.items():
-            down = strength * 2**number * fall * (1 + generator.random(count))
+            down = strength * 2**number * weakness * (1 + generator.random(count))
             rows[f"{eps}:{name}"] = metrics.to_half(logits - down[:, None] * np.eye(4)[labels])
             meta.setdefault(eps, {})[name] = {
                 "n_attacked": 7,
@@ -119,7 +124,7 @@ def workspace(
         "history": history,
         "best_epoch": 2,
         "explanation": {},
-        **told,
+        **changes,
     }
     return rows, [
         {
@@ -133,7 +138,8 @@ def workspace(
 
 
 def probe_of(count: int) -> dict:
-    """The person is recognised everywhere, the diagnosis right on clean images alone, every second row asked."""
+    """The patient is recognized everywhere, the diagnosis right on clean images alone, every second
+    row asked."""
     rows = list(range(0, count, 2))
     names, no, yes = (
         ("clean", "1/255", "noise 1/255", "4/255", "noise 4/255"),
@@ -152,7 +158,8 @@ def probe_of(count: int) -> dict:
 
 
 def sample_of(labels: np.ndarray) -> dict:
-    """Sample measures of every second row: the k-th image falls at k/255, none is made healthier, all are made sicker."""
+    """Sample measures of every second row: the k-th image is misclassified at k/255, none is made
+    healthier, all sicker."""
     rows = np.arange(0, len(labels), 2)
     none = [None if label == 0 else 0.0 for label in labels[rows].tolist()]
     sicker = [None if label == 3 else 1.0 for label in labels[rows].tolist()]
@@ -170,42 +177,56 @@ def sample_of(labels: np.ndarray) -> dict:
     }
 
 
-def write_workspace(root: Path, models=("Resnet", "Resnet_atk"), **told) -> Path:
+def write_workspace(root: Path, models=("Resnet", "Resnet_atk"), **changes) -> Path:
     for number, model in enumerate(models):
         for protocol in ("slice", "patient"):
             rows, runs = workspace(
                 model,
                 protocol,
                 seed=number,
-                fall=0.1 if model.endswith("_atk") else 0.6,
+                weakness=0.1 if model.endswith("_atk") else 0.6,
                 full=True,
-                **told,
+                **changes,
             )
             write_record(
                 root / "assets" / model / f"{protocol}.json",
-                summarise(rows, runs, n_boot=N_BOOT),
+                summarize(rows, runs, n_boot=N_BOOT),
                 rows,
             )
     return root
 
 
+def edited(record: Record, edit: Callable[[Json], object]) -> Record:
+    """The record as if its file had been changed by `edit`."""
+    changed = copy.deepcopy(record.to_json())
+    edit(changed)
+    return Record.from_json(changed, "edited", record.path)
+
+
+def trained_row(records: dict[tuple[str, str], Record], edit: Callable[[Json], object]) -> TableRow:
+    """The first row of a network under `patient`, its record changed by `edit`."""
+    key = next(key for key in records if key[1] == "patient")
+    rows = table_rows(records | {key: edited(records[key], edit)})
+    return next(row for row in rows if row.model == key[0])
+
+
 @pytest.fixture(scope="module")
-def record() -> dict:
-    return summarise(*workspace(), n_boot=N_BOOT)
+def record() -> Record:
+    return summarize(*workspace(), n_boot=N_BOOT)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_workspace(tmp_path_factory.mktemp("study"))
+    root = write_workspace(tmp_path_factory.mktemp("workspace"))
     for name in ("README.md", "CITATION.cff", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     return root
 
 
-# ------------------------------------------------------------------------------------------------------ records
+# -- records ---------------------------------------------------------------------------------------
 
 
-def test_record_has_the_promised_shape(record: dict) -> None:
+def test_record_has_the_promised_shape(record: Record) -> None:
     promised = {
         "schema_version",
         "model",
@@ -229,49 +250,48 @@ def test_record_has_the_promised_shape(record: dict) -> None:
         "worst_case",
         "sanity",
     }
-    assert promised <= set(record) and record["schema_version"] == 1
-    assert record["folds"] == [0, 1] and record["seeds"] == [0]
-    assert set(record["clean"]["slice"]) == set(record["clean"]["person"]) == set(metrics.METRICS)
-    assert record["clean"]["n_slices"] == 92 and record["clean"]["n_people"] == 23
-    assert list(record["attacks"]) == list(record["worst_case"]) == list(EPS)
+    written = record.to_json()
+    assert promised <= set(written) and written["schema_version"] == 1
+    assert written["folds"] == [0, 1] and written["seeds"] == [0]
+    assert set(written["clean"]["slice"]) == set(written["clean"]["person"]) == set(metrics.METRICS)
+    assert written["clean"]["n_slices"] == 92 and written["clean"]["n_people"] == 23
+    assert list(written["attacks"]) == list(written["worst_case"]) == list(EPS)
     assert {"balanced_accuracy_3", "accuracy", "n_slices", "n_people", "attacks"} <= set(
-        record["worst_case"]["4/255"]
+        written["worst_case"]["4/255"]
     )
-    for score in record["clean"]["slice"].values():
+    for score in written["clean"]["slice"].values():
         assert score["ci"][0] <= score["value"] <= score["ci"][1]
-    json.dumps(record, allow_nan=False)
+    json.dumps(written, allow_nan=False)
 
 
-def test_metadata_of_runs_is_merged(record: dict) -> None:
-    block = record["attacks"]["4/255"]["pgd20"]
-    assert (block["n_attacked"], block["seconds"], block["steps"], block["n_slices"]) == (
+def test_metadata_of_runs_is_merged(record: Record) -> None:
+    block = record.attacks["4/255"]["pgd20"]
+    assert (block.n_attacked, block.seconds, block.source["steps"], block.n_slices) == (
         14,
         3.0,
         20,
         92,
     )
-    assert record["wall_seconds"] == {"train": 20.0, "attack": 10.0}
-    assert [check["fold"] for check in record["sanity"]] == [0, 1]
+    assert record.wall_seconds == {"train": 20.0, "attack": 10.0}
+    assert [check.fold for check in record.sanity] == [0, 1]
     counts = [{"n_set": 80, "n_unchanged": 0}, {"n_set": 80, "n_unchanged": 1}]
-    assert records._merge_meta(counts) == {"n_set": 160, "n_unchanged": 1}
+    assert records.merge_meta(counts) == {"n_set": 160, "n_unchanged": 1}
 
 
 def test_a_check_that_did_not_pass_is_named_beneath_the_table(tree: Path) -> None:
-    rows = table_rows(read_entries(tree))
-    assert report._failed_checks(rows, "patient") == ""
-    row = next(row for row in rows if row.trained)
-    check = row.entries["patient"].record["sanity"][1]
-    check["passed"], check["note"] = False, "the stronger attack does not work"
+    assert report.failed_checks(table_rows(read_records(tree)), "patient") == ""
+    failure = {"passed": False, "note": "the stronger attack does not work"}
+    row = trained_row(read_records(tree), lambda changed: changed["sanity"][1].update(failure))
     assert (
         f"row {row.number}, `{row.model}`, fold 1, seed 0: the stronger attack does not work"
-        in report._failed_checks(rows, "patient")
+        in report.failed_checks([row], "patient")
     )
 
 
 def test_what_pgd_left_and_fgsm_misclassified_is_counted_from_the_predictions(
     tmp_path: Path,
 ) -> None:
-    rows, runs = workspace(fall=0.0)
+    rows, runs = workspace(weakness=0.0)
     two = np.flatnonzero((rows["fold"] == 1) & (rows["labels"] == 2))[:2]
     for name, answer in (("pgd20", (0, 0, 1, 0.5)), ("fgsm", (0, 1, 0.5, 0))):
         rows[f"4/255:{name}"][rows["fold"] == 1] = 9 * np.eye(4)[rows["labels"][rows["fold"] == 1]]
@@ -282,19 +302,18 @@ def test_what_pgd_left_and_fgsm_misclassified_is_counted_from_the_predictions(
         "figure": {"1/255": [0.1, 0.1], "4/255": [0.5, 0.4]},
     }
     write_record(
-        tmp_path / "assets" / "Resnet" / "patient.json", summarise(rows, runs, n_boot=N_BOOT), rows
+        tmp_path / "assets" / "Resnet" / "patient.json", summarize(rows, runs, n_boot=N_BOOT), rows
     )
-    told = report._failed_checks(table_rows(read_entries(tmp_path)), "patient")
+    note = report.failed_checks(table_rows(read_records(tmp_path)), "patient")
     assert (
-        f"look (at 4/255 PGD left 2 of {(rows['fold'] == 1).sum()} images that FGSM fells, pulled towards *Moderate*, where FGSM makes "
-        "them *Very mild*)"
-    ) in told
+        f"look (at 4/255 PGD missed 2 of {(rows['fold'] == 1).sum()} images that FGSM "
+        "misclassifies, pulled towards *Moderate*, where FGSM makes them *Very mild*)"
+    ) in note
 
 
 def test_patients_are_scored_by_the_mean_of_their_slices(tree: Path) -> None:
-    entries = read_entries(tree)
-    table = report.scores_markdown([entries["Resnet", "patient"].record])
-    predictions = entries["Resnet", "patient"].predictions
+    record = read_records(tree)["Resnet", "patient"]
+    table, predictions = report.scores_markdown([record]), record.predictions
     patients, labels = predictions["patient_id"], predictions["labels"]
     logits = predictions["clean"].astype(float)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -309,35 +328,39 @@ def test_patients_are_scored_by_the_mean_of_their_slices(tree: Path) -> None:
     assert cells[place].split()[0] == f"{100 * balanced_accuracy_score(truth, three):.1f}"
 
 
-def test_every_attack_stands_in_the_row_that_names_it_under_both_protocols() -> None:
+def test_every_attack_is_drawn_in_the_row_that_names_it_under_both_protocols() -> None:
     """Two records rarely hold the same attacks in the same order."""
-    whole = read_entries(ROOT)["Resnet", "patient"]
-    other = copy.deepcopy(whole.record)
-    other["protocol"], attacks = "slice", other["attacks"]["4/255"]
-    other["attacks"]["4/255"] = {
-        name: attacks[name] for name in reversed(attacks) if name != "square"
-    }
-    entries = {"slice": records.Entry(whole.path, other), "patient": whole}
-    figure = figures.model_robustness_figure("Resnet", entries)
-    for panel, entry in zip(figure.axes[2:4], entries.values(), strict=True):
+    whole = read_records(ROOT)["Resnet", "patient"]
+
+    def reverse_attacks(other: Json) -> None:
+        other["protocol"], attacks = "slice", other["attacks"]["4/255"]
+        other["attacks"]["4/255"] = {
+            name: attacks[name] for name in reversed(attacks) if name != "square"
+        }
+
+    shown = {"slice": edited(whole, reverse_attacks), "patient": whole}
+    figure = model_figures.model_robustness_figure("Resnet", shown)
+    for panel, record in zip(figure.axes[2:4], shown.values(), strict=True):
         names = [label.get_text().split(" (n")[0] for label in figure.axes[2].get_yticklabels()]
         drawn = {
             names[round(container[0].get_ydata()[0])]: container[0].get_xdata()[0]
             for container in panel.containers
         }
-        blocks = entry.record["attacks"]["4/255"]
-        aims = {name: figures.AIMED_AT[block.get("view", "four")] for name, block in blocks.items()}
+        aims = {
+            name: block.scores[model_figures.AIMED_AT[block.view]]
+            for name, block in record.attacks["4/255"].items()
+        }
         assert drawn == {
-            name: pytest.approx(100 * blocks[name][aim]["value"])
-            for name, aim in aims.items()
-            if blocks[name][aim]["value"] is not None
+            name: pytest.approx(100 * score.value)
+            for name, score in aims.items()
+            if score.value is not None
         }
     sizes = [
         label.get_text()
         for label in figure.axes[2].get_yticklabels()
         if label.get_text().startswith("square ")
     ]
-    assert sizes == [f"square (n = – | {attacks['square']['n_slices']:,})"]
+    assert sizes == [f"square (n = – | {whole.attacks['4/255']['square'].n_slices:,})"]
 
 
 def test_a_run_that_names_no_precision_searched_in_float32() -> None:
@@ -345,68 +368,68 @@ def test_a_run_that_names_no_precision_searched_in_float32() -> None:
         {"norm": "linf", "seconds": 1.0},
         {"norm": "linf", "seconds": 2.0, "precision": "bf16"},
     ]
-    assert records._merge_meta(metas) == {
+    assert records.merge_meta(metas) == {
         "norm": "linf",
         "seconds": 3.0,
         "precision": ["fp32", "bf16"],
     }
-    assert records._merge_meta(metas[1:])[
+    assert records.merge_meta(metas[1:])[
         "precision"
-    ] == "bf16" and "precision" not in records._merge_meta(metas[:1])
+    ] == "bf16" and "precision" not in records.merge_meta(metas[:1])
 
 
 def test_a_search_in_bfloat16_is_named_beneath_the_table_with_what_float32_still_found(
     tree: Path,
 ) -> None:
-    rows = table_rows(read_entries(tree))
-    assert report._bfloat16_searches(rows, "patient") == ""
-    row = next(row for row in rows if row.trained)
-    check = row.entries["patient"].record["sanity"][1]
-    check |= {
+    assert report.bfloat16_searches(table_rows(read_records(tree)), "patient") == ""
+    searched = {
         "check": "float32_finds_no_more",
         "figure": {"apgd_t_float32": [1, 11], "apgd_t_float32_merged": [0, 12]},
     }
-    told = f"row {row.number}, `{row.model}`, fold 1, seed 0: 1 of 11 (four classes), 0 of 12 (three classes)"
-    assert told in report._bfloat16_searches(rows, "patient")
+    row = trained_row(read_records(tree), lambda changed: changed["sanity"][1].update(searched))
+    assert (
+        f"row {row.number}, `{row.model}`, fold 1, seed 0: 1 of 11 (four classes), 0 of 12 (three "
+        "classes)"
+    ) in report.bfloat16_searches([row], "patient")
 
 
 def test_the_machines_that_each_run_ran_on_are_named_beneath_the_table(tree: Path) -> None:
-    rows = table_rows(read_entries(tree))
-    row = next(row for row in rows if row.trained)
-    row.entries["patient"].record["units"][1]["hardware"] = "one GPU + 2 cores"
-    told = report._machines([row], "patient")
+    rows = table_rows(read_records(tree))
+    machine = {"hardware": "one GPU + 2 cores"}
+    row = trained_row(read_records(tree), lambda changed: changed["units"][1].update(machine))
     assert (
-        f"2 cores: row {row.number} (fold 0); one GPU + 2 cores: row {row.number} (fold 1)." in told
+        f"2 cores: row {row.number} (fold 0); one GPU + 2 cores: row {row.number} (fold 1)."
+        in report.machines([row], "patient")
     )
-    assert report._machines([row for row in rows if not row.trained], "patient") == ""
+    assert report.machines([row for row in rows if not row.trained], "patient") == ""
 
 
 def test_worst_case_is_the_mean_of_minima_not_the_minimum_of_means() -> None:
     rows, runs = workspace()
-    record = summarise(rows, runs, n_boot=N_BOOT)
+    record = summarize(rows, runs, n_boot=N_BOOT)
     labels = rows["labels"]
-    alive = rows["clean"].argmax(1) == labels
+    robust = rows["clean"].argmax(1) == labels
     for name in ATTACKS:
-        alive &= rows[f"4/255:{name}"].argmax(1) == labels
-    alive &= np.isnan(rows["4/255:autoattack"]).any(1) | (
+        robust &= rows[f"4/255:{name}"].argmax(1) == labels
+    robust &= np.isnan(rows["4/255:autoattack"]).any(1) | (
         rows["4/255:autoattack"].argmax(1) == labels
     )
-    worst = record["worst_case"]["4/255"]
-    assert worst["accuracy"]["value"] == pytest.approx(alive.mean(), abs=1e-6)
-    assert worst["balanced_accuracy"]["value"] == pytest.approx(
-        np.mean([alive[labels == k].mean() for k in range(4)]), abs=1e-6
+    worst = record.worst_case["4/255"]
+    assert worst.scores["accuracy"].value == pytest.approx(robust.mean(), abs=1e-6)
+    assert worst.scores["balanced_accuracy"].value == pytest.approx(
+        np.mean([robust[labels == k].mean() for k in range(4)]), abs=1e-6
     )
-    assert worst["accuracy"]["value"] < min(
-        block["accuracy"]["value"]
-        for block in record["attacks"]["4/255"].values()
-        if block["n_slices"] == worst["n_slices"]
+    assert worst.scores["accuracy"].value < min(
+        block.scores["accuracy"].value
+        for block in record.attacks["4/255"].values()
+        if block.n_slices == worst.n_slices
     )
-    assert worst["attacks"] == sorted([*ATTACKS, "autoattack"])
+    assert worst.attacks == sorted([*ATTACKS, "autoattack"])
 
 
-def test_attack_on_a_sample_has_its_own_n_and_lowers_only_its_images(record: dict) -> None:
-    assert record["attacks"]["4/255"]["autoattack"]["n_slices"] == 23
-    assert record["worst_case"]["4/255"]["n_slices"] == 92
+def test_attack_on_a_sample_has_its_own_n_and_lowers_only_its_images(record: Record) -> None:
+    assert record.attacks["4/255"]["autoattack"].n_slices == 23
+    assert record.worst_case["4/255"].n_slices == 92
 
 
 def test_clean_error_is_not_robust() -> None:
@@ -417,52 +440,51 @@ def test_clean_error_is_not_robust() -> None:
     assert four.tolist() == three.tolist() == [True, False] and covered.all()
 
 
-def test_other_norms_stay_out_of_the_worst_case(record: dict) -> None:
-    assert record["other_norms"]["l2"]["0.5"]["pgd_l2"]["accuracy"]["value"] == 0
-    assert (
-        "0.5" not in record["worst_case"] and record["worst_case"]["1/255"]["accuracy"]["value"] > 0
-    )
+def test_other_norms_stay_out_of_the_worst_case(record: Record) -> None:
+    assert record.other_norms["l2"]["0.5"]["pgd_l2"].scores["accuracy"].value == 0
+    assert "0.5" not in record.worst_case
+    assert record.worst_case["1/255"].scores["accuracy"].value > 0
 
 
 def test_curve_over_eps_never_rises() -> None:
     rows, runs = workspace()
     strong = rows["1/255:pgd20"].copy()
     strong[:20] = metrics.to_half(-9.0 * np.eye(4)[rows["labels"][:20]])
-    record = summarise({**rows, "1/255:pgd20": strong}, runs, n_boot=N_BOOT)
+    record = summarize({**rows, "1/255:pgd20": strong}, runs, n_boot=N_BOOT)
     curve = [
-        record["clean"]["slice"]["accuracy"]["value"],
-        *(worst["union"]["accuracy"]["value"] for worst in record["worst_case"].values()),
+        record.clean.slice["accuracy"].value,
+        *(worst.union["accuracy"].value for worst in record.worst_case.values()),
     ]
     assert curve == sorted(curve, reverse=True)
     assert all(
-        worst["union"]["accuracy"]["value"] <= worst["accuracy"]["value"]
-        for worst in record["worst_case"].values()
+        worst.union["accuracy"].value <= worst.scores["accuracy"].value
+        for worst in record.worst_case.values()
     )
 
 
 def test_auroc_under_attack_needs_a_binary_attack_and_is_the_most_wrong_ranking(
-    record: dict,
+    record: Record,
 ) -> None:
-    worst = record["worst_case"]["4/255"]["auroc"]["value"]
-    assert worst <= record["attacks"]["4/255"]["pgd20_binary"]["auroc"]["value"]
+    worst = record.worst_case["4/255"].scores["auroc"].value
+    assert worst <= record.attacks["4/255"]["pgd20_binary"].scores["auroc"].value
     rows, runs = workspace()
-    without = summarise(
+    without = summarize(
         {name: x for name, x in rows.items() if not name.endswith("_binary")}, runs, n_boot=N_BOOT
     )
-    assert without["worst_case"]["4/255"]["auroc"]["value"] is None
+    assert without.worst_case["4/255"].scores["auroc"].value is None
 
 
 def test_pooled_predictions_are_scored_not_fold_means() -> None:
     rows, runs = workspace()
-    record = summarise(rows, runs, n_boot=N_BOOT)
+    record = summarize(rows, runs, n_boot=N_BOOT)
     pooled = balanced_accuracy_score(rows["labels"], rows["clean"].argmax(1))
-    assert record["clean"]["slice"]["balanced_accuracy"]["value"] == pytest.approx(pooled, abs=1e-6)
+    assert record.clean.slice["balanced_accuracy"].value == pytest.approx(pooled, abs=1e-6)
 
 
-def test_runs_stand_whole_in_the_record_so_that_it_can_be_rebuilt() -> None:
+def test_runs_are_whole_in_the_record_so_that_it_can_be_rebuilt() -> None:
     rows, runs = workspace()
-    record = json.loads(json.dumps(summarise(rows, runs, n_boot=N_BOOT)))
-    assert summarise(rows, record["units"], n_boot=N_BOOT) == record
+    written = json.loads(json.dumps(summarize(rows, runs, n_boot=N_BOOT).to_json()))
+    assert summarize(rows, written["units"], n_boot=N_BOOT).to_json() == written
 
 
 @pytest.mark.parametrize(
@@ -472,34 +494,34 @@ def test_runs_that_cannot_be_pooled_are_refused(key: str, other: str) -> None:
     rows, runs = workspace()
     runs[1][key] = other
     with pytest.raises(UserError, match=key):
-        summarise(rows, runs, n_boot=N_BOOT)
+        summarize(rows, runs, n_boot=N_BOOT)
 
 
 def test_mixed_initialisation_is_said() -> None:
     rows, runs = workspace()
     runs[1]["init"] = "imagenet1k"
-    assert summarise(rows, runs, n_boot=N_BOOT)["init"] == "random + imagenet1k"
+    assert summarize(rows, runs, n_boot=N_BOOT).init == "random + imagenet1k"
 
 
 def test_rows_without_a_run_are_refused() -> None:
     rows, runs = workspace()
-    with pytest.raises(UserError, match="no unit"):
-        summarise(rows, runs[:1], n_boot=N_BOOT)
+    with pytest.raises(UserError, match="no run"):
+        summarize(rows, runs[:1], n_boot=N_BOOT)
 
 
 def test_patients_of_the_search_are_left_out_of_a_second_headline() -> None:
     rows, runs = workspace(search="fold0", search_people=[1, 12])
-    part = summarise(rows, runs, n_boot=N_BOOT)["clean_without_search_people"]
+    part = summarize(rows, runs, n_boot=N_BOOT).clean_without_search_patients
     kept = ~np.isin(rows["patient_id"], [1, 12])
-    assert part["n_people"] == 21 and part["n_slices"] == kept.sum()
-    assert part["slice"]["accuracy"]["value"] == pytest.approx(
+    assert part.n_patients == 21 and part.n_slices == kept.sum()
+    assert part.slice["accuracy"].value == pytest.approx(
         (rows["clean"].argmax(1) == rows["labels"])[kept].mean(), abs=1e-6
     )
-    assert part["worst_case"]["4/255"]["n_people"] == 21
-    assert "clean_without_search_people" not in summarise(*workspace(), n_boot=N_BOOT)
+    assert part.worst_case["4/255"].n_patients == 21
+    assert "clean_without_search_people" not in summarize(*workspace(), n_boot=N_BOOT).to_json()
 
 
-def test_variants_have_blocks_of_their_own() -> None:
+def test_variants_have_separate_blocks() -> None:
     rows, runs = workspace("Ensemble")
     mean = {f"mean/{name}": x for name, x in rows.items() if name == "clean" or ":" in name}
     pooled = {**rows, **mean, "knn/clean": metrics.to_half(9.0 * np.eye(4)[rows["labels"]])}
@@ -507,14 +529,14 @@ def test_variants_have_blocks_of_their_own() -> None:
     assert list(attacks_of(pooled)["4/255"]) == list(
         attacks_of(pooled, "mean")["4/255"]
     ) and not attacks_of(pooled, "knn")
-    record = summarise(
+    record = summarize(
         pooled,
         [{**run, "variants": {"mean": {"attacks": run["attacks"]}}} for run in runs],
         n_boot=N_BOOT,
     )
-    assert record["variants"]["mean"]["worst_case"] == record["worst_case"]
-    assert record["variants"]["knn"]["clean"]["slice"]["accuracy"]["value"] == 1
-    assert "clean" not in summarise(
+    assert record.variants["mean"].worst_case == record.worst_case
+    assert record.variants["knn"].clean.slice["accuracy"].value == 1
+    only_variants = summarize(
         {
             name: x
             for name, x in pooled.items()
@@ -524,6 +546,7 @@ def test_variants_have_blocks_of_their_own() -> None:
         runs,
         n_boot=N_BOOT,
     )
+    assert only_variants.clean is None and "clean" not in only_variants.to_json()
 
 
 def test_temperatures_are_applied_fold_by_fold() -> None:
@@ -532,25 +555,25 @@ def test_temperatures_are_applied_fold_by_fold() -> None:
         run["temperature"] = temperature
     scaled = rows["clean"] / np.where(rows["fold"] == 0, 1.0, 4.0)[:, None]
     expected = metrics.score(scaled, rows["labels"], rows["patient_id"], n_boot=2)["ece"]["value"]
-    assert summarise(rows, runs, n_boot=N_BOOT)["clean_calibrated"]["ece"]["value"] == expected
+    assert summarize(rows, runs, n_boot=N_BOOT).clean_calibrated.ece.value == expected
 
 
-def test_record_of_another_schema_version_is_refused(tmp_path: Path, record: dict) -> None:
+def test_record_of_another_schema_version_is_refused(tmp_path: Path, record: Record) -> None:
     path = tmp_path / "assets" / "Resnet" / "patient.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({**record, "schema_version": 99}))
+    path.write_text(json.dumps({**record.to_json(), "schema_version": 99}))
     with pytest.raises(UserError, match="99"):
-        read_entries(tmp_path)
+        read_records(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------- tables and figures
+# -- tables and figures ----------------------------------------------------------------------------
 
 
-def test_constant_answer_stands_first_in_every_table(tree: Path) -> None:
-    rows = table_rows(read_entries(tree))
+def test_constant_answer_comes_first_in_every_table(tree: Path) -> None:
+    rows = table_rows(read_records(tree))
     assert [row.name for row in rows] == ["Constant answer", "Resnet", "Resnet_atk"]
     assert [row.number for row in rows] == [1, 2, 3]
-    text = report.results_text([entry.record for entry in read_entries(tree).values()])
+    text = report.results_text([*read_records(tree).values()])
     assert text.count("Constant answer") == 2
     lines = [line for line in text.splitlines() if "Constant answer" in line]
     assert all("33.3" in line and "[" not in line for line in lines), (
@@ -563,20 +586,20 @@ def test_constant_answer_stands_first_in_every_table(tree: Path) -> None:
 def test_tables_work_with_any_subset_of_records(tmp_path: Path) -> None:
     assert "No record" in report.results_text([]) and "No record" in report.results_markdown({})
     rows, runs = workspace("Dinov2_atk", "slice")
-    record = summarise(rows, runs, n_boot=N_BOOT)
+    record = summarize(rows, runs, n_boot=N_BOOT)
     write_record(tmp_path / "assets" / "Dinov2_atk" / "slice.json", record, rows)
     assert "Dinov2_atk" in report.results_text([record]) and "WORST CASE" in report.attacks_text(
         record
     )
-    assert "assets/results/headline.png" in report.results_markdown(read_entries(tmp_path))
+    assert "assets/results/headline.png" in report.results_markdown(read_records(tmp_path))
     assert len(report.draw_figures(tmp_path)) == 10
 
 
 def test_numbers_in_the_readme_are_those_of_the_records(tree: Path) -> None:
     text = report.write_readme(tree).read_text(encoding="utf-8")
-    for entry in read_entries(tree).values():
-        score = entry.record["clean"]["slice"]["balanced_accuracy_3"]
-        assert report.show(score) in text and report.show(score, brief=True) in text
+    for record in read_records(tree).values():
+        score = record.clean.slice["balanced_accuracy_3"]
+        assert drawing.show(score) in text and drawing.show(score, brief=True) in text
     assert "not a result" in text, "a demo run must be announced as one"
     assert report.write_readme(tree).read_text(encoding="utf-8") == text, (
         "rewriting changes nothing"
@@ -590,31 +613,27 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
 
 
 def test_counterparts_are_compared_on_the_same_images(tree: Path) -> None:
-    entries = read_entries(tree)
-    difference = comparisons.counterpart_difference(entries, "Resnet", "patient")
+    found = read_records(tree)
+    difference = comparisons.counterpart_difference(found, "Resnet", "patient")
     robust, clean = (
-        entries[name, "patient"].record["worst_case"]["4/255"]["balanced_accuracy_3"]["value"]
+        found[name, "patient"].worst_case["4/255"].scores["balanced_accuracy_3"].value
         for name in ("Resnet_atk", "Resnet")
     )
-    assert difference["worst_case"]["balanced_accuracy_3"]["value"] == pytest.approx(
-        robust - clean, abs=2e-6
-    )
-    assert (
-        difference["n_slices"] == 92
-        and comparisons.counterpart_difference(entries, "Dinov2", "patient") is None
-    )
+    assert difference.robust["balanced_accuracy_3"].value == pytest.approx(robust - clean, abs=2e-6)
+    assert difference.n_slices == 92
+    assert comparisons.counterpart_difference(found, "Dinov2", "patient") is None
 
 
 def test_counterparts_trained_with_other_means_are_no_pair(tree: Path, tmp_path: Path) -> None:
     write_workspace(tmp_path, ("Resnet",), profile="cpu")
     write_workspace(tmp_path, ("Resnet_atk",))
-    assert comparisons.counterpart_difference(read_entries(tmp_path), "Resnet", "patient") is None
+    assert comparisons.counterpart_difference(read_records(tmp_path), "Resnet", "patient") is None
 
 
 def test_where_there_are_results_the_findings_pass_over_rehearsals(tmp_path: Path) -> None:
     write_workspace(tmp_path, ("Resnet",), profile="cpu")
     write_workspace(tmp_path, ("Resnet_atk",))  # a rehearsal, and the most robust of both
-    text = report.findings_markdown(read_entries(tmp_path))
+    text = report.findings_markdown(read_records(tmp_path))
     assert "`Resnet` (row 2)" in text and "Resnet_atk" not in text
 
 
@@ -623,73 +642,67 @@ def test_an_attack_on_fewer_slices_prints_its_own_n(tmp_path: Path) -> None:
     few = np.arange(len(rows["labels"])) % 4 == 0
     for name in [name for name in rows if ":" in name]:
         rows[name] = np.where(few[:, None], rows[name], np.float16(np.nan))
-    record = summarise(rows, runs, n_boot=N_BOOT)
+    record = summarize(rows, runs, n_boot=N_BOOT)
     assert (
-        record["clean"]["n_slices"],
-        record["worst_case"]["4/255"]["n_slices"],
-        record["worst_case"]["4/255"]["n_people"],
+        record.clean.n_slices,
+        record.worst_case["4/255"].n_slices,
+        record.worst_case["4/255"].n_patients,
     ) == (92, 23, 23)
     write_record(tmp_path / "assets" / "Resnet" / "patient.json", record, rows)
-    assert "92 / 23 (23 attacked)" in report.results_markdown(read_entries(tmp_path))
+    assert "92 / 23 (23 attacked)" in report.results_markdown(read_records(tmp_path))
 
 
 def test_the_transfer_matrix_holds_each_direction_once_and_pgd_on_its_diagonal(tree: Path) -> None:
-    entries = list(read_entries(tree).values())
-    cells = figures.transfer_cells(entries, "patient")
+    found = list(read_records(tree).values())
+    cells = result_figures.transfer_cells(found, "patient")
     assert set(cells) == {
         (a, b) for a in ("Resnet", "Resnet_atk") for b in ("Resnet", "Resnet_atk")
     }
-    records = {entry.model: entry.record for entry in entries if entry.protocol == "patient"}
-    assert (
-        cells["Resnet_atk", "Resnet"]
-        == records["Resnet"]["attacks"]["4/255"]["transfer_Resnet_atk"]
-    )
-    assert cells["Resnet", "Resnet"] == records["Resnet"]["attacks"]["4/255"]["pgd20"]
-    assert (
-        figures.transfer_cells([entry for entry in entries if entry.protocol == "slice"], "patient")
-        == {}
-    )
+    [clean] = [one for one in found if (one.model, one.protocol) == ("Resnet", "patient")]
+    assert cells["Resnet_atk", "Resnet"] == clean.attacks["4/255"]["transfer_Resnet_atk"]
+    assert cells["Resnet", "Resnet"] == clean.attacks["4/255"]["pgd20"]
+    of_slices = [one for one in found if one.protocol == "slice"]
+    assert result_figures.transfer_cells(of_slices, "patient") == {}
 
 
 def test_sample_measures_of_all_folds_are_pooled_with_their_own_patients(tree: Path) -> None:
-    entry = read_entries(tree)["Resnet", "patient"]
-    pooled = figures._pooled_measures(entry)
-    assert len(pooled["labels"]) == sum(
-        len(run["measures"]["rows"]) for run in entry.record["units"]
-    )
+    record = read_records(tree)["Resnet", "patient"]
+    pooled = model_figures.pooled_measures(record)
+    assert len(pooled.rows.labels) == sum(len(run.measures["rows"]) for run in record.runs)
     for number, fold in enumerate((0, 1)):
-        own = np.flatnonzero(entry.predictions["fold"] == fold)[
-            entry.record["units"][number]["measures"]["rows"]
-        ]
-        part = slice(0, len(own)) if number == 0 else slice(-len(own), None)
-        assert np.array_equal(pooled["people"][part], entry.predictions["patient_id"][own])
-        assert np.array_equal(pooled["labels"][part], entry.predictions["labels"][own])
-    assert (
-        np.isnan(pooled["healthier"][pooled["labels"] == 0]).all()
-        and np.isnan(pooled["minimal_linf"]).sum() == 2
+        of_fold = np.flatnonzero(record.predictions["fold"] == fold)
+        sampled = of_fold[record.runs[number].measures["rows"]]
+        part = slice(0, len(sampled)) if number == 0 else slice(-len(sampled), None)
+        assert np.array_equal(pooled.rows.patients[part], record.predictions["patient_id"][sampled])
+        assert np.array_equal(pooled.rows.labels[part], record.predictions["labels"][sampled])
+    assert np.isnan(pooled.healthier[pooled.rows.labels == 0]).all()
+    assert np.isnan(pooled.minimal_linf).sum() == 2
+    defined = ~np.isnan(pooled.sicker)
+    value, low, high = model_figures.percent_true(
+        pooled.sicker[defined] == 1, pooled.rows.take(defined)
     )
-    value, low, high = figures._share(pooled["sicker"] == 1, pooled, ~np.isnan(pooled["sicker"]))
     assert (value, high) == (100, 100) and 50 < low < 100, (
         "all of a few patients are not all patients"
     )
 
 
 def test_probes_of_all_folds_are_pooled_with_their_own_patients(tree: Path) -> None:
-    entry = read_entries(tree)["Resnet", "patient"]
-    pooled = comparisons.pooled_probe(entry)
-    own = np.concatenate(
+    record = read_records(tree)["Resnet", "patient"]
+    pooled = comparisons.pooled_probe(record)
+    sampled = np.concatenate(
         [
-            np.flatnonzero(entry.predictions["fold"] == run["fold"])[run["leak_probe"]["rows"]]
-            for run in entry.record["units"]
+            np.flatnonzero(record.predictions["fold"] == run.fold)[run.leak_probe["rows"]]
+            for run in record.runs
         ]
     )
-    assert np.array_equal(pooled["people"], entry.predictions["patient_id"][own])
-    assert pooled["recognised"]["4/255"].all() and not pooled["right"]["4/255"].any()
-    without = records.Entry(
-        entry.path,
-        entry.record | {"units": [{**run, "leak_probe": {}} for run in entry.record["units"]]},
-    )
-    assert comparisons.pooled_probe(without) == {}
+    assert np.array_equal(pooled.patients, record.predictions["patient_id"][sampled])
+    assert pooled.recognized["4/255"].all() and not pooled.right["4/255"].any()
+
+    def without_probe(changed: Json) -> None:
+        for run in changed["units"]:
+            run["leak_probe"] = {}
+
+    assert comparisons.pooled_probe(edited(record, without_probe)) is None
 
 
 def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(
@@ -697,7 +710,10 @@ def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(
 ) -> None:
     shutil.copytree(tree / "assets", tmp_path / "assets")
     drawn = report.draw_model_figures(tmp_path, "Resnet_atk") | report.draw_result_figures(tmp_path)
-    assert [path.stem for path in drawn] == [*figures.MODEL_FIGURES, *figures.RESULT_FIGURES]
+    assert [path.stem for path in drawn] == [
+        *model_figures.MODEL_FIGURES,
+        *result_figures.RESULT_FIGURES,
+    ]
     for path, figure in drawn.items():
         words = " ".join(
             text.get_text() for text in figure.findobj(match=lambda x: hasattr(x, "get_text"))
@@ -710,10 +726,10 @@ def test_figures_are_drawn_from_records_alone_and_say_whose_they_are(
         assert any(
             size in words
             for size in (
-                "n = 92 slices of 23 people",
-                "10 people,\n40 slices",
+                "n = 92 slices of 23 patients",
+                "10 patients,\n40 slices",
                 "2 runs",
-                "n = 46 slices of 23 people",
+                "n = 46 slices of 23 patients",
                 "]\nn = 92",
                 "n = 92 / 23",
             )
@@ -741,52 +757,59 @@ def test_no_legend_of_the_figures_that_compare_models_leaves_the_page(tmp_path: 
 
 
 def test_models_of_other_sizes_are_not_given_one_n() -> None:
-    assert figures._of_class({(640, 20), (3200, 100)}) == "20 to 100 people,\n640 to 3,200 slices"
-    assert figures._sizes([(92, 23), (92, 23)]) == "n = 92 slices of 23 people"
     assert (
-        figures._sizes([(2560, 80), (1280, 40)])
-        == "n = 1,280 to 2,560 slices of 40 to 80 people a model"
+        result_figures.of_class({(640, 20), (3200, 100)})
+        == "20 to 100 patients,\n640 to 3,200 slices"
+    )
+    assert drawing.sizes_text([(92, 23), (92, 23)]) == "n = 92 slices of 23 patients"
+    assert (
+        drawing.sizes_text([(2560, 80), (1280, 40)])
+        == "n = 1,280 to 2,560 slices of 40 to 80 patients a model"
     )
 
 
-def test_every_form_of_ensemble_has_a_shape_of_its_own() -> None:
-    assert set(figures.FORM_MARKERS) == {" ".join(form) for form in diagnosis.FORMS}
-    assert len(set(figures.FORM_MARKERS.values())) == len(diagnosis.FORMS)
+def test_every_form_of_ensemble_has_another_marker() -> None:
+    from utils.pipeline.ensembles import FORMS
+
+    assert set(drawing.FORM_MARKERS) == {" ".join(form) for form in FORMS}
+    assert len(set(drawing.FORM_MARKERS.values())) == len(FORMS)
 
 
 def test_redrawing_changes_no_byte(tree: Path, tmp_path: Path) -> None:
-    entry = {"patient": read_entries(tree)["Resnet", "patient"]}
+    shown = {"patient": read_records(tree)["Resnet", "patient"]}
     first, second = (
-        report.save_figure(figures.confusion_figure("Resnet", entry), tmp_path / name).read_bytes()
+        drawing.save_figure(
+            model_figures.confusion_figure("Resnet", shown), tmp_path / name
+        ).read_bytes()
         for name in ("first.png", "second.png")
     )
     assert first == second
 
 
 def test_image_grid_says_what_it_shows(tmp_path: Path) -> None:
-    figure = figures.image_grid(
+    figure = drawing.image_grid(
         [np.zeros((8, 8), np.uint8)] * 5, list("abcde"), 3, label="data: phantom"
     )
-    assert report.save_figure(figure, tmp_path / "grid.png").stat().st_size > 0
+    assert drawing.save_figure(figure, tmp_path / "grid.png").stat().st_size > 0
     assert "data: phantom" in [text.get_text() for text in figure.texts]
 
 
 def test_findings_name_their_rows(tree: Path) -> None:
-    text = report.findings_markdown(read_entries(tree))
+    text = report.findings_markdown(read_records(tree))
     assert "(row 2)" in text or "(row 3)" in text
     assert "3 `Resnet_atk` − 2 `Resnet`" in text and "No records" in report.findings_markdown({})
 
 
 def as_results(root: Path, models: dict[str, float], controls: bool = False) -> dict:
     """Records of profile `cpu`, each model's attacks as strong as `models` says."""
-    for number, (model, fall) in enumerate(models.items()):
+    for number, (model, weakness) in enumerate(models.items()):
         for protocol in ("slice", "patient"):
             rows, runs = workspace(
-                model, protocol, fall=fall, full=True, seed=number, n_folds=5, profile="cpu"
+                model, protocol, weakness=weakness, full=True, seed=number, n_folds=5, profile="cpu"
             )
             write_record(
                 root / "assets" / model / f"{protocol}.json",
-                summarise(rows, runs, n_boot=N_BOOT),
+                summarize(rows, runs, n_boot=N_BOOT),
                 rows,
             )
     if controls:
@@ -809,53 +832,52 @@ def as_results(root: Path, models: dict[str, float], controls: bool = False) -> 
         runs = [{**run, "attacks": {}, "variants": meta} for run in runs]
         write_record(
             root / "assets" / "Baselines" / "patient.json",
-            summarise(plain, runs, n_boot=N_BOOT),
+            summarize(plain, runs, n_boot=N_BOOT),
             plain,
         )
-    return read_entries(root)
+    return read_records(root)
 
 
 def test_verdicts_are_corrected_for_their_number(tmp_path: Path) -> None:
-    entries = as_results(tmp_path, {"Resnet": 5.0, "Resnet_atk": 0.0})
-    rows = table_rows(entries)
-    alone = comparisons.Comparison(
-        rows[1], rows[0], "", {"value": 0.1, "ci": [0.01, 0.2], "p": 0.03}, 9, 9
-    )
+    found = as_results(tmp_path, {"Resnet": 5.0, "Resnet_atk": 0.0})
+    rows = table_rows(found)
+    score = Score(value=0.1, ci=(0.01, 0.2), p=0.03)
+    alone = comparisons.Comparison(rows[1], rows[0], "patient", None, score, 9, 9)
     assert comparisons.corrected([alone])[0].verdict == "better"
     assert [one.verdict for one in comparisons.corrected([alone, alone])] == ["undecided"] * 2, (
         "each is below 0.05, two are not"
     )
     [sentence] = [
         part
-        for part in report.findings_markdown(entries).split(". ")
+        for part in report.findings_markdown(found).split(". ")
         if part.startswith("After Holm's correction for")
     ]
     assert "correction for 2 comparisons" in sentence and "`Resnet_atk` (row 3)" in sentence
 
 
-def test_networks_stand_beside_controls_with_a_corrected_verdict(tmp_path: Path) -> None:
-    entries = as_results(tmp_path, {"Resnet": 5.0, "Resnet_atk": 0.0}, controls=True)
-    found = comparisons.patient_auroc_against_controls(table_rows(entries))
+def test_networks_are_compared_with_controls_by_a_corrected_verdict(tmp_path: Path) -> None:
+    results = as_results(tmp_path, {"Resnet": 5.0, "Resnet_atk": 0.0}, controls=True)
+    found = comparisons.patient_auroc_against_controls(table_rows(results))
     assert len(found) == 2 * len(comparisons.RIVALS)
     same = next(
         one for one in found if one.first.model == "Resnet"
     )  # the controls answer as this network does
     assert (
-        same.score["value"] == 0
+        same.score.value == 0
         and same.verdict == "undecided"
-        and same.score["ci"][0] < 0 < same.score["ci"][1]
+        and same.score.ci[0] < 0 < same.score.ci[1]
     )
-    adjusted = metrics.holm([one.score["p"] for one in found])
+    adjusted = metrics.holm([one.score.p for one in found])
     assert [one.p_holm for one in found] == pytest.approx(adjusted.tolist())
-    robust = comparisons.robust_accuracy_against_exact(table_rows(entries), EPS)
-    assert [one.what for one in robust] == [*EPS, *EPS]
+    robust = comparisons.robust_accuracy_against_exact(table_rows(results), EPS)
+    assert [one.eps for one in robust] == [*EPS, *EPS]
     assert (
         next(
-            one for one in robust if one.first.model == "Resnet_atk" and one.what == "1/255"
+            one for one in robust if one.first.model == "Resnet_atk" and one.eps == "1/255"
         ).verdict
         == "better"
     )
-    text = report.findings_markdown(entries)
+    text = report.findings_markdown(results)
     assert (
         "No comparison finds a network better" in text
         and f"for the {len(found)} comparisons" in text
@@ -871,23 +893,28 @@ def test_a_cost_is_said_with_the_variance_that_its_interval_lacks(tmp_path: Path
 
 
 def test_the_withdrawn_table_stays_withdrawn(tmp_path: Path) -> None:
-    entries = as_results(tmp_path, {"Resnet": 0.9})
-    for run in (entry := entries["Resnet", "patient"]).record["units"]:
-        size = len(run["leak_probe"]["rows"])
-        run["leak_probe"]["neighbour"] = dict.fromkeys(run["leak_probe"]["right"], [1] * size)
-        run["leak_probe"]["recognised"] = {
-            name: [1 if name == "clean" else 0] * size for name in run["leak_probe"]["right"]
-        }
-        run["leak_probe"]["right"] = {
-            name: [1] * (size // 2) + [int(name == "clean")] * (size - size // 2)
-            for name in run["leak_probe"]["right"]
-        }
-    text = report.withdrawn_markdown(table_rows({("Resnet", "patient"): entry}))
+
+    def decide(changed: Json) -> None:
+        for probe in (run["leak_probe"] for run in changed["units"]):
+            names, size = list(probe["right"]), len(probe["rows"])
+            probe["neighbour"] = dict.fromkeys(names, [1] * size)
+            probe["recognised"] = {name: [int(name == "clean")] * size for name in names}
+            probe["right"] = {
+                name: [1] * (size // 2) + [int(name == "clean")] * (size - size // 2)
+                for name in names
+            }
+
+    record = edited(as_results(tmp_path, {"Resnet": 0.9})["Resnet", "patient"], decide)
+    results = {("Resnet", "patient"): record}
+    withdrawn = notes.withdrawn_claim(table_rows(results))
+    assert withdrawn.distant_slices == notes.ProbeCounts(1, patients_first=1, diagnoses_first=0)
+    assert withdrawn.all_slices == notes.ProbeCounts(1, patients_first=0, diagnoses_first=1)
+    text = report.findings_markdown(results)
     assert "of 1 records the patients seemed to go first in 1 and the diagnoses in 0" in text
-    assert "in 0 and 1 of 1 where all slices count" in text and text.startswith("**Withdrawn")
+    assert "in 0 and 1 of 1 where all slices count" in text and "\n\n**Withdrawn" in text
 
 
-def test_a_row_that_lacks_folds_stands_in_no_table_of_all_patients(tmp_path: Path) -> None:
+def test_a_row_that_lacks_folds_is_in_no_table_of_all_patients(tmp_path: Path) -> None:
     as_results(tmp_path, {"Resnet": 0.9})
     rows, runs = workspace("Ensemble", "patient", profile="cpu")
     plain = {name: values for name, values in rows.items() if ":" not in name and name != "clean"}
@@ -896,10 +923,10 @@ def test_a_row_that_lacks_folds_stands_in_no_table_of_all_patients(tmp_path: Pat
     runs = [{**run, "attacks": {}, "variants": {"weighted mixed": weights}} for run in runs]
     write_record(
         tmp_path / "assets" / "Ensemble" / "patient.json",
-        summarise(plain, runs, n_boot=N_BOOT),
+        summarize(plain, runs, n_boot=N_BOOT),
         plain,
     )
-    text = report.results_markdown(read_entries(tmp_path))
+    text = report.results_markdown(read_records(tmp_path))
     name = "Ensemble · weighted mixed (all weight on Resnet)"
     headline, apart = text.split("**One fold alone**")
     assert name not in headline and name in apart, "two folds of five are not all patients"
@@ -909,21 +936,20 @@ def test_choices_on_fold_0_are_named_and_scored_without_its_patients(tmp_path: P
     rows, runs = workspace(
         "Resnet", "patient", profile="cpu", search="fold0 recipes", search_people=[0, 1, 10]
     )
-    record = summarise(rows, runs, n_boot=N_BOOT)
+    record = summarize(rows, runs, n_boot=N_BOOT)
     assert (
-        record["search"] == "fold0 recipes"
-        and record["clean_without_search_people"]["n_people"] == 20
+        record.search == "fold0 recipes" and record.clean_without_search_patients.n_patients == 20
     )
     write_record(tmp_path / "assets" / "Resnet" / "patient.json", record, rows)
-    assert "`search: fold0 recipes`" in report.results_markdown(read_entries(tmp_path))
+    assert "`search: fold0 recipes`" in report.results_markdown(read_records(tmp_path))
 
 
 def test_the_age_matched_part_is_a_column_only_for_the_cohort_it_was_made_of(
     tmp_path: Path,
 ) -> None:
-    entries = as_results(tmp_path, {"Resnet": 0.9})
-    assert "60+" not in report.results_markdown(entries)
-    everybody = entries["Resnet", "patient"].record["clean"]["person"]["auroc"]["value"]
+    found = as_results(tmp_path, {"Resnet": 0.9})
+    assert "60+" not in report.results_markdown(found)
+    everybody = found["Resnet", "patient"].clean.patient["auroc"].value
     score = {
         "value": 0.65,
         "ci": [0.5, 0.75],
@@ -952,35 +978,38 @@ def test_the_age_matched_part_is_a_column_only_for_the_cohort_it_was_made_of(
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(page | change), encoding="utf-8")
-        report._ages.cache_clear()
-        text = report.results_markdown(read_entries(tmp_path))
+        report.ages.cache_clear()
+        text = report.results_markdown(read_records(tmp_path))
         assert ("60+ (n = 17)" in text) is shown and (
             "on all, 0.650 [0.500, 0.750] on these" in text
         ) is shown, change
-    report._ages.cache_clear()
+    report.ages.cache_clear()
 
 
 def test_scores_are_recomputed_from_the_predictions(tmp_path: Path) -> None:
     write_workspace(tmp_path, ("Resnet",))
     path = tmp_path / "assets" / "Resnet" / "patient.json"
-    record = records.read_record(path)
-    right = record["clean"]["slice"]["accuracy"]["value"]
-    record["clean"]["slice"]["accuracy"]["value"] = 0.123
-    path.write_text(json.dumps(record), encoding="utf-8")
+    right = records.read_record(path).clean.slice["accuracy"].value
+    wrong = json.loads(path.read_text(encoding="utf-8"))
+    wrong["clean"]["slice"]["accuracy"]["value"] = 0.123
+    path.write_text(json.dumps(wrong), encoding="utf-8")
     assert path in report.recompute(tmp_path)
-    assert records.read_record(path)["clean"]["slice"]["accuracy"]["value"] == right
+    assert records.read_record(path).clean.slice["accuracy"].value == right
 
 
-def test_every_model_has_one_colour_of_its_own() -> None:
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+def test_every_model_has_another_color() -> None:
+    assert len(set(drawing.COLORS.values())) == len(drawing.COLORS)
 
 
 def test_importing_report_needs_no_torch() -> None:
-    code = "import sys, utils.report; sys.exit(any(name in sys.modules for name in ('torch', 'sklearn', 'scipy')))"
+    code = (
+        "import sys, utils.report; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'sklearn', 'scipy')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# -------------------------------------------------------------------------------------------------- publishing
+# -- publishing ------------------------------------------------------------------------------------
 
 
 def copy_of(tree: Path, to: Path) -> Path:
@@ -1047,23 +1076,23 @@ def test_address_follows_pyproject(tree: Path, tmp_path: Path) -> None:
     assert report.write_address(place) == []
 
 
-def test_the_original_figures_stand_beside_ours_of_the_same_eps(tree: Path) -> None:
-    text = report.original_markdown(read_entries(tree))
+def test_the_original_figures_are_compared_with_ours_of_the_same_eps(tree: Path) -> None:
+    text = report.original_markdown(read_records(tree))
     assert len(re.findall(r"^\| (?:Dinov2|Resnet|Efficientnet)(?:_atk)? \|", text, re.M)) == 6
     resnet = next(line for line in text.splitlines() if line.startswith("| Resnet |"))
-    clean = read_entries(tree)["Resnet", "patient"].record["clean"]["slice"]["accuracy"]
-    assert report.show(clean) in resnet and "98.6" in resnet
+    clean = read_records(tree)["Resnet", "patient"].clean.slice["accuracy"]
+    assert drawing.show(clean) in resnet and "98.6" in resnet
     assert all(
         mark in report.original_markdown({}) for mark in ("| – | – | – | – |", "separate image")
     )
 
 
-def test_a_rehearsal_does_not_stand_beside_results(tree: Path) -> None:
-    entries = read_entries(tree)
-    assert report.without_rehearsals(entries) == entries, "nothing but rehearsals here"
-    run = copy.deepcopy(entries["Resnet", "patient"].record) | {"profile": "cpu"}
-    mixed = entries | {("Resnet", "patient"): records.Entry(entries["Resnet", "patient"].path, run)}
-    assert [key for key in report.without_rehearsals(mixed) if key[0] != "Baselines"] == [
+def test_a_rehearsal_is_not_shown_among_results(tree: Path) -> None:
+    found = read_records(tree)
+    assert without_rehearsals(found) == found, "nothing but rehearsals here"
+    key = "Resnet", "patient"
+    mixed = found | {key: edited(found[key], lambda changed: changed.update(profile="cpu"))}
+    assert [key for key in without_rehearsals(mixed) if key[0] != "Baselines"] == [
         ("Resnet", "patient")
     ]
     text = report.results_markdown(mixed, tree)
@@ -1077,25 +1106,20 @@ def test_a_rehearsal_does_not_stand_beside_results(tree: Path) -> None:
 
 
 def test_the_model_card_gives_every_trained_model_with_its_interval(tree: Path) -> None:
-    entries = read_entries(tree)
-    card = report.model_card(entries)
-    for model, protocol in entries:
+    found = read_records(tree)
+    card = report.model_card(found)
+    for model, protocol in found:
         if model in ("Resnet", "Resnet_atk"):
             line = next(
                 line
                 for line in card.splitlines()
                 if line.startswith(f"| `{model}` | `{protocol}` |")
             )
-            assert (
-                report.show(
-                    entries[model, protocol].record["clean"]["slice"]["balanced_accuracy_3"]
-                )
-                in line
-            )
+            assert drawing.show(found[model, protocol].clean.slice["balanced_accuracy_3"]) in line
     assert "Not for" in card and "Known faults" in card and "no record yet" in report.model_card({})
 
 
 def test_the_committed_model_card_follows_the_records() -> None:
     assert (ROOT / "assets" / "model_card.md").read_text(encoding="utf-8") == report.model_card(
-        read_entries(ROOT)
+        read_records(ROOT)
     )

@@ -1,4 +1,4 @@
-"""reproduce.py: what it runs, where it writes, and that a kill leaves nothing that a later start trips over."""
+"""reproduce.py: what it runs, where it writes, and that it goes on after a kill at any moment."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from reproduce import NOTEBOOKS, PREPARE, ReproduceError
 from utils import utils_funcs
 
 SCRIPT = str(Path(reproduce.__file__))
+#: A cell that assigns the parameters.
 PARAMETERS = 'profile = "demo"\nretrain = False'
 
 
-def start(*arguments: str, **options) -> subprocess.CompletedProcess:
+def start(*arguments: str, **options: object) -> subprocess.CompletedProcess:
+    """Runs reproduce.py with these arguments."""
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments],
         capture_output=True,
@@ -30,6 +33,7 @@ def start(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def notebook(*sources: str, tagged: int | None = 0) -> dict:
+    """A notebook of these code cells, one of which has the tag `parameters`."""
     empty = {"cell_type": "code", "execution_count": None, "outputs": []}
     cells = [
         {**empty, "metadata": {}, "source": source, "id": f"c{number}"}
@@ -46,10 +50,15 @@ def notebook(*sources: str, tagged: int | None = 0) -> dict:
 def test_preparation_comes_first_and_results_last():
     order = reproduce.choose_notebooks([], set(NOTEBOOKS), prepared=True)
     assert order[0] == PREPARE and order[-1] == "models/results.ipynb"
-    assert {Path(path).stem for path in order} >= set(utils_funcs.MODELS)
+    assert {Path(path).stem for path in order} >= {
+        "Dinov2",
+        "Efficientnet_atk",
+        "Resnet",
+        "Resnet_atk",
+    }
 
 
-def test_notebooks_that_a_clone_lacks_are_passed_over_only_where_they_may():
+def test_notebooks_that_a_clone_lacks_are_skipped_only_where_they_may():
     present = set(NOTEBOOKS) - reproduce.OPTIONAL
     assert not set(reproduce.choose_notebooks([], present, prepared=True)) & reproduce.OPTIONAL
     with pytest.raises(ReproduceError, match="models/Resnet.ipynb"):
@@ -152,8 +161,8 @@ def test_the_failing_cell_is_named():
     assert reproduce.first_error(failed) == "code cell 2: UserError: No data."
 
 
-def run_one(tmp_path, monkeypatch, *sources: str) -> Path:
-    """Runs one notebook through reproduce.py's own machinery in a folder of its own; returns where it wrote."""
+def run_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *sources: str) -> Path:
+    """Has `reproduce.run_notebook` run a notebook of these cells; returns where it wrote."""
     repository, runs = tmp_path / "repository", tmp_path / "runs" / "demo-phantom"
     (repository / "models").mkdir(parents=True)
     (repository / "models" / "Resnet.ipynb").write_text(
@@ -212,8 +221,11 @@ def test_a_failing_notebook_is_kept_apart_with_its_error(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def bare(tmp_path, monkeypatch) -> Path:
-    """A repository whose environment is made in a moment: the installation itself is replaced by a note of its call."""
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository whose environment is made in a moment.
+
+    In place of making and installing, files in `calls` say that they were called.
+    """
     (tmp_path / "requirements.txt").write_text("timm==1.0\n", encoding="utf-8")
     monkeypatch.setattr(reproduce, "REQUIREMENTS", tmp_path / "requirements.txt")
     (tmp_path / "calls").mkdir()
@@ -299,10 +311,10 @@ def test_a_half_made_virtual_environment_is_made_anew(tmp_path):
     python = reproduce.venv_python(venv)
     python.parent.mkdir(parents=True)
     python.write_bytes(b"")
-    (venv / "left over").touch()
+    (venv / "old file").touch()
     assert reproduce.probe(venv) is None
     state = reproduce.make_venv(venv)
-    assert state == reproduce.probe(venv) and not (venv / "left over").exists()
+    assert state == reproduce.probe(venv) and not (venv / "old file").exists()
     assert state["version"] == "{}.{}".format(*sys.version_info)
     assert subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
 
@@ -332,7 +344,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_what_it_started_ends_when_it_is_killed(tmp_path):
-    """pip or a notebook that outlived it would write beside those of the next start."""
+    """Otherwise pip or a notebook would write at the same time as those of the next start."""
     (tmp_path / "beats.py").write_text(
         "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\n"
         "while True:\n    pathlib.Path('beat').touch()\n    time.sleep(0.1)\n"
@@ -350,7 +362,8 @@ def test_what_it_started_ends_when_it_is_killed(tmp_path):
     wait_for(lambda: time.time() - beat.stat().st_mtime > 1)
 
 
-def wait_for(condition, seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Waits until the condition holds; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -358,8 +371,10 @@ def wait_for(condition, seconds: float = 20) -> None:
 
 
 def test_two_do_not_work_in_the_same_place_at_once(tmp_path):
-    lock = str(tmp_path / "lock")
-    code = f"import reproduce, pathlib\nwith reproduce.one_at_a_time(pathlib.Path({lock!r})): print('in')"
+    code = (
+        "import reproduce, pathlib\n"
+        f"with reproduce.one_at_a_time(pathlib.Path({str(tmp_path / 'lock')!r})): print('in')"
+    )
     with reproduce.one_at_a_time(tmp_path / "lock"):
         second = subprocess.Popen(
             [sys.executable, "-c", code], cwd=reproduce.ROOT, stdout=subprocess.PIPE, text=True
@@ -440,7 +455,10 @@ def test_an_interpreter_without_the_packages_is_one_sentence(monkeypatch):
 
 
 def test_an_old_python_is_one_sentence():
-    code = f"import runpy, sys; sys.version_info = (3, 8, 1); runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    code = (
+        "import runpy, sys; sys.version_info = (3, 8, 1); "
+        f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
     )
@@ -457,13 +475,17 @@ def test_an_old_python_can_read_the_file_as_far_as_its_error():
     ast.parse(Path(SCRIPT).read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
-def test_pips_failure_is_told_by_its_first_error():
-    text = "WARNING: Retrying\nERROR: Could not find a version of x\nERROR: No matching distribution found for x\n"
-    assert reproduce.pip_error(text) == "Could not find a version of x"
-    assert (
-        reproduce.last_line("Traceback\n  File\nutils.utils_funcs.UserError: No data.\n")
-        == "No data."
+def test_a_failure_of_pip_is_reported_by_its_first_error():
+    text = (
+        "WARNING: Retrying\nERROR: Could not find a version of x\n"
+        "ERROR: No matching distribution found for x\n"
     )
+    assert reproduce.pip_error(text) == "Could not find a version of x"
+
+
+def test_an_exception_is_reported_without_its_type():
+    text = "Traceback\n  File\nutils.utils_funcs.UserError: No data.\n"
+    assert reproduce.last_line(text) == "No data."
 
 
 def test_what_was_written_is_listed_by_folder(tmp_path):
@@ -482,23 +504,70 @@ def test_what_was_written_is_listed_by_folder(tmp_path):
     ]
 
 
-def test_only_a_demo_runs_the_model_notebooks_side_by_side():
+def members_of_the_demo() -> set[str]:
+    """The models that a demo's ensembles and sequence models are made of."""
+    from utils.pipeline.members import DEMO_BACKBONES
+    from utils.pipeline.scans import SOURCES
+
+    sources = {name for source in SOURCES["demo"] for name in source}
+    return sources | {f"{name}{regime}" for name in DEMO_BACKBONES for regime in ("", "_atk")}
+
+
+def test_only_a_demo_runs_notebooks_side_by_side_and_none_with_what_it_needs():
     numbered = [(path, path) for path in reproduce.NOTEBOOKS]
-    sizes = [len(group) for group in reproduce.side_by_side(numbered, "demo")]
-    assert sorted(sizes)[-1] == 6 and sum(sizes) == len(numbered)
-    assert [
-        item for group in reproduce.side_by_side(numbered, "demo") for item in group
-    ] == numbered
+    groups = reproduce.side_by_side(numbered, "demo")
+    assert [item for group in groups for item in group] == numbered
+    sizes = [len(group) for group in groups]
+    assert sizes == [1, 5, 3, 1]
+    paths = [{path for path, _ in group} for group in groups]
+    members = {f"models/{name}.ipynb" for name in members_of_the_demo()}
+    assert members <= paths[1] and "models/ensemble.ipynb" in paths[2]
     assert all(len(group) == 1 for group in reproduce.side_by_side(numbered, "cpu"))
 
 
-def test_the_first_error_ends_what_runs_beside_it(monkeypatch):
+def test_work_that_runs_side_by_side_is_announced_and_reported_in_lines_of_its_own(capsys):
+    line = reproduce.ProgressLine("[2/10] Resnet", alone=False)
+    line.done()
+    reproduce.ProgressLine("[3/10] Dinov2", alone=False).done("failed")
+    assert capsys.readouterr().out.splitlines() == [
+        "[2/10] Resnet starts",
+        "[2/10] Resnet … 0 s",
+        "[3/10] Dinov2 starts",
+        "[3/10] Dinov2 … failed after 0 s",
+    ]
+
+
+def test_compiled_modules_are_kept_in_the_environment_whatever_the_machine_says(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    environment = reproduce.venv_environment(Path("venv"))
+    assert environment["PYTHONPYCACHEPREFIX"] == str(Path("venv") / "pycache")
+    assert not {"PYTHONDONTWRITEBYTECODE", "PYTHONPATH"} & set(environment)
+
+
+def test_all_tests_run_on_one_thread_each_and_chosen_ones_as_pytest_runs_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(
+        subprocess, "call", lambda command, cwd, env: calls.append((command[3:], env)) or 0
+    )
+    assert reproduce.run_tests(Path("python"), [], {}) == 0
+    assert reproduce.run_tests(Path("python"), ["-k", "metrics"], {}) == 0
+    assert calls == [
+        (["-n", "2", "--dist", "loadfile"], {"OMP_NUM_THREADS": "1"}),
+        (["-k", "metrics"], {}),
+    ]
+
+
+def test_the_first_error_ends_what_runs_at_the_same_time(monkeypatch):
     monkeypatch.setattr(reproduce, "demo_workers", lambda: 2)
 
-    def failing():
+    def failing() -> None:
         raise reproduce.ReproduceError("broken")
 
-    sleeping = lambda: reproduce.run_quietly([sys.executable, "-c", "import time; time.sleep(60)"])  # noqa: E731
+    def sleeping() -> None:
+        reproduce.run_quietly([sys.executable, "-c", "import time; time.sleep(60)"])
+
     start = time.monotonic()
     with pytest.raises(reproduce.ReproduceError, match="broken"):
         reproduce.run_all([sleeping, failing, sleeping])

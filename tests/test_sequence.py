@@ -1,4 +1,4 @@
-"""`utils/sequence.py`: a patient's ordered slices as one scan, and attacks on the whole of it."""
+"""sequence: a patient's ordered slices as one scan, and attacks on the whole of it."""
 
 import dataclasses
 import functools
@@ -9,11 +9,22 @@ import torch
 from torch import nn
 
 from utils import sequence
-from utils.attacks import BINARY, group_labels, group_logits, margin
+from utils.attacks.base import group_labels, group_logits, margin
+from utils.class_groups import BINARY
+from utils.sequence import attacks
 from utils.training import macro_cross_entropy
 from utils.utils_funcs import UserError
 
 FEATURES = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are tiny: a second thread only waits, and on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Pixels(nn.Module):
@@ -29,10 +40,10 @@ class Pixels(nn.Module):
         return ((images.flatten(1) - 0.5) @ self.weight).tanh()
 
 
-def studies(
+def some_scans(
     patients: int = 24, slices: int = 8, side: int = 6, seed: int = 0, shuffled: bool = True
 ) -> sequence.Scans:
-    """People whose class shows in the brightness of their slices, the later the more; of different length."""
+    """Scans of different length, whose class shows in the brightness of slices, later ones more."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for patient in range(patients):
@@ -59,10 +70,10 @@ def scan_model(name: str, seed: int = 0) -> sequence.ScanModel:
     ).eval()
 
 
-# ------------------------------------------------------------------------------------------------------------- studies
+# -- scans --------------------------------------------------------------------------------------
 
 
-def test_slices_come_back_in_body_order_and_shorter_stacks_are_masked():
+def test_slices_come_back_in_body_order_and_shorter_scans_are_masked():
     values = torch.tensor([[5.0], [3.0], [9.0], [7.0]])
     found = sequence.gather_scans(
         values, torch.tensor([1, 1, 0, 1]), torch.tensor([4, 4, 2, 4]), torch.tensor([10, 2, 0, 31])
@@ -76,7 +87,7 @@ def test_slices_come_back_in_body_order_and_shorter_stacks_are_masked():
 
 @pytest.mark.parametrize("slices", [[0, 1, -1], [0, 1, 1]])
 def test_a_patient_without_slice_order_is_refused(slices):
-    with pytest.raises(UserError, match="Person 7 has no slice order"):
+    with pytest.raises(UserError, match="Patient 7 has no slice order"):
         sequence.gather_scans(
             torch.zeros(3, 2),
             torch.zeros(3, dtype=torch.int64),
@@ -85,25 +96,26 @@ def test_a_patient_without_slice_order_is_refused(slices):
         )
 
 
-def test_slices_of_nobody_and_of_two_classes_are_refused():
+def test_slices_of_unknown_patients_and_of_two_classes_are_refused():
     labels, order = torch.tensor([0, 1]), torch.tensor([0, 1])
-    with pytest.raises(UserError, match="no known person"):
+    with pytest.raises(UserError, match="no known patient"):
         sequence.gather_scans(torch.zeros(2, 2), labels, torch.tensor([-1, 3]), order)
     with pytest.raises(UserError, match="2 classes"):
         sequence.gather_scans(torch.zeros(2, 2), labels, torch.tensor([3, 3]), order)
 
 
-# --------------------------------------------------------------------------------------------------------- aggregators
+# -- aggregators --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
-def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(name):
-    model, patients = scan_model(name), studies()
+def test_an_answer_does_not_depend_on_the_other_patients_of_the_batch(name):
+    model, patients = scan_model(name), some_scans()
     with torch.no_grad():
         together = model(patients.values, patients.mask)
         for row in (0, 5, 11):
-            own = int(patients.mask[row].sum())
-            alone = model(patients.values[row : row + 1, :own], patients.mask[row : row + 1, :own])
+            count = int(patients.mask[row].sum())
+            part = slice(row, row + 1), slice(count)
+            alone = model(patients.values[part], patients.mask[part])
             assert torch.allclose(alone[0], together[row], atol=1e-5), (name, row)
     order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -114,7 +126,7 @@ def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(name):
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_fewer_slices_are_accepted_wherever_they_are_missing(name):
-    model, patients = scan_model(name), studies(patients=4)
+    model, patients = scan_model(name), some_scans(patients=4)
     thinned = patients.mask.clone()
     thinned[:, 2] = False
     packed = (
@@ -124,12 +136,12 @@ def test_fewer_slices_are_accepted_wherever_they_are_missing(name):
     with torch.no_grad():
         one = model(patients.values[:1, :1], patients.mask[:1, :1])
         assert one.shape == (1, 4) and bool(one.isfinite().all())
-        if name != "transformer":  # which knows where in the body a slice lay
+        if name != "transformer":  # which knows the position of a slice
             assert torch.allclose(model(patients.values, thinned), model(*packed), atol=1e-5)
 
 
-def test_what_lies_under_the_mask_changes_nothing():
-    patients = studies(patients=6)
+def test_masked_values_change_nothing():
+    patients = some_scans(patients=6)
     filled = patients.values.clone()
     filled[~patients.mask] = 0.9
     for name in sequence.AGGREGATORS:
@@ -141,7 +153,7 @@ def test_what_lies_under_the_mask_changes_nothing():
 
 
 def test_order_matters_to_the_recurrent_network_and_not_to_the_mean():
-    patients = studies(patients=4, slices=8)
+    patients = some_scans(patients=4, slices=8)
     patients = patients.pick([0, 3])  # of full length
     turned = patients.values.flip(1)
     with torch.no_grad():
@@ -161,23 +173,20 @@ def test_order_matters_to_the_recurrent_network_and_not_to_the_mean():
 
 
 def test_the_mean_is_the_mean_of_the_slices_probabilities():
-    model, patients = scan_model("mean"), studies(patients=4)
+    model, patients = scan_model("mean"), some_scans(patients=4)
     with torch.no_grad():
         found = model(patients.values, patients.mask).softmax(1)
         for row in range(4):
-            own = patients.values[row][patients.mask[row]]
-            assert torch.allclose(
-                found[row],
-                model.aggregator.head(model.backbone.features(own)).softmax(1).mean(0),
-                atol=1e-6,
-            )
+            slices = patients.values[row][patients.mask[row]]
+            each = model.aggregator.head(model.backbone.features(slices)).softmax(1)
+            assert torch.allclose(found[row], each.mean(0), atol=1e-6)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="Unknown aggregator 'lstm'"):
         sequence.build_aggregator("lstm", 3)
     with pytest.raises(UserError, match="Unknown choice"):
-        patients = studies(patients=2)
+        patients = some_scans(patients=2)
         sequence.slice_budgets(
             scan_model("mean"),
             patients.values,
@@ -189,7 +198,7 @@ def test_unknown_names_are_refused():
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# -- training -----------------------------------------------------------------------------------
 
 
 def featured(part: sequence.Scans) -> sequence.Scans:
@@ -202,16 +211,18 @@ def featured(part: sequence.Scans) -> sequence.Scans:
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
-    everyone = featured(studies(patients=80, seed=1))
+    everyone = featured(some_scans(patients=80, seed=1))
     train, validation = everyone.pick(range(60)), everyone.pick(range(60, 80))
     state = torch.get_rng_state()
-    model, told = sequence.fit_aggregator(name, train, validation, epochs=30, seed=4)
+    model, outcome = sequence.fit_aggregator(name, train, validation, epochs=30, seed=4)
     assert torch.equal(state, torch.get_rng_state()) and not model.training
     with torch.no_grad():
         logits = model(validation.values, validation.mask)
     assert (logits.argmax(1) == validation.labels).float().mean() > 0.5, "chance is a quarter"
-    assert told["score"] == told["history"][-1]["score"]
-    assert macro_cross_entropy(logits, validation.labels) == pytest.approx(told["score"], abs=1e-3)
+    assert outcome["score"] == outcome["history"][-1]["score"]
+    assert macro_cross_entropy(logits, validation.labels) == pytest.approx(
+        outcome["score"], abs=1e-3
+    )
     again, _ = sequence.fit_aggregator(name, train, validation, epochs=30, seed=4)
     assert all(
         torch.equal(a, b)
@@ -221,7 +232,7 @@ def test_an_aggregator_learns_repeats_itself_and_leaves_the_random_state(name):
 
 @pytest.mark.parametrize("name", sequence.AGGREGATORS)
 def test_a_fit_depends_neither_on_threads_nor_on_the_last_bits_of_the_features(name):
-    everyone = featured(studies(patients=60, seed=1))
+    everyone = featured(some_scans(patients=60, seed=1))
     noise = 1e-6 * torch.randn(everyone.values.shape, generator=torch.Generator().manual_seed(9))
     moved = dataclasses.replace(everyone, values=everyone.values + noise * everyone.mask[..., None])
     assert not torch.equal(moved.values, everyone.values)
@@ -252,7 +263,7 @@ def test_a_fit_depends_neither_on_threads_nor_on_the_last_bits_of_the_features(n
 
 
 def test_a_fit_that_diverges_leaves_threads_and_random_state():
-    everyone = featured(studies(patients=12))
+    everyone = featured(some_scans(patients=12))
     broken = dataclasses.replace(everyone, values=1e6 * everyone.values)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     try:
@@ -267,38 +278,31 @@ def test_a_fit_that_diverges_leaves_threads_and_random_state():
 
 
 def test_a_fit_keeps_its_last_epoch_and_chooses_none():
-    everyone = featured(studies(patients=24))
-    model, told = sequence.fit_aggregator(
+    everyone = featured(some_scans(patients=24))
+    model, outcome = sequence.fit_aggregator(
         "mean", everyone.pick(range(16)), everyone.pick(range(16, 24)), epochs=4
     )
-    assert set(told) == {"history", "score"} and [entry["epoch"] for entry in told["history"]] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert set(outcome) == {"history", "score"}
+    assert [epoch["epoch"] for epoch in outcome["history"]] == [1, 2, 3, 4]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_nobody_may_be_in_training_and_validation():
-    everyone = featured(studies(patients=12))
-    with pytest.raises(UserError, match="Person 5 is in training and validation"):
+def test_no_patient_may_be_in_training_and_validation():
+    everyone = featured(some_scans(patients=12))
+    with pytest.raises(UserError, match="Patient 5 is in training and validation"):
         sequence.fit_aggregator("mean", everyone.pick(range(6)), everyone.pick(range(5, 12)))
 
 
-def test_thinning_leaves_everybody_a_slice():
+def test_dropping_slices_leaves_every_patient_one():
     mask = torch.zeros(200, 5, dtype=torch.bool)
     mask[:, 0] = True
     mask[100:] = True
-    thinned = sequence._thinned(mask, torch.Generator().manual_seed(0))
-    assert (
-        bool((thinned <= mask).all())
-        and bool(thinned.any(1).all())
-        and thinned[100:].sum() < mask[100:].sum()
-    )
+    thinned = sequence.drop_slices(mask, torch.Generator().manual_seed(0))
+    assert bool((thinned <= mask).all()) and bool(thinned.any(1).all())
+    assert thinned[100:].sum() < mask[100:].sum()
 
 
-# ------------------------------------------------------------------------------------------------------------- attacks
+# -- attacks ------------------------------------------------------------------------------------
 
 
 def attack_four(model, pixels, mask, labels, eps, *, steps=20, allowed=None):
@@ -309,7 +313,7 @@ def attack_four(model, pixels, mask, labels, eps, *, steps=20, allowed=None):
 
 @functools.cache
 def trained(name: str) -> sequence.ScanModel:
-    everyone = featured(studies(patients=80, seed=1))
+    everyone = featured(some_scans(patients=80, seed=1))
     reader, _ = sequence.fit_aggregator(
         name, everyone.pick(range(60)), everyone.pick(range(60, 80)), epochs=30
     )
@@ -319,8 +323,8 @@ def trained(name: str) -> sequence.ScanModel:
 
 
 def attacked(name: str = "gru"):
-    """(model, pixels, mask, labels): a trained model and people that it answers, whose answers are the labels."""
-    patients, model = studies(patients=40, seed=2), trained(name)
+    """A trained model, and pixels, mask and labels of patients; the labels are its answers."""
+    patients, model = some_scans(patients=40, seed=2), trained(name)
     with torch.no_grad():
         labels = model(patients.values, patients.mask).argmax(1)
     return model, patients.values, patients.mask, labels
@@ -332,7 +336,7 @@ def test_a_scan_attack_stays_inside_the_ball_and_on_existing_slices(name):
     made, logits = attack_four(model, pixels, mask, labels, 0.02, steps=5)
     assert (
         float((made - pixels).abs().max()) <= 0.02 + 1e-6
-        and 0 <= float(made.min())
+        and float(made.min()) >= 0
         and float(made.max()) <= 1
     )
     assert torch.equal(made[~mask], pixels[~mask])
@@ -382,7 +386,9 @@ def test_the_slice_budget_curve_starts_clean_ends_at_the_full_attack_and_never_r
         attack_four(model, pixels, mask, labels, 0.008, steps=10)[1].argmax(1) == labels
     ).numpy()
     assert np.array_equal(curve[-1], full)
-    assert 0 < full.sum() < clean.sum(), "the check says nothing where all or none fall"
+    assert 0 < full.sum() < clean.sum(), (
+        "the check says nothing where all or no patients are robust"
+    )
     assert all((later <= earlier).all() for earlier, later in zip(curve, curve[1:], strict=False))
     assert len({int(step.sum()) for step in curve}) > 2
 
@@ -395,16 +401,14 @@ def test_the_gradient_chooses_better_slices_than_chance():
         )
         for choice in ("gradient", "random")
     )
-    fell = greedy >= 0
-    assert (
-        torch.equal(fell, random_ >= 0)
-        and greedy[fell].float().mean() < random_[fell].float().mean()
-    )
+    flipped = greedy >= 0
+    assert torch.equal(flipped, random_ >= 0)
+    assert greedy[flipped].float().mean() < random_[flipped].float().mean()
 
 
 def test_slices_are_chosen_by_the_view_that_is_attacked():
-    """The four-class margin of this scan, between Mild and Moderate, hangs on the first slice alone; its three-class decision, on
-    the second."""
+    """The four-class margin of this scan, between Mild and Moderate, depends on the first slice
+    alone; its three-class decision on the second."""
 
     class Brightness(nn.Module):
         def features(self, images: torch.Tensor) -> torch.Tensor:
@@ -431,30 +435,31 @@ def test_slices_are_chosen_by_the_view_that_is_attacked():
     )
 
 
-def test_random_slices_do_not_depend_on_who_else_is_flipped():
+def test_random_slices_do_not_depend_on_which_other_patients_are_flipped():
     model, pixels, mask, labels = attacked("attention")
-    options = dict(steps=5, choice="random", view="four", seed=3)
+    options = {"steps": 5, "choice": "random", "view": "four", "seed": 3}
     together = sequence.slice_budgets(model, pixels, mask, labels, 0.02, (1, 2, 4), **options)
     turned = labels.clone()
-    turned[1::2] = (turned[1::2] + 1) % 4  # clean errors, who drop out before any slice is drawn
+    turned[1::2] = (turned[1::2] + 1) % 4  # clean errors, left out before any slice is drawn
     assert torch.equal(
         sequence.slice_budgets(model, pixels, mask, turned, 0.02, (1, 2, 4), **options)[::2],
         together[::2],
     )
 
 
-def test_a_scan_attack_does_not_depend_on_who_else_is_attacked():
+def test_a_scan_attack_does_not_depend_on_the_other_patients():
     model, pixels, mask, labels = attacked("attention")
     together = attack_four(model, pixels, mask, labels, 0.03, steps=5)[1]
     alone = attack_four(model, pixels[4:5], mask[4:5], labels[4:5], 0.03, steps=5)[1]
     assert torch.allclose(alone[0], together[4], atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------- each view in its own right
+# -- each view attacked separately --------------------------------------------------------------
 
 
 class Halves(nn.Module):
-    """A slice's logits from the brightness of its upper half, which moves Moderate, and of its lower one, which moves Very mild."""
+    """A slice's logits from the brightness of its halves: the upper one changes Moderate, the lower
+    one Very mild."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -472,27 +477,27 @@ class MeanLogits(nn.Module):
         return features.sum(1) / mask.sum(1, keepdim=True)
 
 
-def counted(model: sequence.ScanModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets an entry at every further look at a changed scan."""
-    looks, reread = [], model.reread
-    monkeypatch.setattr(model, "reread", lambda *given: (looks.append(1), reread(*given))[1])
-    return looks
+def count_queries(model: sequence.ScanModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets an element whenever the model is asked about a changed scan."""
+    queries, reread = [], model.reread
+    monkeypatch.setattr(model, "reread", lambda *given: (queries.append(1), reread(*given))[1])
+    return queries
 
 
-def test_a_fall_from_mild_to_moderate_is_not_taken_for_robustness_in_three_classes(monkeypatch):
+def test_mild_called_moderate_is_not_taken_for_robustness_in_three_classes(monkeypatch):
     model = sequence.ScanModel(Halves(), MeanLogits(), torch.zeros(4), torch.ones(4)).eval()
     pixels, mask, labels = (
         torch.full((1, 3, 1, 2, 2), 0.5),
         torch.ones(1, 3, dtype=torch.bool),
         torch.tensor([2]),
     )
-    looks, answers, count = counted(model, monkeypatch), {}, {}
+    queries, answers, count = count_queries(model, monkeypatch), {}, {}
     for view in ("four", "three"):
-        looks.clear()
+        queries.clear()
         answers[view] = sequence.attack_scan(
             model, pixels, mask, labels, 0.1, sequence.ScanAttack(view, 40)
         )[1]
-        count[view] = len(looks)
+        count[view] = len(queries)
     truth = sequence.scan_labels(labels, "three")
     assert sequence.scan_decisions(answers["four"], "four").tolist() == [3], "Mild became Moderate"
     assert torch.equal(sequence.scan_decisions(answers["four"], "three"), truth), (
@@ -502,7 +507,7 @@ def test_a_fall_from_mild_to_moderate_is_not_taken_for_robustness_in_three_class
         sequence.scan_decisions(answers["three"], "three").tolist() == [1]
         and count["three"] > 3 * count["four"]
     )
-    # The budget curve counts the answer of three classes, unless told otherwise.
+    # The budget curve counts the answer of three classes by default.
     least = {
         view: sequence.slice_budgets(model, pixels, mask, labels, 0.1, (1, 2), steps=40, **view_)
         for view, view_ in (
@@ -524,7 +529,7 @@ def robust(logits: torch.Tensor, labels: torch.Tensor, view: str) -> torch.Tenso
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_given_what_other_views_found_an_attack_leaves_nobody_robust_whom_they_misclassify(view):
+def test_given_the_scans_of_other_views_an_attack_is_not_weaker_than_they_are(view):
     model, pixels, mask, labels = attacked("attention")
     eps, scans, logits = 0.012, {}, {}
     for other in VIEWS:
@@ -546,8 +551,8 @@ def test_given_what_other_views_found_an_attack_leaves_nobody_robust_whom_they_m
         (
             alone & ~torch.stack([robust(found, labels, view) for found in logits.values()]).all(0)
         ).any()
-    ), "they found somebody"
-    assert 0 < left.sum(), "the check says nothing where all fall"
+    ), "they misclassified patients that this attack alone did not"
+    assert left.sum() > 0, "the check says nothing where no patient is robust"
     assert float((made - pixels).abs().max()) <= eps + 1e-6
     with torch.no_grad():
         assert torch.allclose(model(made, mask), answers, atol=1e-5)
@@ -562,13 +567,13 @@ def test_a_pushed_attack_goes_on_below_its_first_success():
         )[1]
         margins[push] = margin(group_logits(answers, BINARY), group_labels(labels, BINARY))
         wrong[push] = ~robust(answers, labels, "binary")
-    fell = wrong[False]
-    assert bool(fell.any()) and bool((wrong[False] <= wrong[True]).all())
+    flipped = wrong[False]
+    assert bool(flipped.any()) and bool((wrong[False] <= wrong[True]).all())
     assert bool((margins[True] <= margins[False] + 1e-6).all()) and bool(
-        (margins[True][fell] < margins[False][fell] - 0.1).any()
+        (margins[True][flipped] < margins[False][flipped] - 0.1).any()
     )
-    # Whom the model misdiagnoses without any attack is pushed as well, and otherwise left as is.
-    # Wrong in the binary view: an answer Non among four classes may still be outweighed by the others together.
+    # A patient misclassified without any attack is pushed as well, and else left as is. Wrong in
+    # the binary view: the other classes together may outweigh an answer Non among four.
     with torch.no_grad():
         turned = 1 - group_logits(model(pixels[:4], mask[:4]), BINARY).argmax(1)
     given = model, pixels[:4], mask[:4], turned, 0.02
@@ -585,45 +590,39 @@ def test_a_pushed_attack_goes_on_below_its_first_success():
 
 
 @pytest.mark.parametrize("momentum", [None, sequence.MOMENTUM])
-def test_random_starts_follow_each_patients_own_seed(momentum):
+def test_random_starts_follow_each_patients_seed(momentum, monkeypatch):
     model, pixels, mask, labels = attacked("attention")
-    few, seeds = [3, 0, 8, 5], [11, 12, 13, 14]
-    # Pushed, so that every attempt is made whoever falls.
+    eps, few, seeds = 0.004, [3, 0, 8, 5], [11, 12, 13, 14]
+    # Pushed, so that every attempt is made whether or not an earlier one succeeded.
     attack = sequence.ScanAttack("four", 2, attempts=3, momentum=momentum, push=True)
-
-    def run(rows: list[int], own: list[int] | None) -> torch.Tensor:
-        return sequence.attack_scan(
-            model, pixels[rows], mask[rows], labels[rows], 0.004, attack, seeds=own
-        )[0]
-
-    starts, random_scan = [], sequence._random_scan
+    starts, random_scan = [], sequence.random_scan
 
     def noted(*given):
         starts.append(random_scan(*given))
         return starts[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sequence, "_random_scan", noted)
-        together, of_all = run(few, seeds), list(starts)
+    def run(rows: list[int], seeds: list[int] | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Adversarial scans, and the random starts of all attempts."""
         starts.clear()
-        alone, of_one = run(few[2:3], seeds[2:3]), list(starts)
-        starts.clear()
-        turned = run(few[::-1], seeds[::-1])
-        starts.clear()
-        run(few[2:3], [99])
-        of_another = list(starts)
-        starts.clear()
-        run(few[2:3], None), run(few[2:3], [0])
-        of_nobody, of_zero = starts[:2], starts[2:]
-    assert len(of_all) == 2 * len(few) and len(of_one) == 2
-    assert torch.equal(alone[0], together[2]) and torch.equal(turned, together.flip(0))
-    assert all(
-        torch.equal(a, b) for a, b in zip(of_one, of_all[4:6], strict=True)
-    ) and not torch.equal(*of_one)
-    assert not any(torch.equal(a, b) for a, b in zip(of_one, of_another, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(of_nobody, of_zero, strict=True))
-    own, eps = pixels[few[2:3]], 0.004
-    for start in of_one:
-        assert float((start - own).abs().max()) <= eps + 1e-6 and torch.equal(
-            start[~mask[few[2:3]]], own[~mask[few[2:3]]]
+        scans, _ = sequence.attack_scan(
+            model, pixels[rows], mask[rows], labels[rows], eps, attack, seeds=seeds
         )
+        return scans, list(starts)
+
+    monkeypatch.setattr(attacks, "random_scan", noted)
+    together, of_all = run(few, seeds)
+    alone, of_one = run(few[2:3], seeds[2:3])
+    reversed_, _ = run(few[::-1], seeds[::-1])
+    _, of_another = run(few[2:3], [99])
+    _, of_none = run(few[2:3], None)
+    _, of_zero = run(few[2:3], [0])
+    assert len(of_all) == 2 * len(few) and len(of_one) == 2
+    assert torch.equal(alone[0], together[2]) and torch.equal(reversed_, together.flip(0))
+    assert all(torch.equal(a, b) for a, b in zip(of_one, of_all[4:6], strict=True))
+    assert not torch.equal(*of_one)
+    assert not any(torch.equal(a, b) for a, b in zip(of_one, of_another, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(of_none, of_zero, strict=True))
+    clean, absent = pixels[few[2:3]], ~mask[few[2:3]]
+    for start in of_one:
+        assert float((start - clean).abs().max()) <= eps + 1e-6
+        assert torch.equal(start[absent], clean[absent])

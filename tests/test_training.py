@@ -1,4 +1,4 @@
-"""training: the best epoch is chosen honestly, a killed run goes on to the same numbers, failures are clear."""
+"""training: honest choice of the best epoch, resuming to the same numbers, clear failures."""
 
 import dataclasses
 import json
@@ -16,11 +16,12 @@ from utils import training
 from utils.backbones import build_model, load_model, save_model
 from utils.config import RunConfig, make_config
 from utils.data import ImageSet
-from utils.utils_funcs import ROOT, UserError
+from utils.training import fitting, losses, trainer
+from utils.utils_funcs import ROOT, UserError, atomic_path
 
 
 def striped(count: int, seed: int) -> ImageSet:
-    """Images of 32 px whose class is where a bright bar stands."""
+    """Images of 32 px whose class is the position of a bright bar."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
     images = torch.rand(count, 1, 32, 32, generator=generator) * 40
@@ -42,14 +43,14 @@ DEVICE = torch.device("cpu")
 
 
 def small(model: str = "Efficientnet", **changes) -> RunConfig:
-    return make_config(
-        "demo",
-        model,
-        **{
-            **dict(input_size=None, epochs=2, batch_size=16, pretrained=False, train_steps=1),
-            **changes,
-        },
-    )
+    defaults = {
+        "input_size": None,
+        "epochs": 2,
+        "batch_size": 16,
+        "pretrained": False,
+        "train_steps": 1,
+    }
+    return make_config("demo", model, **{**defaults, **changes})
 
 
 class TinyNet(nn.Module):
@@ -58,36 +59,43 @@ class TinyNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.name, self.init, self.input_size = "Resnet", "random", None
-        self.conv, self.norm, self.fc = (
-            nn.Conv2d(1, 8, 5, 2),
-            nn.BatchNorm2d(8),
-            nn.Linear(8 * 16, 4),
-        )
+        self.body = TinyBody()
 
     def forward(self, images):
-        return self.fc(
-            torch.nn.functional.adaptive_avg_pool2d(
-                torch.relu(self.norm(self.conv(images))), 4
-            ).flatten(1)
-        )
+        return self.body(images)
+
+
+class TinyBody(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 5, 2)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8 * 16, 4)
+
+    def forward(self, images):
+        features = torch.relu(self.norm(self.conv(images)))
+        return self.fc(nn.functional.adaptive_avg_pool2d(features, 4).flatten(1))
+
+    def group_matcher(self, coarse=False):
+        return {"stem": "^conv|^norm"}
+
+
+def build_tiny(name, *, pretrained=True, input_size=None):
+    return TinyNet().eval()
+
+
+def load_tiny(path):
+    model = TinyNet().eval()
+    model.load_state_dict(weights(path))
+    return model
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Training with `TinyNet` in place of the backbones; `load_model` likewise."""
-
-    def build(name, *, pretrained=True, input_size=None):
-        return TinyNet().eval()
-
-    def load(path):
-        from safetensors.torch import load_file
-
-        model = build("")
-        model.load_state_dict(load_file(path))
-        return model
-
-    monkeypatch.setattr(training, "build_model", build)
-    monkeypatch.setattr(training, "load_model", load)
+    monkeypatch.setattr(trainer, "build_model", build_tiny)
+    monkeypatch.setattr(trainer, "load_model", load_tiny)
+    monkeypatch.setattr(fitting, "load_model", load_tiny)
     return tmp_path / "fold0_seed0.safetensors"
 
 
@@ -124,7 +132,7 @@ def test_a_backbone_trains_and_leaves_best_and_last(model, tmp_path):
 @pytest.mark.parametrize(
     "method,extra", [("pgd", {}), ("pgd", {"clean_weight": 0.5}), ("trades", {}), ("fast", {})]
 )
-def test_every_adversarial_method_learns_to_stand(tiny, method, extra):
+def test_every_adversarial_method_makes_the_model_robust(tiny, method, extra):
     config = small(
         "Resnet_atk",
         method=method,
@@ -148,6 +156,10 @@ def test_the_curriculum_grows_and_then_stays():
     assert training.curriculum(config, 5) == training.curriculum(config, 9.9) == config.train_eps
 
 
+def without_seconds(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history]
+
+
 @pytest.mark.parametrize("model", ["Resnet", "Resnet_atk"])
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9, "optimizer": "sgd"}])
 def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
@@ -163,10 +175,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
         training.fit(TRAIN, VALIDATION, config, broken, DEVICE, on_epoch=kill)
     assert not broken.exists(), "an unfinished training is not a checkpoint"
     resumed = training.fit(TRAIN, VALIDATION, config, broken, DEVICE)
-    strip = lambda history: [
-        {k: v for k, v in entry.items() if k != "seconds"} for entry in history
-    ]  # noqa: E731
-    assert strip(resumed.history) == strip(whole.history)
+    assert without_seconds(resumed.history) == without_seconds(whole.history)
     assert equal(weights(tiny), weights(broken))
     assert equal(
         weights(tiny.with_name("fold0_seed0_last.safetensors")),
@@ -178,7 +187,7 @@ def test_a_warm_start_begins_at_the_weights_of_the_clean_counterpart(tiny):
     training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
     config = small("Resnet_atk", warm_start=True, epochs=1, lr=0.0)
     robust = tiny.with_name("robust.safetensors")
-    with pytest.raises(UserError, match="clean twin"):
+    with pytest.raises(UserError, match="clean counterpart"):
         training.fit(TRAIN, VALIDATION, config, robust, DEVICE)
     training.fit(TRAIN, VALIDATION, config, robust, DEVICE, start=tiny)
     assert all(
@@ -205,17 +214,17 @@ def test_a_checkpoint_of_other_settings_is_an_error_until_retrained(tiny):
 
 def test_an_exploding_loss_is_a_clear_error_and_loses_nothing(tiny, monkeypatch):
     config = small("Resnet", epochs=3)
-    original, seen = training.loss_of_batch, []
+    original, seen = trainer.loss_of_batch, []
 
     def poisoned(*arguments, **options):
         seen.append(1)
         loss, logits = original(*arguments, **options)
         return (loss * float("nan") if len(seen) == 4 else loss), logits
 
-    monkeypatch.setattr(training, "loss_of_batch", poisoned)
+    monkeypatch.setattr(trainer, "loss_of_batch", poisoned)
     with pytest.raises(UserError, match="loss became nan in epoch 2"):
         training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
-    monkeypatch.setattr(training, "loss_of_batch", original)
+    monkeypatch.setattr(trainer, "loss_of_batch", original)
     assert len(training.fit(TRAIN, VALIDATION, config, tiny, DEVICE).history) == 3
 
 
@@ -254,8 +263,10 @@ def test_fine_tuning_freezes_what_lies_below(name):
     model = build_model(name, pretrained=False)
     counts = {}
     for what in ("full", "last_block", "head"):
-        training.parameter_groups(model, RunConfig(model=name, fine_tune=what))
+        training.freeze_lower_layers(model, what)
+        groups = training.parameter_groups(model, RunConfig(model=name, fine_tune=what))
         counts[what] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert counts[what] == sum(p.numel() for group in groups for p in group["params"])
     assert counts["full"] == sum(p.numel() for p in model.parameters())
     assert 0 < counts["head"] < counts["last_block"] < counts["full"]
 
@@ -270,39 +281,41 @@ def test_layer_decay_slows_lower_blocks_of_dinov2():
         if name.endswith("attention.query.weight") or "q_proj.weight" in name
     ]
     assert len(scales) == 12 and scales == sorted(scales) and scales[0] < 0.2
+    assert scales == [pytest.approx(0.8**below) for below in range(12, 0, -1)]
+    embeddings = model.body.backbone.embeddings.cls_token
+    assert scale_of[id(embeddings)] == pytest.approx(0.8**14)
     assert scale_of[id(model.body.head.weight)] == 1.0
 
 
-def test_nothing_is_trained_in_the_attack_and_batchnorm_does_not_move():
+def test_nothing_is_trained_in_the_attack_and_batchnorm_does_not_move(monkeypatch):
     model = TinyNet()
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     images, labels = torch.rand(8, 1, 32, 32), torch.arange(8) % 4
-    steps = []
-    original = training.perturb_for_training
+    modes = []
+    original = losses.perturb_for_training
 
     def watched(network, *arguments, **options):
-        steps.append(network.training)
+        modes.append(network.training)
         return original(network, *arguments, **options)
 
     config = small("Resnet_atk", train_steps=3)
-    training.perturb_for_training = watched
-    try:
-        training.loss_of_batch(
-            model, images, labels, config, 0.1, None, lambda: torch.autocast("cpu", enabled=False)
-        )
-    finally:
-        training.perturb_for_training = original
-    assert steps == [False] and model.training
+    monkeypatch.setattr(losses, "perturb_for_training", watched)
+    training.loss_of_batch(
+        model, images, labels, config, 0.1, None, lambda: torch.autocast("cpu", enabled=False)
+    )
+    assert modes == [False] and model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert torch.equal(model.state_dict()["conv.weight"], before["conv.weight"])
-    assert int(model.norm.num_batches_tracked) == 1, (
-        "one forward pass in train mode: the one that is learnt from"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.state_dict()["body.conv.weight"], before["body.conv.weight"])
+    assert int(model.body.norm.num_batches_tracked) == 1, (
+        "one forward pass in train mode: the one that is learned from"
     )
 
 
 class Probed(nn.Module):
-    """A linear model that takes its time in one precision and, where asked, turns its gradient round in bf16."""
+    """A linear model that is slow in one precision and, where asked, has the opposite gradient in
+    bf16."""
 
     def __init__(self, slow: str, wrong: bool) -> None:
         super().__init__()
@@ -330,12 +343,13 @@ def test_the_probe_takes_the_faster_precision_only_if_its_gradient_agrees(slow, 
 
 
 def test_the_probe_leaves_training_as_if_it_had_not_run(tiny):
-    weights = []
+    states = []
     for precision in ("auto", "fp32"):
-        trainer = training._Trainer(TRAIN, VALIDATION, small("Resnet", precision=precision), DEVICE)
-        weights.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
-        assert trainer.precision in ("fp32", "bf16")
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+        config = small("Resnet", precision=precision)
+        probed = training.Trainer(TRAIN, VALIDATION, config, DEVICE)
+        states.append({key: value.clone() for key, value in probed.model.state_dict().items()})
+        assert probed.precision in ("fp32", "bf16")
+    assert equal(*states)
 
 
 def test_settings_survive_json():
@@ -355,7 +369,7 @@ def test_a_state_of_another_backbone_does_not_load(tiny):
         training.fit(TRAIN, VALIDATION, config, tiny, DEVICE, on_epoch=stop)
     path = tiny.with_suffix(".state.pt")
     state = torch.load(path, weights_only=True)
-    state["model"]["conv.weight"] = torch.zeros(8, 1, 3, 3)
+    state["model"]["body.conv.weight"] = torch.zeros(8, 1, 3, 3)
     torch.save(state, path)
     with pytest.raises(UserError, match="does not fit"):
         training.fit(TRAIN, VALIDATION, config, tiny, DEVICE)
@@ -368,7 +382,7 @@ def test_save_model_is_what_load_model_reads(tmp_path):
 
 
 def test_an_exploding_gradient_costs_its_step_and_many_in_a_row_end_the_training(tiny, monkeypatch):
-    original, broken = training.loss_of_batch, {3}
+    original, broken = trainer.loss_of_batch, {3}
     seen = []
 
     class Exploding(torch.autograd.Function):
@@ -385,7 +399,7 @@ def test_an_exploding_gradient_costs_its_step_and_many_in_a_row_end_the_training
         loss, logits = original(*arguments, **options)
         return (Exploding.apply(loss) if len(seen) in broken else loss), logits
 
-    monkeypatch.setattr(training, "loss_of_batch", exploding)
+    monkeypatch.setattr(trainer, "loss_of_batch", exploding)
     fit = training.fit(TRAIN, VALIDATION, small("Resnet", epochs=3), tiny, DEVICE)
     assert [entry["skipped_steps"] for entry in fit.history] == [0, 1, 0]
     assert all(torch.isfinite(tensor.float()).all() for tensor in weights(tiny).values())
@@ -401,26 +415,25 @@ def test_an_exploding_gradient_costs_its_step_and_many_in_a_row_end_the_training
 
 
 def test_single_step_training_that_collapses_goes_on_with_pgd(tiny, monkeypatch):
-    """Collapse is simulated: PGD is shown to fell what one step leaves standing, in the second epoch alone."""
-    original, calls = training.attacked_logits, []
+    """Collapse is simulated: in the second epoch alone, images robust to one step are shown as not
+    robust to PGD."""
+    original, calls = trainer.attacked_logits, []
 
-    def shown(model, images, labels, eps, device, *, steps, **options):
+    def simulated(model, images, labels, eps, device, *, steps, **options):
         if steps in (1, 10):
             calls.append(steps)
             right = torch.nn.functional.one_hot(labels, 4).float()
             return -right if steps == 10 and len(calls) == 4 else right
         return original(model, images, labels, eps, device, steps=steps, **options)
 
-    monkeypatch.setattr(training, "attacked_logits", shown)
-    used = []
-    inner = training.perturb_for_training
-    monkeypatch.setattr(
-        training,
-        "perturb_for_training",
-        lambda *arguments, **options: (used.append(options["steps"]), inner(*arguments, **options))[
-            1
-        ],
-    )
+    monkeypatch.setattr(trainer, "attacked_logits", simulated)
+    used, inner = [], losses.perturb_for_training
+
+    def counted(*arguments, **options):
+        used.append(options["steps"])
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(losses, "perturb_for_training", counted)
     fit = training.fit(
         TRAIN,
         VALIDATION,
@@ -430,9 +443,7 @@ def test_single_step_training_that_collapses_goes_on_with_pgd(tiny, monkeypatch)
     )
     assert [entry.get("collapsed") for entry in fit.history] == [False, True, None, None]
     assert fit.best_epoch != 2
-    assert {step for step in used if step != training.VALIDATION_STEPS} == {1, 2}, (
-        "one step before the collapse, PGD after it"
-    )
+    assert set(used) == {1, 2}, "one step before the collapse, PGD after it"
 
 
 def test_a_healthy_single_step_training_is_not_called_collapsed(tiny):
@@ -456,9 +467,9 @@ def test_ordinal_labels_charge_more_for_a_graver_error():
 
 def test_patience_ends_a_training_that_gets_no_better(tiny, monkeypatch):
     scores = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
-    original = training.validate
+    original = trainer.validate
     monkeypatch.setattr(
-        training,
+        trainer,
         "validate",
         lambda *arguments: {**original(*arguments), "validation_classes": 4, "score": next(scores)},
     )
@@ -480,8 +491,6 @@ def test_tensorboard_events_hold_every_epoch(tiny, tmp_path):
 
 
 def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
-    from utils.utils_funcs import atomic_path
-
     (tmp_path / "a.json").write_text("old")
     with (
         pytest.raises(UserError, match="the disk is full"),
@@ -489,29 +498,24 @@ def test_a_full_disk_is_a_clear_error_and_the_old_file_stays(tmp_path):
     ):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
-    assert (tmp_path / "a.json").read_text() == "old" and [
-        path.name for path in tmp_path.iterdir()
-    ] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def own_mounts() -> list[str]:
-    """The command that gives a program a mount namespace of its own, in which it may mount a disk; empty where there is none."""
+def mount_namespace() -> list[str]:
+    """The command with which a program may mount a disk only for itself; empty where it cannot."""
     for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        if (
-            shutil.which(command[0])
-            and subprocess.run(
-                [*command, "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True
-            ).returncode
-            == 0
-        ):
-            return command
+        if shutil.which(command[0]):
+            mount = [*command, "sh", "-c", "mount -t tmpfs none /mnt"]
+            if subprocess.run(mount, capture_output=True).returncode == 0:
+                return command
     return []
 
 
 def test_a_disk_that_is_really_full_is_a_clear_error_and_every_old_file_stays(tmp_path):
-    """A memory disk of 2 MiB, filled to the last byte, to a part of the new file, or to the last file name; and once while
-    a training runs."""
-    if not (namespace := own_mounts()):
+    """A memory disk of 2 MiB, filled to the last byte, to a part of the new file, or to the last
+    file name; and once while a training runs."""
+    if not (namespace := mount_namespace()):
         pytest.skip("no mount namespace (Linux, as root or with user namespaces)")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -533,4 +537,4 @@ def test_a_disk_that_is_really_full_is_a_clear_error_and_every_old_file_stays(tm
         )
         assert result["whole"], f"{name}: the old file is not what it was"
         assert result["left"] == [], f"{name}: {result['left']} is left behind"
-    assert not list(disk.iterdir()), "the disk went with its process"
+    assert not list(disk.iterdir()), "the disk disappears with its process"

@@ -1,17 +1,21 @@
-"""utils_funcs: files are whole or absent, lesser runs never reach the committed tree."""
+"""utils_funcs: files are whole or absent, lesser runs never reach the committed results."""
 
+import ctypes
 import json
 import platform
 
 import pytest
+import torch
 
 from utils.utils_funcs import (
     ROOT,
     UserError,
     atomic_path,
     choose_device,
+    keep_freed_memory,
     read_json,
     result_root,
+    set_up_process,
     write_json,
 )
 
@@ -53,10 +57,6 @@ def test_only_full_runs_on_real_data_write_the_repository(profile):
 
 
 def test_freed_memory_is_kept_where_the_c_library_can_and_never_an_error(monkeypatch):
-    import ctypes
-
-    from utils.utils_funcs import keep_freed_memory
-
     assert keep_freed_memory.__wrapped__() is (platform.libc_ver()[0] == "glibc")
     monkeypatch.setattr(
         ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library"))
@@ -64,9 +64,16 @@ def test_freed_memory_is_kept_where_the_c_library_can_and_never_an_error(monkeyp
     assert keep_freed_memory.__wrapped__() is False
 
 
-def test_float32_on_a_gpu_is_float32(monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    choose_device()
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+def test_float32_on_a_gpu_is_float32_once_a_process_is_set_up():
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = True
+        choose_device()
+        assert all(backend.allow_tf32 for backend in backends), "choosing changes nothing"
+        set_up_process()
+        assert not any(backend.allow_tf32 for backend in backends)
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

@@ -1,1 +1,1 @@
-"""The library that the notebooks share: one room a file, each importing only from floors below it (README, "Structure")."""
+"""The library that the notebooks share; CONTRIBUTING.md has the map of it."""

@@ -1,4 +1,4 @@
-"""One frozen dataclass `RunConfig` holds every setting of a run; three profiles (`demo`, `cpu`, `paper`) fill it."""
+"""Every setting of a run in one frozen dataclass, and its profiles `demo`, `cpu` and `paper`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ Protocol = Literal["slice", "patient"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of one unit (one model, protocol, fold and seed). `--help` of every command shows these lines."""
+    """Settings of one run (one model, protocol, fold and seed).
+
+    `--help` of every command shows the lines below."""
 
     model: str = "Resnet"
     """One of Dinov2, Dinov2_atk, Efficientnet, Efficientnet_atk, Resnet, Resnet_atk."""
     protocol: Protocol = "patient"
-    """`slice` is the published split (people on both sides); `patient` keeps people apart."""
+    """`slice` is the published split (patients on both sides); `patient` keeps patients apart."""
     fold: int = 0
     """Test fold of the `patient` protocol, 0-4; always 0 under `slice`."""
     seed: int = 0
@@ -29,11 +31,11 @@ class RunConfig:
 
     # data
     max_train: int | None = None
-    """Train on only so many slices, spread over classes and people (None: all): the demo's small stratified part."""
+    """Train on only so many slices, spread over classes and patients (None: all)."""
     max_test: int | None = None
     """Validate and test on only so many slices, spread in the same way (None: all)."""
     slice_stride: int = 1
-    """Every how many-th slice of a person an epoch draws; neighbours are nearly the same image."""
+    """An epoch draws one in so many slices of a patient; neighbors are nearly the same image."""
     input_size: int | None = None
     """Side in pixels that the backbone sees (None: native). Attacks always act on native pixels."""
 
@@ -49,38 +51,40 @@ class RunConfig:
     augmentation: float = 0.5
     """Strength in [0, 1] of flips, shifts, rotations and brightness; 0 turns them off."""
     loss: Literal["ce", "ordinal"] = "ce"
-    """Cross-entropy against the class, or against soft labels that fall off with the distance between ratings."""
+    """Cross-entropy against the class, or against soft labels by the distance between ratings."""
     label_smoothing: float = 0.0
     class_weights: bool = True
     """Weight the loss by inverse class frequency of the training set."""
     gradient_clip: float = 1.0
     patience: int = 0
-    """Stop after so many epochs without a better validation score (0: run all epochs; the best one is kept anyway)."""
+    """Stop after so many epochs without a better validation score (0: run all epochs).
+
+    The best epoch is kept anyway."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, per step (0: off)."""
     pretrained: bool = True
     """Ask for pretrained weights; the record says what was really loaded."""
     fine_tune: Literal["full", "last_block", "head"] = "full"
     layer_decay: float = 1.0
-    """Learning-rate factor from one block of DINOv2 to the block below it (1: the same everywhere)."""
+    """Factor on the learning rate from one block of DINOv2 to the block below it (1: none)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of training; `auto` times both for this backbone on this machine and takes the faster that agrees."""
+    """Arithmetic of training; `auto` times both on this machine and takes bf16 where it is faster
+    and agrees with fp32."""
 
     # adversarial training (`_atk` models only)
     method: Literal["pgd", "trades", "fast"] = "pgd"
-    """PGD-AT (Madry et al. 2018), TRADES (Zhang et al. 2019), or fast single-step (Wong et al. 2020)."""
+    """PGD-AT (Madry et al. 2018), TRADES (Zhang et al. 2019), or fast single-step training (Wong et
+    al. 2020)."""
     train_eps: float = 4 / 255
     train_steps: int = 2
     clean_weight: float = 0.0
-    """Weight of the clean term beside the adversarial one: loss = w·clean + (1 − w)·adversarial. For TRADES the
-    adversarial term is beta·KL, beta = `trades_beta`, and this weight is not used."""
+    """w in loss = w·clean + (1 − w)·adversarial; TRADES does not use it."""
     trades_beta: float = 6.0
+    """beta in the loss of TRADES = clean + beta·KL(clean, adversarial)."""
     eps_ramp: float = 0.5
-    """Curriculum: eps grows linearly from 0 over this share of the epochs, then stays at `train_eps`."""
-
+    """Curriculum: eps grows linearly from 0 to `train_eps` over this share of the epochs."""
     warm_start: bool = False
-    """Start from the finished weights of the clean twin of the same protocol, fold and seed instead of pretrained or random
-    ones."""
+    """Start from the trained weights of the clean counterpart (same protocol, fold and seed)."""
 
     # search
     trials: int = 0
@@ -89,28 +93,29 @@ class RunConfig:
 
     # attack
     eps: tuple[str, ...] = ("0.5/255", "1/255", "2/255", "4/255", "8/255", "0.005")
-    """Sweep of L-infinity budgets, written as a reader writes them."""
+    """L-infinity budgets of the sweep, written as a reader writes them."""
     headline_eps: str = "4/255"
     pgd_steps: int = 20
     sweep_steps: int = 100
-    """Auto-PGD steps at the eps of the sweep; the headline eps always gets 100."""
+    """Auto-PGD steps at each eps of the sweep; the headline eps always gets 100."""
     max_steps: int = 400
-    """PGD and Auto-PGD are repeated with twice the steps until a round misclassifies no further image, up to so many steps;
-    one such round is always run."""
+    """PGD and Auto-PGD are repeated with twice the steps, up to so many, until a round
+    misclassifies no further image; at least one such round is run."""
     attack_stride: int = 1
-    """Attack one in so many test slices of each person; clean scores are always of every test slice."""
+    """Attack one in so many test slices of each patient; clean scores are of every test slice."""
     attack_batch: int = 64
     attack_as_trained: bool = False
-    """Attacks search in the arithmetic that `precision` came to, so in bfloat16 where that was the faster; what fell is always
-    decided in float32."""
+    """Attacks search in the arithmetic that the model was trained in, so in bfloat16 where that was
+    faster; whether an image is misclassified is always decided in float32."""
     suite: Literal["quick", "standard", "full"] = "standard"
-    """`quick`: noise, FGSM, PGD; `standard`: also targeted, APGD-T and Square on what still stands, and transfer; `full`:
-    also other norms, decisions alone, and AutoAttack on a stratified sample."""
+    """`quick`: noise, FGSM, PGD. `standard`: also targeted PGD, transfer, and APGD-T and Square on
+    the images robust so far. `full`: also other norms, attacks that see only decisions, and
+    AutoAttack on a stratified sample."""
     sample: int = 128
-    """Slices in the stratified sample for the dearest attacks."""
+    """Slices in the stratified sample for the most expensive attacks."""
     explained: int | None = None
-    """Slices of the sample whose maps are measured, whose smallest perturbations are sought and whose features are asked for
-    the person (None: all of them)."""
+    """Slices of the sample whose explanations are measured, whose smallest perturbations are
+    searched, and from whose features the patient is predicted (None: all of them)."""
 
     def __post_init__(self) -> None:
         if self.model not in MODELS:
@@ -118,14 +123,17 @@ class RunConfig:
 
     @property
     def adversarial(self) -> bool:
+        """Whether the model is trained adversarially."""
         return self.model.endswith("_atk")
 
     @property
     def regime(self) -> str:
+        """`clean`, or `atk` for adversarial training."""
         return "atk" if self.adversarial else "clean"
 
     @property
     def backbone(self) -> str:
+        """The model's name without its regime."""
         return self.model.removesuffix("_atk")
 
     def for_explanations(self) -> RunConfig:
@@ -134,7 +142,7 @@ class RunConfig:
 
     @property
     def run_name(self) -> str:
-        """The unit's name in paths, `fold<k>_seed<s>`."""
+        """The run's name in paths, `fold<k>_seed<s>`."""
         return f"fold{self.fold}_seed{self.seed}"
 
 
@@ -154,59 +162,67 @@ def parse_eps(text: str) -> float:
 
 #: What a profile changes: budgets and sizes, never code paths.
 PROFILES: dict[str, dict] = {
-    "demo": dict(
-        max_train=64,
-        max_test=24,
-        precision="fp32",
-        input_size=48,
-        epochs=2,
-        batch_size=16,
-        train_steps=2,
-        trials=2,
-        search_epochs=1,
-        eps=("1/255", "4/255"),
-        pgd_steps=5,
-        max_steps=40,
-        suite="quick",
-        sample=8,
-    ),
-    # Everybody is attacked, on two slices each: the number of people decides how wide the intervals are.
-    "cpu": dict(
-        slice_stride=4,
-        epochs=12,
-        train_steps=2,
-        trials=0,
-        suite="full",
-        attack_stride=16,
-        sweep_steps=20,
-        sample=32,
-        attack_as_trained=True,
-    ),
-    "paper": dict(
-        input_size=224,
-        epochs=40,
-        batch_size=64,
-        train_steps=10,
-        trials=20,
-        search_epochs=8,
-        suite="full",
-        attack_batch=256,
-        sample=512,
-        pgd_steps=50,
-    ),
+    "demo": {
+        "max_train": 16,
+        "max_test": 8,
+        "precision": "fp32",
+        "input_size": 32,
+        "epochs": 2,
+        "batch_size": 8,
+        "train_steps": 2,
+        "trials": 2,
+        "search_epochs": 1,
+        "eps": ("4/255",),
+        "pgd_steps": 3,
+        "max_steps": 6,
+        "suite": "quick",
+        "sample": 4,
+    },
+    # Every patient is attacked, on two slices each: the number of patients decides how wide the
+    # intervals are.
+    "cpu": {
+        "slice_stride": 4,
+        "epochs": 12,
+        "train_steps": 2,
+        "trials": 0,
+        "suite": "full",
+        "attack_stride": 16,
+        "sweep_steps": 20,
+        "sample": 32,
+        "attack_as_trained": True,
+    },
+    "paper": {
+        "input_size": 224,
+        "epochs": 40,
+        "batch_size": 64,
+        "train_steps": 10,
+        "trials": 20,
+        "search_epochs": 8,
+        "suite": "full",
+        "attack_batch": 256,
+        "sample": 512,
+        "pgd_steps": 50,
+    },
 }
-#: Learning rates of a model, or of a backbone, where the default is not theirs.
+#: Learning rates of a model, or of a backbone, that differ from the default.
 LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3, "Efficientnet_atk": 3e-4}
-#: In a `cpu` run's few hundred steps PGD adversarial training of EfficientNet-B0 hardly beats one answer for every image, from
-#: random weights or from the clean twin's; TRADES from the clean twin's weights does (`assets/Efficientnet_atk/defaults.json`, by
+#: Settings of a model under `cpu`. In its few hundred steps PGD adversarial training of
+#: EfficientNet-B0 is hardly better than one answer for all images, from random weights or from the
+#: clean counterpart's; TRADES from the clean counterpart's weights is
+#: (`assets/Efficientnet_atk/defaults.json`, by
 #: `python tests/benchmarks/defaults.py --model Efficientnet_atk`).
-CPU_RECIPES = {"Efficientnet_atk": dict(method="trades", trades_beta=2.0, warm_start=True)}
-#: DINOv2's patch is 14 pixels and it silently ignores the remainder, so its sizes are multiples of 14.
-VIT_INPUT = {48: 56, None: 126, 128: 126}
+CPU_RECIPES = {"Efficientnet_atk": {"method": "trades", "trades_beta": 2.0, "warm_start": True}}
+#: Input size of a profile → that of DINOv2. Its patch is 14 pixels and it silently ignores the
+#: remainder, so its sizes are multiples of 14.
+VIT_INPUT = {32: 28, None: 126, 128: 126}
 
 
-def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -> RunConfig:
-    """The profile's settings for this model, then `overrides`."""
+def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides: object) -> RunConfig:
+    """The profile's settings for this model, changed by `overrides`.
+
+    Raises:
+        UserError: an unknown profile, model or setting.
+    """
     if profile not in PROFILES:
         raise UserError(f"Unknown profile {profile!r}: expected one of {', '.join(PROFILES)}.")
     settings = {**PROFILES[profile], "profile": profile, "model": model}
@@ -219,27 +235,31 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides) -
         settings["input_size"] = VIT_INPUT.get(
             settings.get("input_size"), settings.get("input_size")
         )
+    if profile == "demo" and overrides.get("protocol") == "slice":
+        settings["trials"] = 0  # one search shows how it goes
     if profile == "cpu" and overrides.get("protocol") == "slice":
-        # One fold has to carry what five carry under `patient`: about one slice of each of the 200 people is attacked, and
-        # the sample for the dearest attacks is five times as large. The literature's scores on this split come from
-        # memorising the training folder, so that is what is trained: every slice an epoch, as it is. Adversarial training
-        # costs three passes a step and draws every second one.
-        settings |= dict(
-            sample=128,
-            explained=64,
-            attack_stride=8,
-            augmentation=0.0,
-            epochs=8,
-            slice_stride=2 if model.endswith("_atk") else 1,
-        )
+        # One fold has to do what five do under `patient`: about one slice of each of the 200
+        # patients is attacked, and the sample for the most expensive attacks is larger. The
+        # literature's scores on this split come from memorizing the training folder, so that is
+        # what is trained: every slice in an epoch, without augmentation. Adversarial training costs
+        # three passes a step, so it draws every second slice.
+        settings |= {
+            "sample": 128,
+            "explained": 64,
+            "attack_stride": 8,
+            "augmentation": 0.0,
+            "epochs": 8,
+            "slice_stride": 2 if model.endswith("_atk") else 1,
+        }
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
         raise UserError(
-            f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run --help`."
+            f"Unknown setting {', '.join(sorted(unknown))}: see `python -m utils.experiment run "
+            "--help`."
         )
     return RunConfig(**{**settings, **overrides})
 
 
-def folds_of(profile: Profile, protocol: Protocol) -> tuple[int, ...]:
-    """Test folds that a profile runs: one under `slice`; five under `patient`, only the first in `demo`."""
+def folds_of(profile: str, protocol: str) -> tuple[int, ...]:
+    """Test folds that a profile runs: five under `patient`; one under `slice`, and in `demo`."""
     return (0,) if protocol == "slice" or profile == "demo" else (0, 1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""Cohort and protocol → tensors: who is in which set, the prepared files, batches and augmentation."""
+"""Cohort and protocol → tensors: which patient is in which set, prepared files, augmentation."""
 
 from __future__ import annotations
 
@@ -14,39 +14,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.cohort import Cohort, RawImages
+from utils.cohort.raw import RawImages
+from utils.cohort.table import Cohort
+from utils.sampling import bit_reversed_order, classes_in_turn
 from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path
 
 SETS = ("train", "validation", "test")
 N_FOLDS = 5
-#: Share of the training people (by class) that validate.
+#: Share of the patients outside the test fold, by class, that validate.
 VALIDATION_SHARE = 1 / 8
 COMMITTED_FOLDS = ROOT / "dataset" / "folds.csv"
 
 
 class SharedPatientsError(UserError):
-    """Somebody stands in two sets of the `patient` protocol."""
+    """A patient is in two sets of the `patient` protocol."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One set of one protocol, as it lies on disk.
-
-    images: `uint8` (N, 1, H, W), native size; labels: `int64` (N,), 0-3; people, slices: `int64` (N,), patient id and
-    position along the body axis, -1 where unknown (synthetic images); files: SHA-256 of each image file.
-    """
+    """One set of one protocol, as it is on disk."""
 
     images: Tensor
+    """uint8 (N, 1, H, W), native size."""
     labels: Tensor
+    """int64 (N,), 0-3."""
     patients: Tensor
+    """int64 (N,), patient id, -1 where unknown (synthetic images)."""
     slices: Tensor
+    """int64 (N,), position along the body axis, -1 where unknown."""
     files: list[str]
+    """SHA-256 of each image file."""
     name: str
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pick(self, rows: Tensor | np.ndarray) -> ImageSet:
+        """The images of these rows, in their order."""
         rows = torch.as_tensor(rows, dtype=torch.long)
         return replace(
             self,
@@ -58,12 +62,12 @@ class ImageSet:
         )
 
     def balance(self) -> dict[str, tuple[int, int]]:
-        """Class → (people, slices); images of nobody known count as slices only."""
+        """Class → (patients, slices); images of unknown patients count as slices only."""
         return balance(self.labels.numpy(), self.patients.numpy())
 
 
 def balance(labels: np.ndarray, patients: np.ndarray) -> dict[str, tuple[int, int]]:
-    """Class → (people, slices); images of nobody known (-1) count as slices only."""
+    """Class → (patients, slices); images of unknown patients (-1) count as slices only."""
     return {
         name: (
             len(np.unique(patients[(patients >= 0) & (labels == label)])),
@@ -73,34 +77,48 @@ def balance(labels: np.ndarray, patients: np.ndarray) -> dict[str, tuple[int, in
     }
 
 
-# ---------------------------------------------------------------------------------------------------- who goes where
+# -- which patient is in which set -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Folds:
-    """Test fold of every person, and the folds in which the person validates."""
+    """Which patients test and validate in which fold; all columns have one row a patient."""
 
     patient_id: np.ndarray
     label: np.ndarray
     fold: np.ndarray
+    """The fold in which the patient tests."""
     validation_of: list[tuple[int, ...]]
+    """The folds in which the patient validates."""
 
     def roles(self, fold: int) -> dict[int, str]:
         """Patient id → `train`, `validation` or `test` when `fold` is the test fold."""
         return {
-            int(patient): "test" if own == fold else "validation" if fold in validates else "train"
-            for patient, own, validates in zip(self.patient_id, self.fold, self.validation_of)
+            int(patient): "test"
+            if tests == fold
+            else "validation"
+            if fold in validates
+            else "train"
+            for patient, tests, validates in zip(
+                self.patient_id, self.fold, self.validation_of, strict=True
+            )
         }
 
 
 def assign_folds(patient_id: np.ndarray, label: np.ndarray, seed: int = 0) -> Folds:
-    """Five folds of people, stratified by class; in each, one eighth of the training people of a class validate.
+    """Five folds of patients, stratified by class.
 
-    A class with fewer people than folds (Moderate: two) sits in different test folds and never validates.
-    A class's largest remainder falls on other folds than the class before it, so that folds have like sizes.
+    In each, one eighth of a class's patients outside the test fold validate. A class with fewer
+    patients than folds (Moderate: two) tests in different folds and never validates. Where a class
+    does not divide by five, its larger folds follow those of the class before, so that all folds
+    have similar sizes.
+
+    Args:
+        patient_id, label: (P,), the patients and their classes.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
-    fold, validates = np.zeros(len(patient_id), int), [[] for _ in patient_id]
+    fold = np.zeros(len(patient_id), int)
+    validates: list[list[int]] = [[] for _ in patient_id]
     offset = 0
     for value in np.unique(label):
         rows = generator.permutation(np.flatnonzero(label == value))
@@ -109,38 +127,42 @@ def assign_folds(patient_id: np.ndarray, label: np.ndarray, seed: int = 0) -> Fo
         if len(rows) < N_FOLDS:
             continue
         for test in range(N_FOLDS):
-            # The next folds' people in turn, so that nobody validates twice where a class is large enough.
+            # Patients of the next folds in turn, so that no patient validates twice where a class
+            # is large enough.
             order = sorted(
                 (row for row in rows if fold[row] != test),
                 key=lambda row: (fold[row] - test) % N_FOLDS,
             )
             for row in order[: max(1, round(VALIDATION_SHARE * len(order)))]:
                 validates[row].append(test)
-    return Folds(patient_id, label, fold, [tuple(v) for v in validates])
+    return Folds(patient_id, label, fold, [tuple(folds) for folds in validates])
 
 
 def write_folds(folds: Folds, path: Path) -> None:
+    """Writes the folds as CSV, one row a patient; `read_folds` reads them."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["patient_id", "label", "fold", "validation_of"])
-        for row in zip(folds.patient_id, folds.label, folds.fold, folds.validation_of):
-            writer.writerow([*row[:3], " ".join(map(str, row[3]))])
+        columns = (folds.patient_id, folds.label, folds.fold, folds.validation_of)
+        for patient, label, fold, validation_of in zip(*columns, strict=True):
+            writer.writerow([patient, label, fold, " ".join(map(str, validation_of))])
 
 
 def read_folds(path: Path) -> Folds:
+    """The folds that `write_folds` wrote."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    column = lambda name: np.array([int(row[name]) for row in rows])  # noqa: E731
     return Folds(
-        column("patient_id"),
-        column("label"),
-        column("fold"),
-        [tuple(map(int, row["validation_of"].split())) for row in rows],
+        **{
+            name: np.array([int(row[name]) for row in rows])
+            for name in ("patient_id", "label", "fold")
+        },
+        validation_of=[tuple(map(int, row["validation_of"].split())) for row in rows],
     )
 
 
 def patients_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
-    """(patient ids, class of each). Somebody with images in two classes counts as the higher one."""
+    """Patient ids and the class of each: the higher one where a patient has images of two."""
     real = cohort.patient_id >= 0
     patients = np.unique(cohort.patient_id[real])
     return patients, np.array(
@@ -149,7 +171,11 @@ def patients_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
 
 
 def folds_for(cohort: Cohort, cache: Path, committed: Path = COMMITTED_FOLDS) -> Folds:
-    """The committed assignment where it fits this cohort's people, else the one beside the prepared sets, else a new one."""
+    """The folds of this cohort's patients.
+
+    The committed ones where they are of the same patients and classes, or else those of the file
+    `cache`, or else new ones, which are written there.
+    """
     patients, label = patients_of(cohort)
     for path in (committed, cache):
         if path.is_file():
@@ -162,11 +188,13 @@ def folds_for(cohort: Cohort, cache: Path, committed: Path = COMMITTED_FOLDS) ->
 
 
 def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
-    """Row numbers of the `slice` protocol: the published test folder; the train folder 8:1 into training and validation.
+    """Set → row numbers under the `slice` protocol.
 
-    The division is random but no library's shuffling: within a class, images are ranked by their file's SHA-256, and
-    every ninth validates. A copy of the data without train/ and test/ is divided 8:1:1 the same way; only real images
-    are tested. Synthetic images and duplicates stay in, because that is what the literature does.
+    The published test folder is the test set; the train folder is divided 8:1 into training and
+    validation. This does not depend on any library's random numbers: within a class, images are
+    ranked by their file's SHA-256, and every ninth validates. A copy of the data without train/ and
+    test/ is divided 8:1:1 in the same way, with real images only in the test set. Synthetic images
+    and duplicates are kept, because that is what the literature does.
     """
     parts: dict[str, list[int]] = {name: [] for name in SETS}
     order = sorted(
@@ -189,41 +217,49 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
 
 
 def split_patients(cohort: Cohort, folds: Folds, fold: int) -> dict[str, np.ndarray]:
-    """Row numbers of the `patient` protocol with this test fold: real, de-duplicated images only."""
+    """Set → row numbers under the `patient` protocol: real, de-duplicated images only."""
     roles = folds.roles(fold)
     role = np.array(
         [
             roles[patient] if kind == "real" else ""
-            for patient, kind in zip(cohort.patient_id.tolist(), cohort.kind)
+            for patient, kind in zip(cohort.patient_id.tolist(), cohort.kind, strict=True)
         ]
     )
     return {name: np.flatnonzero(role == name) for name in SETS}
 
 
 def check_patients_apart(sets: dict[str, ImageSet]) -> None:
-    """Raises `PeopleSharedError`, naming the person, where any two sets share one, or hold an image of nobody known."""
+    """Refuses sets that share a patient, or that hold an image of an unknown one.
+
+    Raises:
+        SharedPatientsError: with the sets and a patient's id.
+    """
     names = list(sets)
     for position, first in enumerate(names):
         patients = set(sets[first].patients.tolist())
         if -1 in patients:
             raise SharedPatientsError(
-                f"{first} holds an image whose person is unknown (synthetic?); the patient protocol takes "
-                "images of known people only: prepare the sets again."
+                f"{first} holds an image whose patient is unknown (synthetic?); the patient "
+                "protocol takes images of known patients only: prepare the sets again."
             )
         for second in names[position + 1 :]:
             shared = patients & set(sets[second].patients.tolist())
             if shared:
                 raise SharedPatientsError(
-                    f"Person {min(shared)} is in both {first} and {second} ({len(shared)} such people); the patient "
-                    "protocol keeps people apart: prepare the sets again with dataset/prepare_dataset.ipynb."
+                    f"Patient {min(shared)} is in both {first} and {second} ({len(shared)} such "
+                    "patients); the patient protocol keeps patients apart: prepare the sets again "
+                    "with dataset/prepare_dataset.ipynb."
                 )
 
 
-# -------------------------------------------------------------------------------------------------- files of tensors
+# -- files of tensors --------------------------------------------------------------------------
 
 
 def stack_images(raw: RawImages, rows: np.ndarray | None = None) -> Tensor:
-    """The images (those of `rows`, None: all) as `uint8` (N, 1, H, W) at the commonest size of all; the others are resized to it."""
+    """The images of `rows` (None: all) as uint8 (N, 1, H, W).
+
+    Their size is the most common one of all raw images; images of other sizes are resized to it.
+    """
     sizes, counts = np.unique([image.shape for image in raw.images], axis=0, return_counts=True)
     height, width = (int(side) for side in sizes[counts.argmax()])
     rows = np.arange(len(raw.images)) if rows is None else rows
@@ -241,65 +277,77 @@ def stack_images(raw: RawImages, rows: np.ndarray | None = None) -> Tensor:
 
 
 def set_path(folder: Path, protocol: str, fold: int, name: str) -> Path:
+    """The file of a prepared set; `name` is one of `SETS`."""
     return folder / (protocol if protocol == "slice" else f"patient/fold{fold}") / f"{name}_set.pt"
 
 
 def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
-    """Writes `slice/` and `patient/fold<k>/`, each {train,validation,test}_set.pt, under `folder`."""
+    """Writes `slice/` and `patient/fold<k>/`, each {train,validation,test}_set.pt, under `folder`.
+
+    Raises:
+        UserError: a set would be empty, or two sets under `patient` share a patient.
+    """
     plans = {("slice", 0): split_slices(cohort)}
     plans |= {("patient", fold): split_patients(cohort, folds, fold) for fold in range(N_FOLDS)}
     for (protocol, fold), parts in plans.items():
         for name in SETS:
             if not len(parts[name]):
                 raise UserError(
-                    f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has too few "
-                    f"people or images ({len(np.unique(cohort.patient_id)) - 1} people found, at least {N_FOLDS} needed)."
+                    f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has "
+                    f"too few patients or images ({len(np.unique(cohort.patient_id)) - 1} patients "
+                    f"found, at least {N_FOLDS} needed)."
                 )
         sets = {
-            name: _without_images(cohort, rows, f"{protocol} {name}")
+            name: set_without_images(cohort, rows, f"{protocol} {name}")
             for name, rows in parts.items()
         }
         if protocol == "patient":
             check_patients_apart(sets)
         for name, part in sets.items():
-            # One set at a time: beside the raw images there is never more than one copy of a part of them.
+            # One set at a time: besides the raw images, memory never holds more than one copy of a
+            # part of them.
             save_set(
                 replace(part, images=stack_images(raw, parts[name])),
                 set_path(folder, protocol, fold, name),
             )
 
 
-def _without_images(cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
-    column = lambda values: torch.from_numpy(np.asarray(values)[rows].astype(np.int64))  # noqa: E731
+def set_without_images(cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
+    """These rows of the cohort's table as a set whose `images` are empty."""
+
+    def column(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.asarray(values)[rows].astype(np.int64))
+
     return ImageSet(
-        torch.empty(0, dtype=torch.uint8),
-        column(cohort.label),
-        column(cohort.patient_id),
-        column(cohort.slice_index),
-        [str(cohort.file_sha256[row]) for row in rows],
-        name,
+        images=torch.empty(0, dtype=torch.uint8),
+        labels=column(cohort.label),
+        patients=column(cohort.patient_id),
+        slices=column(cohort.slice_index),
+        files=[str(cohort.file_sha256[row]) for row in rows],
+        name=name,
     )
 
 
 def save_set(part: ImageSet, path: Path) -> None:
+    """Writes a set; `load_set` reads it."""
+    content = {
+        "images": part.images.contiguous(),
+        "labels": part.labels,
+        "people": part.patients,
+        "slices": part.slices,
+        "files": list(part.files),
+    }
     with atomic_path(path) as temporary:
-        torch.save(
-            {
-                "images": part.images.contiguous(),
-                "labels": part.labels,
-                "people": part.patients,
-                "slices": part.slices,
-                "files": list(part.files),
-            },
-            temporary,
-        )
+        torch.save(content, temporary)
 
 
 def load_set(folder: Path, protocol: str, fold: int, name: str) -> ImageSet:
+    """One prepared set of the `folder` that `prepare` wrote."""
     path = set_path(folder, protocol, fold, name)
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment prepare`) first."
+            f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment "
+            "prepare`) first."
         )
     content = torch.load(path, weights_only=True)
     return ImageSet(name=f"{protocol} {name}", patients=content.pop("people"), **content)
@@ -313,98 +361,96 @@ def load_sets(
     max_train: int | None = None,
     max_test: int | None = None,
 ) -> dict[str, ImageSet]:
-    """The three sets of a unit, cut to a small stratified part where a budget is given (`spread`).
+    """The three sets of a run, by name.
+
+    Args:
+        max_train, max_test: keep a small part of that many slices of the training set, and of the
+            validation and test sets (None: all), chosen by `spread`.
 
     Raises:
-        PeopleSharedError: under `patient`, when two of them share a person.
+        SharedPatientsError: two sets under `patient` share a patient.
     """
     sets = {name: load_set(folder, protocol, fold, name) for name in SETS}
     if protocol == "patient":
         check_patients_apart(sets)
     limits = {"train": max_train, "validation": max_test, "test": max_test}
     return {
-        name: part if limits[name] is None else part.pick(spread(part, limits[name]))
+        name: part if (limit := limits[name]) is None else part.pick(spread(part, limit))
         for name, part in sets.items()
     }
 
 
 def spread(part: ImageSet, count: int) -> np.ndarray:
-    """At most `count` sorted rows spread evenly over classes, then over people, then over the slices of a person."""
-    labels, patients = part.labels.numpy(), part.patients.numpy().copy()
-    patients[patients < 0] = -1 - np.arange(
-        (patients < 0).sum()
-    )  # an image of nobody known stands alone
-    turn = np.empty(
-        len(labels)
-    )  # how early a row is drawn: bit-reversed position in the person's stack, then the person
+    """At most `count` sorted rows, spread evenly over classes, then over patients, then over the
+    slices of a patient. There is no randomness."""
+    labels, slices = part.labels.numpy(), part.slices.numpy()
+    patients = part.patients.numpy().copy()
+    unknown = patients < 0
+    patients[unknown] = -1 - np.arange(unknown.sum())  # each is a patient without other slices
+    # How many slices of its patient are taken before a slice: the middle one is the first.
+    turn = np.empty(len(labels), int)
     for patient in np.unique(patients):
         rows = np.flatnonzero(patients == patient)
-        rows = rows[np.argsort(part.slices.numpy()[rows], kind="stable")]
-        turn[rows[_van_der_corput(len(rows))]] = np.arange(len(rows))
-    queues = []
-    for label in range(len(CLASSES)):
-        rows = np.flatnonzero(labels == label)
-        names = np.array([part.files[row] for row in rows])
-        queues.append(rows[np.lexsort((names, turn[rows]))].tolist() if len(rows) else [])
-    picked: list[int] = []
-    while len(picked) < count and any(queues):
-        for queue in queues:
-            if queue and len(picked) < count:
-                picked.append(queue.pop(0))
-    return np.array(sorted(picked), dtype=int)
+        rows = rows[np.argsort(slices[rows], kind="stable")]
+        turn[rows[np.roll(bit_reversed_order(len(rows)), -1)]] = np.arange(len(rows))
+    order = np.lexsort((np.array(part.files), turn))
+    return np.sort(classes_in_turn(labels, order)[:count])
 
 
 def every_nth(part: ImageSet, stride: int) -> np.ndarray:
-    """Sorted rows of about one in `stride` slices of each person, at least one, from the middle of equal stretches of the
-    person's own slices (neither end of the head leads); images of nobody known count as one person's."""
-    patients, slices = part.patients.numpy(), part.slices.numpy()
-    order = np.lexsort((slices, patients))
+    """Sorted rows of about one in `stride` slices of each patient, at least one.
+
+    A patient's slices are cut into equal stretches, of which the middle slice is taken: so neither
+    end of the head is preferred. All images of unknown patients count as one patient's.
+    """
+    patients = part.patients.numpy()
+    order = np.lexsort((part.slices.numpy(), patients))
     chosen = []
-    for own in np.split(order, np.flatnonzero(np.diff(patients[order])) + 1):
-        count = max(1, round(len(own) / stride))
-        chosen.append(own[((np.arange(count) + 0.5) * len(own) / count).astype(int)])
+    for rows in np.split(order, np.flatnonzero(np.diff(patients[order])) + 1):
+        count = max(1, round(len(rows) / stride))
+        chosen.append(rows[((np.arange(count) + 0.5) * len(rows) / count).astype(int)])
     return np.sort(np.concatenate(chosen))
 
 
-def _van_der_corput(count: int) -> np.ndarray:
-    """A permutation of 0 … count-1 of which every prefix is spread evenly (middle first)."""
-    bits = max(1, math.ceil(math.log2(max(count, 2))))
-    order = [int(f"{position:0{bits}b}"[::-1], 2) for position in range(1, 2**bits)] + [0]
-    return np.array([position for position in order if position < count], dtype=int)
-
-
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------- batches and augmentation
+# -- batches and augmentation ------------------------------------------------------------------
 
 
 def pixels(images: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """`uint8` → `float32` in [0, 1] on the device, where it is cheapest: a quarter of the bytes travel."""
-    return images.to(device, non_blocking=True).float().div_(255)
+    """Images on the device as float32 in [0, 1].
+
+    uint8 is divided by 255 on the device, so that a quarter of the bytes travel. Floating images
+    stay as they are.
+    """
+    images = images.to(device, non_blocking=True)
+    return images if images.is_floating_point() else images.float().div_(255)
 
 
 def epoch_rows(part: ImageSet, stride: int, generator: torch.Generator) -> Tensor:
-    """Shuffled rows of one epoch: every `stride`-th slice of each person from a random start (neighbours are nearly the
-    same image), and one in `stride` of the images of nobody known."""
+    """Shuffled rows of one epoch.
+
+    Every `stride`-th slice of each patient from a random start, since neighbors are nearly the same
+    image, and one in `stride` of the images of unknown patients.
+    """
     order = torch.randperm(len(part), generator=generator)
     if stride <= 1:
         return order
     patients, slices = part.patients.numpy(), part.slices.numpy()
+    # Images of unknown patients have no order along the body, so a random one.
     by_patient = np.lexsort((np.where(patients >= 0, slices, order.argsort().numpy()), patients))
     start = torch.randint(stride, (len(part),), generator=generator).numpy()
-    position, keep, last = 0, np.zeros(len(part), bool), None
-    for row in by_patient:
-        position = 0 if patients[row] != last else position + 1
-        if position == 0:
-            last, phase = patients[row], start[row]
-        keep[row] = position % stride == phase
+    keep = np.zeros(len(part), bool)
+    for rows in np.split(by_patient, np.flatnonzero(np.diff(patients[by_patient])) + 1):
+        keep[rows[start[rows[0]] :: stride]] = True
     return order[torch.from_numpy(keep)[order]]
 
 
 def join_last(chunks: Sequence[Tensor], least: int) -> list[Tensor]:
-    """The batches, the last one joined to the one before it where it has fewer than `least` rows."""
+    """The batches; a last one of fewer than `least` rows is joined to the one before it."""
     chunks = list(chunks)
     if len(chunks) > 1 and len(chunks[-1]) < least:
         chunks[-2:] = [torch.cat(chunks[-2:])]
@@ -412,15 +458,18 @@ def join_last(chunks: Sequence[Tensor], least: int) -> list[Tensor]:
 
 
 def draw_augmentation(count: int, strength: float, generator: torch.Generator) -> Tensor | None:
-    """Random mirror, rotation, zoom, shift, brightness and contrast of `count` images, (count, 7): a 2×3 affine matrix and a
-    factor on grey levels. None at strength 0.
+    """Random changes of `count` images, float32 (count, 7), for `apply_augmentation`.
 
-    At strength 1: ±15°, ±10% zoom, ±8% shift, ±20% brightness and contrast. Drawn on the CPU, so that a run is the same
-    on every device.
+    Mirror, rotation, zoom, shift, brightness and contrast: a 2×3 affine matrix and a factor on gray
+    levels. At strength 1 ±15°, ±10% zoom, ±8% shift, ±20% brightness and contrast; None at
+    strength 0. Drawn on the CPU, so that a training is the same on every device.
     """
     if strength <= 0:
         return None
-    uniform = lambda scale: (torch.rand(count, generator=generator) * 2 - 1) * scale * strength  # noqa: E731
+
+    def uniform(scale: float) -> Tensor:
+        return (torch.rand(count, generator=generator) * 2 - 1) * scale * strength
+
     angle, zoom = uniform(math.radians(15)), 1 + uniform(0.10)
     mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     cosine, sine = torch.cos(angle) * zoom, torch.sin(angle) * zoom
@@ -430,7 +479,8 @@ def draw_augmentation(count: int, strength: float, generator: torch.Generator) -
 
 
 def apply_augmentation(images: Tensor, drawn: Tensor | None) -> Tensor:
-    """Images (N, 1, H, W) in [0, 1] moved and brightened by rows of `draw_augmentation`; the result stays in [0, 1]."""
+    """Images (N, 1, H, W) in [0, 1], moved and brightened by what `draw_augmentation` drew; the
+    result is in [0, 1] too."""
     if drawn is None:
         return images
     drawn = drawn.to(images.device)

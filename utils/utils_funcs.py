@@ -1,4 +1,4 @@
-"""Small things every notebook needs: project paths, seeding, device choice, environment print, atomic files, progress."""
+"""What every module uses: paths, atomic files, seeding, device, environment, progress."""
 
 from __future__ import annotations
 
@@ -15,28 +15,44 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
 #: Ordinal everywhere: a higher number is a worse clinical rating.
 CLASSES = ("Non", "Very mild", "Mild", "Moderate")
 BACKBONES = ("Dinov2", "Efficientnet", "Resnet")
-#: The names used in every path, record, figure and table. `_atk` is the adversarially trained twin.
-MODELS = tuple(f"{backbone}{counterpart}" for backbone in BACKBONES for counterpart in ("", "_atk"))
-PROTOCOLS = ("slice", "patient")
+#: The names used in every path, record, figure and table. `_atk` models are trained adversarially;
+#: the others are their clean counterparts.
+MODELS = tuple(f"{backbone}{regime}" for backbone in BACKBONES for regime in ("", "_atk"))
+PROTOCOLS: tuple[Literal["slice", "patient"], ...] = ("slice", "patient")
 #: Bytes free below which a failed write is put down to a full disk.
 FULL_DISK = 1 << 20
 
 
 class UserError(Exception):
-    """A failure that a user can cause and mend: one sentence that says what was found, what was expected, what to do."""
+    """A failure that a user can cause and repair.
+
+    The message says in one sentence what was found, what was expected, and what to do.
+    """
 
 
 def result_root(profile: str, data: str) -> Path:
-    """Where a run writes: the repository itself for `cpu` and `paper` on real data, `runs/<profile>-<data>/` for
-    everything else, so that a committed result is never overwritten by a lesser run. `ALZHEIMER_RUNS` moves `runs/`."""
+    """The folder that a run writes to.
+
+    It is the repository itself for the profiles `cpu` and `paper` on real data, and
+    `runs/<profile>-<data>/` for everything else, so that a lesser run never overwrites a committed
+    result. `ALZHEIMER_RUNS` moves `runs/`.
+
+    Args:
+        data: `real` or `phantom`.
+    """
     if profile in ("cpu", "paper") and data == "real":
         return ROOT
     return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs")) / f"{profile}-{data}"
@@ -44,8 +60,13 @@ def result_root(profile: str, data: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path` and renames it on success: a kill at any moment leaves the old file or the
-    new one, never half of one."""
+    """Yields a temporary path in the folder of `path`, and renames it to `path` on success.
+
+    Killed at any moment, this leaves the old file or the new one, never half of one.
+
+    Raises:
+        UserError: the disk is full.
+    """
     path, temporary = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,26 +75,30 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         )
         os.close(handle)
         temporary = Path(name)
-        os.chmod(name, 0o644)  # mkstemp makes it private to this user; a result is for everybody
+        os.chmod(name, 0o644)  # mkstemp lets only this user read it; a result is for all
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
-        if not _tells_of_a_full_disk(error, path.parent):
+        if not is_full_disk(error, path.parent):
             raise
         raise UserError(
-            f"{path} could not be written: the disk is full ({error}); free some space and run the same command again, it "
-            "goes on from what was saved before."
+            f"{path} could not be written: the disk is full ({error}); free some space and run the "
+            "same command again, it goes on from what was saved before."
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _tells_of_a_full_disk(error: Exception, folder: Path) -> bool:
-    """Python has an error number for it, safetensors (an exception of its own) only the words, and torch.save's RuntimeError
-    says nothing of the disk: there the room that is left decides."""
+def is_full_disk(error: Exception, folder: Path) -> bool:
+    """Whether a write into `folder` failed because the disk is full.
+
+    Python's errors have a number for it. safetensors has an exception of its own with only the
+    words, and `torch.save` raises a RuntimeError that says nothing of the disk: then the space that
+    is left decides.
+    """
     if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
         return True
     return (
@@ -84,18 +109,28 @@ def _tells_of_a_full_disk(error: Exception, folder: Path) -> bool:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Atomically writes `value` as readable JSON. NaN and infinity are refused: a record must be valid JSON."""
+    """Atomically writes `value` as readable JSON.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which are not valid JSON.
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path | str) -> dict:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: the file is not valid JSON.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path} is not valid JSON ({error}); delete it and run the command that makes it again."
+            f"{path} is not valid JSON ({error}); delete it and run the command that makes it "
+            "again."
         ) from error
 
 
@@ -108,15 +143,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def choose_device() -> "torch.device":  # noqa: F821
-    """The fastest device at hand: CUDA, Apple's MPS, or the CPU. `ALZHEIMER_DEVICE` overrides.
-
-    On a GPU float32 is float32 from then on. TF32, PyTorch's default for its convolutions, keeps ten bits: with them an image
-    near the boundary falls or stands by the size of the batch that it is scored in.
-    """
+def choose_device() -> torch.device:
+    """The fastest device there is: CUDA, Apple's MPS, or the CPU. `ALZHEIMER_DEVICE` overrides."""
     import torch
 
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name := os.environ.get("ALZHEIMER_DEVICE"):
         return torch.device(name)
     if torch.cuda.is_available():
@@ -124,13 +154,38 @@ def choose_device() -> "torch.device":  # noqa: F821
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def set_up_process() -> None:
+    """What this project changes for the whole process; `open_workspace` asks for it.
+
+    Float32 on a GPU is float32 (`turn_off_tf32`), and on a CPU freed memory is kept
+    (`keep_freed_memory`).
+    """
+    turn_off_tf32()
+    if choose_device().type == "cpu":
+        keep_freed_memory()
+
+
+def turn_off_tf32() -> None:
+    """Has PyTorch compute float32 convolutions and products on GPUs in float32 from now on.
+
+    TF32, its default for convolutions, keeps ten bits: with them it depends on the size of the
+    batch whether an image near the decision boundary is misclassified.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Has the C library keep what a freed tensor leaves for the next one, for the rest of this process; False where it is
-    not glibc, and nothing is changed.
+    """Has the C library reuse the memory of freed tensors, for the rest of this process.
 
-    By default every tensor of more than 32 MB goes back to the system when it is freed, and the next one is paid for again,
-    page by page. In return the process holds on to the most memory that it ever needed.
+    By default the memory of a large tensor (up to 32 MB at most stay) returns to the system when it
+    is freed, and the next one costs time again, page by page. In return the process keeps the most
+    memory that it ever needed.
+
+    Returns:
+        False where the C library is not glibc, and nothing is changed.
     """
     import ctypes
 
@@ -158,7 +213,7 @@ def hardware() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what decides a number: Python and the packages that train, attack and explain."""
+    """Versions of what results depend on: Python and the packages that train, attack, explain."""
     from importlib.metadata import PackageNotFoundError, version
 
     packages = (
@@ -184,52 +239,50 @@ def environment() -> dict[str, str]:
 
 
 def print_environment() -> None:
-    """The line that every notebook prints first: what it ran on."""
+    """Prints hardware, device and versions in one line; every notebook starts with it."""
     versions = environment()
     print(
         f"{hardware()} · device {choose_device()} · "
-        + " · ".join(f"{k} {v}" for k, v in versions.items())
+        + " · ".join(f"{name} {version}" for name, version in versions.items())
     )
 
 
-def git_state() -> dict[str, object]:
-    """Commit and whether tracked files differ from it; `unknown` outside a clone (a downloaded archive)."""
+def git_state() -> dict[str, str | bool]:
+    """`git_commit`, and `git_dirty`: whether tracked code or notebooks differ from it.
+
+    `unknown` and True outside a clone (a downloaded archive).
+    """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    status = ("status", "--porcelain", "--untracked-files=no", "--", "utils", "models", "dataset")
     try:
-        return {
-            "git_commit": git("rev-parse", "HEAD"),
-            "git_dirty": bool(
-                git(
-                    "status",
-                    "--porcelain",
-                    "--untracked-files=no",
-                    "--",
-                    "utils",
-                    "models",
-                    "dataset",
-                )
-            ),
-        }
+        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git(*status))}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "unknown", "git_dirty": True}
 
 
 def say(line: str) -> None:
-    """One line for whoever watches, on standard error, above any progress bar; silent where nobody does (`ALZHEIMER_QUIET`)."""
+    """Prints a line on standard error, above any progress bar; nothing under `ALZHEIMER_QUIET`."""
     if not os.environ.get("ALZHEIMER_QUIET"):
         from tqdm.auto import tqdm
 
         tqdm.write(line, file=sys.stderr)
 
 
-def progress(items: Iterable, description: str, total: int | None = None, **options) -> "tqdm":  # noqa: F821
-    """A progress bar on standard error that leaves no trace when done; off where nobody watches (`ALZHEIMER_QUIET`,
-    set by the headless runner: an executed notebook keeps figures and tables, not logs)."""
+def progress(
+    items: Iterable, description: str, total: int | None = None, **options: object
+) -> tqdm:
+    """The items with a progress bar on standard error, which disappears at the end.
+
+    There is none under `ALZHEIMER_QUIET`, which the headless runner sets: an executed notebook
+    keeps figures and tables, not logs.
+
+    Args:
+        options: of `tqdm`.
+    """
     from tqdm.auto import tqdm
 
     return tqdm(

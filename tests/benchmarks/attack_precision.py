@@ -1,13 +1,18 @@
-"""Whether attacks that search in bfloat16 are as strong as in float32, and how much faster, on a unit of the real grid.
+"""Whether attacks that search in bfloat16 are as strong as in float32, and how much faster, on a
+run of the real grid.
 
-    python -m utils.experiment train --profile cpu --raw RAW --model Dinov2 --fold 0        leaves the weights
-    python tests/benchmarks/attack_precision.py --raw RAW --model Dinov2 --fold 0           what `attack_precision.txt` holds
+The first command writes the weights, the second prints what `attack_precision.txt` holds:
 
-The unit's record holds the answers of a float32 search. Its suite is run again at the headline eps with a search in
-bfloat16 on the same weights, which must give the recorded clean answers; transfer and the region of Grad-CAM are left out
-of both. What fell is decided in float32 on both sides. `only fp32` and `only bf16` count images that fell to one search
-and stand against the other; the last lines do so for the worst case over all attacks, without and with the two float32
-stages that such a suite ends with. Times are processor seconds on the same standing images, both searches taking turns.
+    python -m utils.experiment train --profile cpu --raw RAW --model Dinov2 --fold 0
+    python tests/benchmarks/attack_precision.py --raw RAW --model Dinov2 --fold 0
+
+The run's record holds the answers of a float32 search. Its suite is evaluated again at the headline
+eps with a search in bfloat16 on the same weights, which must give the recorded clean answers;
+transfer and the region of Grad-CAM are left out of both. Errors are decided in float32 on both
+sides. `only fp32` and `only bf16` count images that one search misclassifies and that are robust
+against the other; the last lines do so for the worst case over all attacks, without and with the
+two float32 stages that such a suite ends with. Times are processor seconds on the same robust
+images, both searches taking turns.
 """
 
 from __future__ import annotations
@@ -24,77 +29,65 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import data  # noqa: E402
-from utils.attacks import ATTACKS  # noqa: E402
+from utils.attacks.base import ATTACKS, Precision  # noqa: E402
 from utils.backbones import load_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
-from utils.experiment import load_sets, open_workspace, recorded  # noqa: E402
-from utils.robustness import (
-    VIEWS,
-    SuiteResult,
-    as_pixels,
-    evaluate_suite,
-    misclassified,
-    headline_of,
-    suite_plan,
-)  # noqa: E402
+from utils.evaluation.plan import VIEWS, AttackName, headline_of, suite_plan  # noqa: E402
+from utils.evaluation.predictions import as_pixels, misclassified  # noqa: E402
+from utils.evaluation.suite import SuiteResult, evaluate_suite  # noqa: E402
+from utils.pipeline.store import find_matching_run  # noqa: E402
+from utils.pipeline.workspace import load_sets, open_workspace  # noqa: E402
 from utils.utils_funcs import hardware  # noqa: E402
 
 FLOAT32 = "apgd_t_float32"
 
 
 def compared(name: str, view: str, fp32: np.ndarray, bf16: np.ndarray) -> str:
-    """A line about which images stand, bool (N,), after each search."""
+    """A line about which images are robust, bool (N,), against each search."""
     return (
-        f"  {name:24} {view:7} {len(fp32):4}   {fp32.sum():4} / {bf16.sum():4}   only fp32 {(bf16 & ~fp32).sum():3}   "
-        f"only bf16 {(fp32 & ~bf16).sum():3}"
+        f"  {name:24} {view:7} {len(fp32):4}   {fp32.sum():4} / {bf16.sum():4}   "
+        f"only fp32 {(bf16 & ~fp32).sum():3}   only bf16 {(fp32 & ~bf16).sum():3}"
     )
 
 
-def stands(logits: list[np.ndarray], labels: np.ndarray, view: str) -> np.ndarray:
-    return ~np.any([misclassified(rows, labels, view) for rows in logits], axis=0)
+def robust_to_all(logits: list[np.ndarray], labels: np.ndarray, view: str) -> np.ndarray:
+    """Which images no attack misclassifies in a view, bool (N,)."""
+    return ~np.any([misclassified(attacked, labels, view) for attacked in logits], axis=0)
 
 
 def lines(
     result: SuiteResult, rows: dict[str, np.ndarray], labels: np.ndarray, eps: str
 ) -> list[str]:
-    shared = [
-        name
-        for at, name in result.logits
-        if at == eps and f"{eps}:{name}" in rows and not name.endswith("_8bit")
-    ]
-    theirs, ours = (
-        {name: rows[f"{eps}:{name}"] for name in shared},
-        {name: result.logits[eps, name] for name in shared},
-    )
-    found = []
-    for name in shared:
-        view, asked = result.meta[eps, name]["view"], ~np.isnan(ours[name]).any(1)
-        found.append(
-            compared(
-                name,
-                view,
-                *(
-                    ~misclassified(logits[name][asked], labels[asked], view)
-                    for logits in (theirs, ours)
-                ),
-            )
-        )
-    added = {
+    """A line an attack, and two a view about the worst case.
+
+    Args:
+        result: of the search in bfloat16.
+        rows: columns of the record, whose search was in float32.
+    """
+    bf16 = {
         name: logits
         for (at, name), logits in result.logits.items()
-        if at == eps and name.startswith(FLOAT32)
+        if at == eps and f"{eps}:{name}" in rows and not AttackName.parse(name).rounded
     }
-    for view in VIEWS:
-        fp32 = stands([*theirs.values()], labels, view)
-        found += [
-            compared("worst case", view, fp32, stands([*ours.values()], labels, view)),
-            compared(
-                "worst case, fp32 added",
-                view,
-                fp32,
-                stands([*ours.values(), *added.values()], labels, view),
-            ),
+    fp32 = {name: rows[f"{eps}:{name}"] for name in bf16}
+    found = []
+    for name in bf16:
+        view, inside = result.meta[eps, name]["view"], ~np.isnan(bf16[name]).any(1)
+        robust = [
+            ~misclassified(logits[name][inside], labels[inside], view) for logits in (fp32, bf16)
         ]
+        found.append(compared(name, view, *robust))
+    added = [
+        logits
+        for (at, name), logits in result.logits.items()
+        if at == eps and AttackName.parse(name).attack == FLOAT32
+    ]
+    for view in VIEWS:
+        recorded = robust_to_all([*fp32.values()], labels, view)
+        searched = robust_to_all([*bf16.values()], labels, view)
+        ended = robust_to_all([*bf16.values(), *added], labels, view)
+        found.append(compared("worst case", view, recorded, searched))
+        found.append(compared("worst case, fp32 added", view, recorded, ended))
     return found
 
 
@@ -108,7 +101,7 @@ def ratio(
     rounds: int = 3,
 ) -> str:
     """Processor seconds of both searches, taking turns."""
-    seconds = {"fp32": [], "bf16": []}
+    seconds: dict[Precision, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(rounds):
         for precision, spent in seconds.items():
             started = time.process_time()
@@ -116,8 +109,9 @@ def ratio(
             spent.append(time.process_time() - started)
     medians = {precision: statistics.median(spent) for precision, spent in seconds.items()}
     return (
-        f"  {attack} {budget}, {len(images)} standing images, median of {rounds}: fp32 {medians['fp32']:.1f} s, "
-        f"bf16 {medians['bf16']:.1f} s, ratio {medians['fp32'] / medians['bf16']:.2f}"
+        f"  {attack} {budget}, {len(images)} robust images, median of {rounds}: "
+        f"fp32 {medians['fp32']:.1f} s, bf16 {medians['bf16']:.1f} s, "
+        f"ratio {medians['fp32'] / medians['bf16']:.2f}"
     )
 
 
@@ -128,16 +122,16 @@ def main() -> None:
     parser.add_argument("--raw", required=True, help="folder or zip of the real cohort")
     parser.add_argument("--model", default="Dinov2")
     parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument(
-        "--weights", help="the unit's weights where they do not lie in checkpoints/"
-    )
+    parser.add_argument("--weights", help="the run's weights where they are not in checkpoints/")
     parser.add_argument(
         "--state", help="folder for finished batches, to go on after an interruption"
     )
     options = parser.parse_args()
     workspace = open_workspace("cpu", options.raw)
     config: RunConfig = make_config("cpu", options.model, protocol="patient", fold=options.fold)
-    run, test = recorded(workspace, config), load_sets(workspace, config)["test"]
+    run, test = find_matching_run(workspace, config), load_sets(workspace, config)["test"]
+    if run is None:
+        raise SystemExit(f"No record holds {config.run_name}: train it first.")
     chosen = data.every_nth(test, config.attack_stride)
     attacked, eps = test.pick(chosen), headline_of(config)
     labels = attacked.labels.numpy()
@@ -164,12 +158,14 @@ def main() -> None:
     ).max()
     if gap > 0.01:
         raise SystemExit(
-            f"The weights' clean logits differ from the record's by {gap:.3f}: they are not that unit's weights."
+            f"The weights' clean logits differ from the record's by {gap:.3f}: they are not that "
+            "run's weights."
         )
     print(
-        f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of {len(np.unique(attacked.patients))} people; "
-        f"{torch.get_num_threads()} thread(s), {hardware()}, data: real, init: random\n"
-        f"  {'attack':24} {'view':7}    n   standing after fp32 / bf16"
+        f"{options.model}, patient fold {options.fold}, eps {eps}, n = {len(labels)} slices of "
+        f"{len(np.unique(attacked.patients))} patients; {torch.get_num_threads()} thread(s), "
+        f"{hardware()}, data: real, init: random\n"
+        f"  {'attack':24} {'view':7}    n   robust against fp32 / bf16"
     )
     print("\n".join(lines(result, rows, labels, eps)))
     print(
@@ -183,7 +179,7 @@ def main() -> None:
     robust = np.flatnonzero(~misclassified(result.logits[eps, f"pgd{config.pgd_steps}"], labels))[
         :16
     ]
-    for attack, budget in (("apgd_t", dict(steps=5)), ("square", dict(queries=20))):
+    for attack, budget in (("apgd_t", {"steps": 5}), ("square", {"queries": 20})):
         print(
             ratio(
                 attack,

@@ -1,12 +1,16 @@
-"""How long our suite takes against official AutoAttack, and whether it leaves anyone standing whom AutoAttack fells.
+"""How long our suite takes compared with official AutoAttack, and whether any image that AutoAttack
+misclassifies is robust against ours.
 
-    python tests/benchmarks/attack_suite.py --raw RAW --n 128 512      what `attack_suite.txt` holds
-    python tests/benchmarks/attack_suite.py [--n 128] [--size 32]      the same on the phantom cohort
+The first command prints what `attack_suite.txt` holds, the second the same on the phantom cohort:
+
+    python tests/benchmarks/attack_suite.py --raw RAW --n 128 512
+    python tests/benchmarks/attack_suite.py [--n 128] [--size 32]
     python tests/benchmarks/attack_suite.py --raw RAW --checkpoint FILE
 
-Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 that sees the images at `--size` is trained
-adversarially first, on the training people of `patient` fold 0 (or on the phantom), a few minutes on two cores; it is
-kept under runs/. It is attacked on test people, in native pixels.
+Same model, same images, same eps, float32. Without a checkpoint a ResNet-34 that sees the images at
+`--size` is trained adversarially first, on the training patients of `patient` fold 0 (or on the
+phantom), a few minutes on two cores; it is kept under runs/. It is attacked on test patients, in
+native pixels.
 """
 
 from __future__ import annotations
@@ -24,27 +28,27 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.attacks import perturb_for_training  # noqa: E402
+from utils.attacks.training import perturb_for_training  # noqa: E402
 from utils.backbones import PixelClassifier, build_model, load_model, save_model  # noqa: E402
 from utils.config import RunConfig, make_config, parse_eps  # noqa: E402
 from utils.data import ImageSet, load_set  # noqa: E402
-from utils.experiment import open_workspace  # noqa: E402
-from utils.phantom import draw_cohort  # noqa: E402
-from utils.robustness import (  # noqa: E402
+from utils.evaluation.plan import suite_plan  # noqa: E402
+from utils.evaluation.predictions import (  # noqa: E402
     as_pixels,
-    evaluate_suite,
     misclassified,
-    predict_logits,
     stratified_sample,
-    suite_plan,
     worst_case,
 )
+from utils.evaluation.suite import evaluate_suite  # noqa: E402
+from utils.phantom import draw_cohort  # noqa: E402
+from utils.pipeline.workspace import open_workspace  # noqa: E402
+from utils.prediction import predict  # noqa: E402
 from utils.training import fit  # noqa: E402
 from utils.utils_funcs import hardware  # noqa: E402
 
 
 def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images uint8 (N, 1, size, size), labels and people, all classes equally."""
+    """Images uint8 (N, 1, size, size), labels and patients, all classes equally."""
     cohort = draw_cohort(
         patients=(12, 12, 12, 12), slices=8, size=size, synthetic=0, duplicates=0, seed=seed
     )
@@ -56,7 +60,7 @@ def phantom_images(size: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def real_set(raw: str, part: str) -> ImageSet:
-    """One part of `patient` fold 0; the line about the study is not this benchmark's output."""
+    """One part of `patient` fold 0; the line about the workspace is not this benchmark's output."""
     with contextlib.redirect_stdout(sys.stderr):
         return load_set(open_workspace("cpu", raw).sets, "patient", 0, part)
 
@@ -64,7 +68,8 @@ def real_set(raw: str, part: str) -> ImageSet:
 def robust_model(
     name: str, size: int, eps: float, epochs: int, raw: str | None = None
 ) -> PixelClassifier:
-    """A model trained with two-step PGD on the training people of `patient` fold 0, or on the phantom; kept between runs."""
+    """A model trained with two-step PGD on the training patients of `patient` fold 0, or on the
+    phantom; kept for the next time."""
     path = (
         ROOT / "runs" / "benchmarks" / f"{name}_{size}_{epochs}{'_real' if raw else ''}.safetensors"
     )
@@ -80,7 +85,7 @@ def robust_model(
     pixels, truth = as_pixels(images), torch.as_tensor(labels)
     torch.manual_seed(0)
     model = build_model(name, pretrained=False, input_size=size)
-    optimiser = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-4, weight_decay=0.01)
     for epoch in range(epochs):
         ramp, losses = eps * min(1.0, 2 * epoch / epochs), []
         for part in torch.randperm(len(pixels)).split(32):
@@ -88,9 +93,9 @@ def robust_model(
             adversarial = perturb_for_training(model, pixels[part], truth[part], ramp, steps=2)
             model.train()
             loss = torch.nn.functional.cross_entropy(model(adversarial), truth[part])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(float(loss.detach()))
         print(
             f"  epoch {epoch + 1}/{epochs}: adversarial loss {np.mean(losses):.3f}",
@@ -104,7 +109,8 @@ def robust_model(
 def test_images(
     size: int, count: int, raw: str | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images, labels and people: the same stratified test slices of `patient` fold 0, or of another phantom cohort."""
+    """Images, labels and patients: the same stratified test slices of `patient` fold 0, or of
+    another phantom cohort."""
     if raw:
         test = real_set(raw, "test")
         images, labels, patients = test.images.numpy(), test.labels.numpy(), test.patients.numpy()
@@ -121,7 +127,7 @@ def ours(
     patients: np.ndarray,
     config: RunConfig,
 ) -> np.ndarray:
-    """Who stands after the four-class part of suite `standard`."""
+    """Which images are robust against the four-class part of suite `standard`, bool (N,)."""
     plan = [
         stage
         for stage in suite_plan(config)
@@ -130,7 +136,8 @@ def ours(
     result = evaluate_suite(model, images, labels, patients, config, stages=plan)
     for (_, name), meta in result.meta.items():
         print(
-            f"    {name:<14} on {meta['n_attacked']:>4} images: {meta['standing_after']:6.1%} stand, "
+            f"    {name:<14} on {meta['n_attacked']:>4} images: "
+            f"{meta['standing_after']:6.1%} robust, "
             f"{meta['seconds']:7.1f} s"
         )
     return worst_case(result.logits, labels, config.headline_eps) & ~misclassified(
@@ -141,7 +148,8 @@ def ours(
 def official(
     model: PixelClassifier, images: np.ndarray, labels: np.ndarray, eps: float, batch: int
 ) -> np.ndarray:
-    """Who stands after AutoAttack `standard` as its authors run it, with three target classes."""
+    """Which images are robust against AutoAttack `standard` as its authors run it, with three
+    target classes, bool (N,)."""
     from pyautoattack import AutoAttack
 
     attack = AutoAttack(model, norm="Linf", eps=eps, version="standard", seed=0)
@@ -149,9 +157,7 @@ def official(
     pixels, truth = as_pixels(images), torch.as_tensor(labels)
     found = attack.run_standard_evaluation(pixels, truth, batch_size=batch)[0]
     return (
-        torch.stack([predict_logits(model, x).argmax(1) == truth for x in (pixels, found)])
-        .all(0)
-        .numpy()
+        torch.stack([predict(model, x).argmax(1) == truth for x in (pixels, found)]).all(0).numpy()
     )
 
 
@@ -165,34 +171,39 @@ def compare(model: PixelClassifier, count: int, options: argparse.Namespace) -> 
         headline_eps=options.eps,
         attack_batch=options.batch,
     )
-    answers = predict_logits(model, as_pixels(images)).argmax(1).numpy()
+    answers = predict(model, as_pixels(images)).argmax(1).numpy()
     seen = f", seen at {model.input_size} px" if model.input_size else ""
     print(
-        f"\n{model.name} at {images.shape[-1]} px{seen}, data: {'real' if options.raw else 'phantom'}, eps {options.eps}, n = "
-        f"{len(labels)} of "
-        f"{len(np.unique(patients))} people, batches of {options.batch}, float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
-        f"clean accuracy {(answers == labels).mean():.1%}, answers by class: {np.bincount(answers, minlength=4).tolist()}",
+        f"\n{model.name} at {images.shape[-1]} px{seen}, "
+        f"data: {'real' if options.raw else 'phantom'}, eps {options.eps}, "
+        f"n = {len(labels)} of {len(np.unique(patients))} patients, batches of {options.batch}, "
+        f"float32, {torch.get_num_threads()} thread(s), {hardware()}\n"
+        f"clean accuracy {(answers == labels).mean():.1%}, "
+        f"answers by class: {np.bincount(answers, minlength=4).tolist()}",
         flush=True,
     )
     wall, cpu = time.perf_counter(), time.process_time()
     ours_robust = ours(model, images, labels, patients, config)
     our_wall, our_cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(
-        f"ours, checks included: {ours_robust.mean():.1%} stand, {our_wall:.0f} s ({our_cpu:.0f} s of processor time)",
+        f"ours, checks included: {ours_robust.mean():.1%} robust, {our_wall:.0f} s "
+        f"({our_cpu:.0f} s of processor time)",
         flush=True,
     )
     wall, cpu = time.perf_counter(), time.process_time()
     official_robust = official(model, images, labels, parse_eps(options.eps), options.batch)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     print(
-        f"official AutoAttack standard: {official_robust.mean():.1%} stand, {wall:.0f} s ({cpu:.0f} s of processor time)"
+        f"official AutoAttack standard: {official_robust.mean():.1%} robust, {wall:.0f} s "
+        f"({cpu:.0f} s of processor time)"
     )
     print(
-        f"extra survivors of ours: {int((ours_robust & ~official_robust).sum())}; "
-        f"felled by ours alone: {int((official_robust & ~ours_robust).sum())}"
+        f"robust against ours alone: {int((ours_robust & ~official_robust).sum())}; "
+        f"robust against the official one alone: {int((official_robust & ~ours_robust).sum())}"
     )
     print(
-        f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by processor time (at most 0.33 wanted)",
+        f"time, ours / official: {our_wall / wall:.2f} by the clock, {our_cpu / cpu:.2f} by "
+        "processor time (at most 0.33 wanted)",
         flush=True,
     )
 

@@ -1,13 +1,14 @@
 """How time and memory of the people's recovery grow with the number of images.
 
-    python tests/benchmarks/audit_scale.py [--raw RAW] [--multiples 1 3 10 30] [--whole 10] [--out audit_scale.txt]
+    python tests/benchmarks/audit_scale.py [--raw RAW] [--multiples 1 3 10 30] [--whole 10] [--out
+    audit_scale.txt]
 
-The cohort's feature arrays (`cohort.features` at the search size, synthetic images included) stand for a larger set
-again and again: every copy shuffles the features in its own way, which keeps all correlations inside a copy and makes
-other people of it. Each size runs in a process of its own; its peak memory counts everything, the interpreter too.
-Without RAW the phantom cohort takes the real one's place. `--whole N` also measures the whole command, from N times as
-many drawn JPEG files to `cohort.csv`, and compares the people it finds with the true ones.
-"""
+The cohort's feature arrays (`cohort.features` at the search size, synthetic images included) stand
+for a larger set again and again: every copy shuffles the features in its own way, which keeps all
+correlations inside a copy and makes other people of it. Each size runs in a process of its own; its
+peak memory counts everything, the interpreter too. Without RAW the phantom cohort takes the real
+one's place. `--whole N` also measures the whole command, from N times as many drawn JPEG files to
+`cohort.csv`, and compares the people it finds with the true ones."""
 
 from __future__ import annotations
 
@@ -88,10 +89,12 @@ def measure(path: Path, multiple: int) -> dict:
 
 
 def whole(multiple: int) -> str:
-    """Time and peak memory of `python -m utils.cohort` on a drawn cohort N times the size of the real one."""
+    """Time and peak memory of `python -m utils.cohort` on a drawn cohort N times the size of the
+    real one."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
-        # In a process of its own, like all that is large here: a child inherits its parent's peak memory.
+        # In a process of its own, like all that is large here: a child inherits its parent's peak
+        # memory.
         subprocess.run(
             [sys.executable, __file__, "--draw", str(raw), "--whole", str(multiple)], check=True
         )
@@ -119,9 +122,10 @@ def whole(multiple: int) -> str:
         ]
     gib = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
     return (
-        f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: {seconds:,.0f} s, peak {gib:.2f} GiB; "
-        f"{len(set(whole_patients)):,} of {len(groups):,} people exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} "
-        "found beyond them"
+        f"the whole command, from {len(found):,} drawn JPEG files of 128 px to cohort.csv: "
+        f"{seconds:,.0f} s, peak {gib:.2f} GiB; {len(set(whole_patients)):,} of {len(groups):,} "
+        f"patients exact, {len({row['patient_id'] for row in found} - {''}) - len(groups)} found "
+        "beyond them"
     )
 
 
@@ -141,22 +145,25 @@ def table(rows: list[dict], extrapolated: list[int], base: int) -> str:
     ]
     for row in rows:
         lines.append(
-            f"{row['images'] // base:5d} | {row['images']:7,d} | {row['people']:6,d} | {row['seconds']:8.1f} | {row['cpu_seconds']:17.1f} "
-            f"| {row['gib']:8.2f} | measured"
+            f"{row['images'] // base:5d} | {row['images']:7,d} | {row['people']:6,d} | "
+            f"{row['seconds']:8.1f} | {row['cpu_seconds']:17.1f} | {row['gib']:8.2f} | measured"
         )
     if len(rows) > 1:
         exponent, scale = np.polyfit(np.log(size), np.log(seconds), 1)
         slope, start = np.polyfit(size, memory, 1)
         for multiple in extrapolated:
             n = multiple * base
-            # Beyond the measured sizes the quadratic part rules: the last row is carried on with exponent 2.
+            # Beyond the measured sizes the quadratic part rules: the last row is carried on with
+            # exponent 2.
             lines.append(
-                f"{multiple:5d} | {n:7,d} |      – |        – | {seconds[-1] * (n / size[-1]) ** 2:17.0f} | {start + slope * n:8.2f} | "
+                f"{multiple:5d} | {n:7,d} |      – |        – | "
+                f"{seconds[-1] * (n / size[-1]) ** 2:17.0f} | {start + slope * n:8.2f} | "
                 "extrapolated (time with exponent 2 from the last row, memory on the fitted line)"
             )
         lines += [
             "",
-            f"processor time grows with the {exponent:.2f}th power of the number of images (all pairs are compared: 2 in the limit); "
+            f"processor time grows with the {exponent:.2f}th power of the number of images "
+            "(all pairs are compared: 2 in the limit); "
             f"memory grows by {slope * 2**20:.1f} KiB an image, linearly",
         ]
     return "\n".join(lines)
@@ -203,8 +210,8 @@ def main() -> None:
             print(rows[-1], file=sys.stderr, flush=True)
     threads = os.environ.get("OMP_NUM_THREADS", "as many")
     text = (
-        f"{os.cpu_count()} cores, threads: {threads}; the search for people alone, features given\n\n"
-        + table(rows, options.extrapolate, rows[0]["images"] // options.multiples[0])
+        f"{os.cpu_count()} cores, threads: {threads}; the search for patients alone, features "
+        "given\n\n" + table(rows, options.extrapolate, rows[0]["images"] // options.multiples[0])
     )
     if options.whole:
         text += f"\n\n{whole(options.whole)}"

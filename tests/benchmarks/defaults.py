@@ -1,14 +1,15 @@
-"""Which settings? Short studies on the training and validation people of `patient` fold 0; no test image is read.
+"""Which settings? Short comparisons on training and validation patients of `patient` fold 0.
 
-    python tests/benchmarks/defaults.py --raw RAW                          # which adversarial training, for Resnet_atk
-    python tests/benchmarks/defaults.py --raw RAW --model Resnet           # which learning rate, from random weights
-    python tests/benchmarks/defaults.py --raw RAW --model Efficientnet     # likewise
-    python tests/benchmarks/defaults.py --raw RAW --model Efficientnet_atk # which training does not end at one answer
-    python tests/benchmarks/defaults.py --raw RAW --model Dinov2_atk       # likewise, with the learning rate and epochs of its units
+    python tests/benchmarks/defaults.py --raw RAW                Resnet_atk: which training
+    python tests/benchmarks/defaults.py --raw RAW --model NAME   another model
 
-Goes on where it stopped; writes assets/<Model>/defaults.json. The ResNets see the images at 64 px, which makes their study
-four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch, chosen as every training chooses
-it; all lines have the same epochs, so that they can be compared, and too few of them to say what a method reaches in the end.
+For `Resnet` and `Efficientnet` the question is which learning rate suits random weights, for
+`Efficientnet_atk` and `Dinov2_atk` which adversarial training does not end at one answer (the
+latter with the learning rate and epochs of its runs). No test image is read. Goes on where it
+stopped; writes assets/<Model>/defaults.json. The ResNets see the images at 64 px, which makes
+theirs four times cheaper; attacks act on native pixels, as always. Scores are of the best epoch,
+chosen as every training chooses it; all lines have the same epochs, so that they can be compared,
+and too few of them to say what a method reaches in the end.
 """
 
 import argparse
@@ -24,14 +25,14 @@ sys.path.insert(0, str(ROOT))
 
 from utils import data, experiment, training  # noqa: E402
 from utils.config import make_config  # noqa: E402
-from utils.utils_funcs import (
+from utils.utils_funcs import (  # noqa: E402
     UserError,
     choose_device,
     environment,
     hardware,
     read_json,
     write_json,
-)  # noqa: E402
+)
 
 ADVERSARIAL = {
     "PGD-AT, 2 steps, eps ramp": {},
@@ -118,7 +119,7 @@ def main() -> None:
                     choose_device(),
                     start=experiment.start_of(workspace, config),
                 )
-                best = {key: value for key, value in fit.history[fit.best_epoch - 1].items()}
+                best = dict(fit.history[fit.best_epoch - 1])
                 done["rows"][name] = {
                     "changes": changes,
                     "best_epoch": fit.best_epoch,

@@ -1,12 +1,17 @@
-"""How much of a map lies on the evidence, where it is known: backbones trained from random weights on planted stripes.
+"""How much of a map lies on the evidence, where its place is known: backbones trained from random
+weights on planted stripes.
 
-    python tests/benchmarks/planted_evidence.py                        all three, about 25 minutes on one core
-    python tests/benchmarks/planted_evidence.py --models Efficientnet  one; the others' rows stay as they are
+All three backbones take about 25 minutes on one core; a single one leaves the others' rows as they
+are:
 
-Writes `assets/planted_evidence.json`, which every model's notebook and README cite, and prints it. A ResNet or
-EfficientNet reads images of any size, so the same network is asked at several: its map has one cell in 32 px. DINOv2's grid
-is its own, and it learns in two ways: whole from the class, as the study's models do, and tokens first. The patch is half as
-wide as the image everywhere, so an even map has 0.25 of itself inside.
+    python tests/benchmarks/planted_evidence.py
+    python tests/benchmarks/planted_evidence.py --models Efficientnet
+
+Writes `assets/planted_evidence.json`, which every model's notebook and README cite, and prints it.
+A ResNet or EfficientNet reads images of any size, so the same network is measured at several: its
+map has one cell in 32 px. DINOv2's grid is fixed, and it learns in two ways: whole from the class,
+as the models of the results do, and tokens first. The patch is half as wide as the image
+everywhere, so an even map has 0.25 of itself inside.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.planted_evidence import (
+from tests.planted_evidence import (  # noqa: E402
     BUDGETS,
     LIMIT,
     SIDE,
@@ -30,7 +35,7 @@ from tests.planted_evidence import (
     inside,
     stripes_in_patch,
     trained_backbone,
-)  # noqa: E402
+)
 from utils.utils_funcs import atomic_path, hardware  # noqa: E402
 
 METHODS, SIDES, COUNT = ("gradcam", "gradcam++", "layercam"), (128, 256, 512), 48
@@ -38,7 +43,8 @@ NAMES = sorted({name for name, _ in BUDGETS})
 
 
 def rows_of(name: str, training: str) -> list[dict]:
-    """A row for each side: accuracy on fresh images, and each method's share inside the patch with its 95% interval."""
+    """A row for each side: accuracy on fresh images, and each method's share inside the patch with
+    its 95% interval."""
     model, budget = trained_backbone(name, training), BUDGETS[name, training]
     rows = []
     for side in (SIDE,) if name == "Dinov2" else SIDES:
@@ -64,8 +70,8 @@ def rows_of(name: str, training: str) -> list[dict]:
 
 
 def interval(values: np.ndarray) -> dict:
-    """The mean over images with a 95% percentile bootstrap; every phantom image is drawn by itself, and an empty map has
-    nothing inside."""
+    """The mean over images with a 95% percentile bootstrap; phantom images are independent, and an
+    empty map has nothing inside."""
     empty, values = int(np.isnan(values).sum()), np.nan_to_num(values)
     drawn = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(1)
     return {
@@ -76,7 +82,20 @@ def interval(values: np.ndarray) -> dict:
     }
 
 
+def line_of(name: str, row: dict) -> str:
+    """A row of the record as one printed line."""
+    shares = []
+    for method, found in row["inside"].items():
+        low, high = found["ci"]
+        shares.append(f"{method} {found['value']:.2f} [{low:.2f}, {high:.2f}] ({found['empty']})")
+    return (
+        f"{name:<13}{row['training']:<13}{row['side']:>4} px {row['cells']:>3} cells a side   "
+        f"accuracy {row['accuracy']:.2f}   {'   '.join(shares)}   (empty maps, of {COUNT})"
+    )
+
+
 def main() -> None:
+    """Measures the chosen backbones, prints their rows and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -93,15 +112,7 @@ def main() -> None:
             for row in rows_of(name, training)
         ]
         for row in record["backbones"][name]:
-            print(
-                f"{name:<13}{row['training']:<13}{row['side']:>4} px {row['cells']:>3} cells a side   accuracy {row['accuracy']:.2f}   "
-                + "   ".join(
-                    f"{method} {found['value']:.2f} [{found['ci'][0]:.2f}, {found['ci'][1]:.2f}] ({found['empty']})"
-                    for method, found in row["inside"].items()
-                )
-                + f"   (empty maps, of {COUNT})",
-                flush=True,
-            )
+            print(line_of(name, row), flush=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 

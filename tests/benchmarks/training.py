@@ -2,17 +2,19 @@
 
     python tests/benchmarks/training.py > tests/benchmarks/training.txt
 
-Plain: prepared float32 tensors (N, 3, S, S) through a DataLoader, fp32, AdamW, then one pass over the training set for its
-accuracy and one over the validation set. Ours: `uint8` native images, precision by the probe, channels-last, no extra pass.
-Neither augments. Both train the same architecture on the same images, the plain loop as its library delivers it; the
-adversarial step has `torchattacks.PGD` around it.
-Processor seconds, since a shared machine's clock says little. Each comparison has a process of its own, in which the plain
-loop comes first: what ours changes for the whole process (`keep_freed_memory`) must not help the other.
+Plain: prepared float32 tensors (N, 3, S, S) through a DataLoader, fp32, AdamW, then one pass over
+the training set for its accuracy and one over the validation set. Ours: `uint8` native images,
+precision by the probe, channels-last, no extra pass. Neither augments. Both train the same
+architecture on the same images, the plain loop as its library delivers it; the adversarial step has
+`torchattacks.PGD` around it.
+Processor seconds, since a shared machine's clock says little. Each comparison runs in a new
+process, in which the plain loop comes first: what ours changes for the whole process
+(`set_up_process`) must not help the other.
 
     python tests/benchmarks/training.py --scores --raw RAW
 
-says what bfloat16 does to validation scores: both precisions, three seeds, on the real people of `patient` fold 0, seen at 64
-px (DINOv2: 70), one in four validation slices.
+says what bfloat16 does to validation scores: both precisions, three seeds, on the real patients of
+`patient` fold 0, seen at 64 px (DINOv2: 70), one in four validation slices.
 """
 
 import argparse
@@ -32,10 +34,10 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils import training  # noqa: E402
-from utils.backbones import TIMM_NAMES, build_model  # noqa: E402
+from utils.backbones import build_model  # noqa: E402
 from utils.config import make_config  # noqa: E402
 from utils.data import ImageSet, every_nth, pixels  # noqa: E402
-from utils.utils_funcs import hardware  # noqa: E402
+from utils.utils_funcs import hardware, set_up_process  # noqa: E402
 
 DEVICE = torch.device("cpu")
 
@@ -60,10 +62,13 @@ def accuracy_pass(body, loader) -> None:
 
 
 def as_delivered(model) -> torch.nn.Module:
-    """The backbone as people get it: timm's network, or transformers' with its own attention."""
-    backbone = model.name.removesuffix("_atk")
-    if backbone in TIMM_NAMES:
-        return timm.create_model(TIMM_NAMES[backbone].split(".")[0], num_classes=4)
+    """The backbone as its library delivers it: timm's network, or that of transformers with its
+    attention."""
+    name = {"Resnet": "resnet34", "Efficientnet": "efficientnet_b0"}.get(
+        model.name.removesuffix("_atk")
+    )
+    if name is not None:
+        return timm.create_model(name, num_classes=4)
     body = copy.deepcopy(model.body)
     body.backbone.set_attn_implementation("sdpa")
     return body
@@ -105,7 +110,7 @@ def plain_epoch(
 
 def our_epoch(trainer, adversarial: bool) -> float:
     start = time.process_time()
-    trainer._pass(len(trainer.history)) if adversarial else trainer.epoch()
+    trainer.train_pass(len(trainer.history)) if adversarial else trainer.epoch()
     return time.process_time() - start
 
 
@@ -131,19 +136,20 @@ def compare(model: str, size: int | None, images: int, batch: int, repeats: int)
         plain_epoch(network, train, validation, batch, 2 if adversarial else 0)
         for _ in range(repeats)
     ]
-    trainer = training._Trainer(train, validation, config, DEVICE)
+    set_up_process()
+    trainer = training.Trainer(train, validation, config, DEVICE)
     ours = [our_epoch(trainer, adversarial) for _ in range(repeats)]
     what = "PGD-2 training pass" if adversarial else "epoch with validation"
     print(
-        f"{model:<16} {size or 'native':>6} px  {what:<22} plain {min(plain):6.1f} s   ours {min(ours):6.1f} s   ratio "
-        f"{min(plain) / min(ours):.2f}   ({trainer.precision})",
+        f"{model:<16} {size or 'native':>6} px  {what:<22} plain {min(plain):6.1f} s   "
+        f"ours {min(ours):6.1f} s   ratio {min(plain) / min(ours):.2f}   ({trainer.precision})",
         flush=True,
     )
 
 
 def scores(model: str, size: int | None, raw: str, images: int, epochs: int, seeds: int) -> None:
-    """Best validation scores of both precisions over several seeds, on real people of `patient` fold 0."""
-    from utils.experiment import load_sets, open_workspace
+    """Best validation scores of both precisions over seeds, on `patient` fold 0 of real data."""
+    from utils.pipeline.workspace import load_sets, open_workspace
 
     workspace, found = open_workspace("cpu", raw), {}
     for precision in ("fp32", "bf16"):
@@ -174,12 +180,16 @@ def scores(model: str, size: int | None, raw: str, images: int, epochs: int, see
             )
     for place, name in enumerate(("validation loss", "balanced accuracy")):
         values = {precision: [row[place] for row in rows] for precision, rows in found.items()}
-        means = {precision: statistics.mean(own) for precision, own in values.items()}
-        noise = max(statistics.stdev(own) for own in values.values())
+        means = {precision: statistics.mean(row) for precision, row in values.items()}
+        noise = max(statistics.stdev(row) for row in values.values())
+        texts = {
+            precision: " ".join(f"{value:.3f}" for value in row)
+            for precision, row in values.items()
+        }
         print(
-            f"{model:<14} {size or 'native':>6} px  {name:<18} fp32 {' '.join(f'{value:.3f}' for value in values['fp32'])}   bf16 "
-            f"{' '.join(f'{value:.3f}' for value in values['bf16'])}   bf16 - fp32 {means['bf16'] - means['fp32']:+.3f}   seeds differ "
-            f"by {noise:.3f} (standard deviation)",
+            f"{model:<14} {size or 'native':>6} px  {name:<18} fp32 {texts['fp32']}   "
+            f"bf16 {texts['bf16']}   bf16 - fp32 {means['bf16'] - means['fp32']:+.3f}   "
+            f"seeds differ by {noise:.3f} (standard deviation)",
             flush=True,
         )
 
@@ -210,8 +220,8 @@ def main() -> None:
     head = f"{hardware()}, {torch.get_num_threads()} thread(s)"
     if options.scores:
         print(
-            f"{head}, {options.train} training slices (every fourth an epoch), {options.epochs} epochs, {options.seeds} seeds, random "
-            "init, best epoch",
+            f"{head}, {options.train} training slices (every fourth an epoch), "
+            f"{options.epochs} epochs, {options.seeds} seeds, random init, best epoch",
             flush=True,
         )
         for model in wanted:
@@ -225,7 +235,8 @@ def main() -> None:
             )
         return
     print(
-        f"{head}, {options.images} images of 128 px, batches of {options.batch}, best of {options.repeats}, processor seconds",
+        f"{head}, {options.images} images of 128 px, batches of {options.batch}, "
+        f"best of {options.repeats}, processor seconds",
         flush=True,
     )
     for model in wanted:

@@ -1,0 +1,39 @@
+"""Which patient and slice does each image show? Images → patients and slice order, from pixels.
+
+raw          class folders, or a zip of them, as grayscale images with labels, splits and hashes
+similarity   how alike two images are: band-passed features, correlations, nearest neighbors
+linking      images linked by correlation, and the gap that separates the links of two patients
+patients     groups of images that are patients; synthetic images are left out
+order        a patient's slices in order along the body axis
+table        `cohort.csv`, one row per image file, and the command line
+"""
+
+from utils.cohort.patients import NoPatientsError
+from utils.cohort.raw import RawImages, find_raw, read_raw
+from utils.cohort.table import (
+    COMMITTED_COHORT,
+    Cohort,
+    Recovery,
+    apply_cohort,
+    build_cohort,
+    cohort_for,
+    describe,
+    read_cohort,
+    write_cohort,
+)
+
+__all__ = [
+    "COMMITTED_COHORT",
+    "Cohort",
+    "NoPatientsError",
+    "RawImages",
+    "Recovery",
+    "apply_cohort",
+    "build_cohort",
+    "cohort_for",
+    "describe",
+    "find_raw",
+    "read_cohort",
+    "read_raw",
+    "write_cohort",
+]

@@ -1,0 +1,302 @@
+"""The cohort table: one row per image file, with its patient and slice, its kind, its original."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.cohort.linking import middle
+from utils.cohort.order import members_of, slice_indices
+from utils.cohort.patients import find_patients, measure_gap
+from utils.cohort.raw import RawImages, read_raw
+from utils.cohort.similarity import background, correlations, features
+from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, progress
+
+#: The table of the published data set, as this repository holds it.
+COMMITTED_COHORT = ROOT / "dataset" / "cohort.csv"
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The columns of `cohort.csv` in their order, each (N,) for N image files in sorted path order.
+
+    Attributes:
+        file_sha256: hex digest of the file's bytes.
+        pixel_sha256: hex digest of its pixels, in grayscale.
+        source_split: `train`, `test` or empty, as published.
+        label: the class.
+        kind: `real`, `synthetic`, or `duplicate` for pixels that an earlier file has.
+        duplicate_of: `pixel_sha256` of that earlier file; else empty.
+        patient_id: from 0; -1 (in the file: empty) for synthetic images.
+        slice_index: place in the patient's stack, 0 the most superior; -1 likewise.
+    """
+
+    file_sha256: np.ndarray
+    pixel_sha256: np.ndarray
+    source_split: np.ndarray
+    label: np.ndarray
+    kind: np.ndarray
+    duplicate_of: np.ndarray
+    patient_id: np.ndarray
+    slice_index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Cohort))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the pixels showed when a cohort was built.
+
+    Attributes:
+        threshold: correlation at and above which two images show one patient.
+        gap: strongest link between two patients, and weakest link that joins a slice to its
+            patient; at full size.
+        search_gap: the same two at `SEARCH_SIDE`.
+        links: correlations at `SEARCH_SIDE`, strongest first, of the tree that joins the distinct
+            images among which the gap was sought.
+        unusual: how many images joined a patient in spite of an unusual background.
+        conflicts: patients whose images carry several labels: patient id → label → images.
+        mislabeled_copies: pairs of rows with equal pixels and different labels.
+    """
+
+    threshold: float
+    gap: tuple[float, float]
+    search_gap: tuple[float, float]
+    links: np.ndarray
+    unusual: int
+    conflicts: dict[int, dict[int, int]]
+    mislabeled_copies: list[tuple[int, int]]
+
+
+# -- building --------------------------------------------------------------------------------------
+
+
+def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
+    """Recovers patients, slices, synthetic images and duplicates from the pixels.
+
+    A patient whose images carry several labels stays one patient, because a split must keep the
+    patient together, and is listed in `Recovery.conflicts`.
+
+    Raises:
+        NoPatientsError: there is no gap between patients.
+    """
+    pixels = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in raw.images])
+    first = first_with_same(pixels)
+    distinct = np.unique(first)
+    images = [raw.images[i] for i in distinct]
+    patients = find_patients(features(images), background(images))
+    matrices = [
+        correlations(images, members)
+        for members in progress(members_of(patients.patient), "measuring patients")
+    ]
+    gap = measure_gap(images, patients, matrices)
+    patient, position = np.full(len(raw), -1), np.full(len(raw), -1)
+    patient[distinct] = patients.patient
+    position[distinct] = slice_indices(images, patients.patient, matrices)
+    cohort = _assemble(raw, np.array(raw.file_sha256), pixels, patient[first], position[first])
+    recovery = Recovery(
+        threshold=middle(gap),
+        gap=gap,
+        search_gap=patients.gap,
+        links=patients.links,
+        unusual=patients.unusual,
+        conflicts=_conflicts(cohort),
+        mislabeled_copies=[
+            (original, row)
+            for row, original in enumerate(first.tolist())
+            if raw.label[row] != raw.label[original]
+        ],
+    )
+    return cohort, recovery
+
+
+def first_with_same(keys: np.ndarray) -> np.ndarray:
+    """For each row the first row (N,) that has the same key."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _assemble(
+    raw: RawImages,
+    file_sha256: np.ndarray,
+    pixel_sha256: np.ndarray,
+    patient: np.ndarray,
+    position: np.ndarray,
+) -> Cohort:
+    """The table of the raw images; arrays (N,) in their order."""
+    first = first_with_same(pixel_sha256)
+    copy = first != np.arange(len(first))
+    return Cohort(
+        file_sha256=file_sha256,
+        pixel_sha256=pixel_sha256,
+        source_split=np.array(raw.source_split),
+        label=np.asarray(raw.label, np.int64),
+        kind=np.where(copy, "duplicate", np.where(patient >= 0, "real", "synthetic")),
+        duplicate_of=np.where(copy, pixel_sha256[first], ""),
+        patient_id=patient.astype(np.int64),
+        slice_index=position.astype(np.int64),
+    )
+
+
+def _conflicts(cohort: Cohort) -> dict[int, dict[int, int]]:
+    """Patients with several labels: patient id → label → images."""
+    labels = [Counter(cohort.label[rows].tolist()) for rows in members_of(cohort.patient_id)]
+    return {
+        patient: dict(sorted(counts.items()))
+        for patient, counts in enumerate(labels)
+        if len(counts) > 1
+    }
+
+
+def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
+    """Patients and slices of raw images from a known table, looked up by the files' hashes.
+
+    Renamed folders change neither pixels nor patients; order, split and label are those of the raw
+    images.
+
+    Returns:
+        None where the table lists other files.
+    """
+    if sorted(raw.file_sha256) != sorted(known.file_sha256.tolist()):
+        return None
+    row = {name: i for i, name in enumerate(known.file_sha256.tolist())}
+    rows = np.array([row[name] for name in raw.file_sha256])
+    return _assemble(
+        raw,
+        known.file_sha256[rows],
+        known.pixel_sha256[rows],
+        known.patient_id[rows],
+        known.slice_index[rows],
+    )
+
+
+def cohort_for(
+    raw: RawImages,
+    committed: Path | str = COMMITTED_COHORT,
+    cache: Path | str | None = None,
+) -> Cohort:
+    """The cohort of these images, from a table that lists exactly these files where there is one.
+
+    Args:
+        committed: the table to look in first.
+        cache: the table to look in next. A cohort that had to be built from the pixels is kept
+            there.
+    """
+    for path in (committed, cache):
+        if path is not None and Path(path).is_file():
+            cohort = apply_cohort(raw, read_cohort(path))
+            if cohort is not None:
+                return cohort
+    cohort, _ = build_cohort(raw)
+    if cache is not None:
+        write_cohort(cohort, cache)
+    return cohort
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def write_cohort(cohort: Cohort, path: Path | str) -> None:
+    """Writes `cohort.csv` atomically; equal cohorts give equal bytes."""
+    columns = {name: getattr(cohort, name).tolist() for name in COLUMNS}
+    for name in ("patient_id", "slice_index"):
+        columns[name] = ["" if value < 0 else value for value in columns[name]]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        rows.writerows(zip(*columns.values(), strict=True))
+
+
+def read_cohort(path: Path | str) -> Cohort:
+    """Reads what `write_cohort` wrote.
+
+    Raises:
+        UserError: no such file, or other columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"There is no cohort at {path}: build it with "
+            f"`python -m utils.cohort RAW --out {path}`."
+        )
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    if not rows or tuple(rows[0]) != COLUMNS or any(len(row) != len(COLUMNS) for row in rows):
+        raise UserError(
+            f"{path} has not the columns {', '.join(COLUMNS)}: build it again with "
+            "`python -m utils.cohort`."
+        )
+    column = {name: [row[k] for row in rows[1:]] for k, name in enumerate(COLUMNS)}
+    return Cohort(
+        file_sha256=np.array(column["file_sha256"], str),
+        pixel_sha256=np.array(column["pixel_sha256"], str),
+        source_split=np.array(column["source_split"], str),
+        label=_integers(column["label"]),
+        kind=np.array(column["kind"], str),
+        duplicate_of=np.array(column["duplicate_of"], str),
+        patient_id=_integers(column["patient_id"]),
+        slice_index=_integers(column["slice_index"]),
+    )
+
+
+def _integers(values: Sequence[str]) -> np.ndarray:
+    """Numbers as `int64` (N,), -1 where empty."""
+    return np.array([int(value) if value else -1 for value in values], np.int64)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def describe(cohort: Cohort, recovery: Recovery) -> str:
+    """A summary in a few lines: counts, patients by class, threshold, gap, conflicts."""
+    kinds = Counter(cohort.kind.tolist())
+    patients = members_of(np.where(cohort.kind == "real", cohort.patient_id, -1))
+    sizes = Counter(len(rows) for rows in patients)
+    by_class = Counter(int(cohort.label[rows[0]]) for rows in patients)
+    lines = [
+        f"{len(cohort)} files: {kinds['real']} real, {kinds['synthetic']} synthetic, "
+        f"{kinds['duplicate']} duplicates",
+        f"{len(patients)} patients ("
+        + ", ".join(f"{name} {by_class[k]}" for k, name in enumerate(CLASSES))
+        + ") of "
+        + ", ".join(f"{size} slices × {count}" for size, count in sorted(sizes.items())),
+        f"threshold {recovery.threshold:.3f} in the middle of a gap: two patients reach "
+        f"{recovery.gap[0]:.3f}, a slice joins its own patient at {recovery.gap[1]:.3f}",
+    ]
+    if recovery.unusual:
+        lines.append(f"{recovery.unusual} images joined a patient in spite of their background")
+    lines.append(f"patients in more than one class: {len(recovery.conflicts)}")
+    for patient, counts in recovery.conflicts.items():
+        text = ", ".join(f"{count} {CLASSES[label]}" for label, count in counts.items())
+        lines.append(f"  patient {patient}: {text}")
+    if recovery.mislabeled_copies:
+        lines.append(
+            "copies filed under another class than their original: "
+            f"{len(recovery.mislabeled_copies)}"
+        )
+    return "\n".join(lines)
+
+
+def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
+    """Recovers the patient and slice of each image from the pixels; writes one row per image file.
+
+    Args:
+        raw: folder or zip of class folders.
+        out: the table to write.
+        skip_unreadable: go on without images that cannot be read.
+    """
+    cohort, recovery = build_cohort(read_raw(raw, skip_unreadable=skip_unreadable))
+    write_cohort(cohort, out)
+    print(describe(cohort, recovery))
+    print(f"written to {out}")
