@@ -666,3 +666,110 @@ def test_transfer_uses_the_source_alone(model, batch):
 def test_images_outside_the_pixel_range_are_refused(model, batch):
     with pytest.raises(ValueError, match="raw pixels"):
         ATTACKS["fgsm"](model, batch[0] * 255, batch[1], 0.1)
+
+
+# -- what people give it ---------------------------------------------------------------------------
+
+UNTARGETED = {"noise", "pgd_clinical", "apgd_ce", "apgd_t", "square", "autoattack", "fab_t"}
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_attack_finds_the_same_inside_no_grad_and_inference_mode(name, mode, model, batch):
+    images, labels = batch[0][:4], batch[1][:4]
+    source = {"source": zoo.honest_model(1)} if name == "transfer" else {}
+    expected = run(name, model, images, labels, **source)
+    with mode():
+        found = run(name, model, images.clone(), labels.clone(), **source)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_layout_of_a_tensor_in_memory_does_not_matter(name, model, batch):
+    images, labels = batch[0][:4], batch[1][:4]
+    transposed = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not transposed.is_contiguous() and torch.equal(transposed, images)
+    assert torch.equal(run(name, model, transposed, labels), run(name, model, images, labels))
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_targets_are_aimed_at_or_refused(name, batch):
+    images, labels = batch
+    model = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 4)).eval()
+    with torch.no_grad():  # all classes are near each other everywhere
+        model[1].weight *= 0.02
+        model[1].bias.zero_()
+        labels = model(images).argmax(1)
+    targets = (labels + 2) % 4
+    if name in UNTARGETED:
+        with pytest.raises(ValueError, match="cannot be aimed"):
+            run(name, model, images, labels, targets=targets)
+        return
+    source = {"source": model} if name == "transfer" else {}
+    eps = 30 if ATTACKS[name].norm == "l2" else 0.5
+    found = run(name, model, images, labels, eps=eps, targets=targets, **source)
+    if name not in ("few_pixel", "one_pixel", "hopskipjump"):  # too weak in so few queries
+        assert (model(found).argmax(1) == targets).any()
+
+
+@pytest.mark.parametrize("name", ["few_pixel", "one_pixel", "kryptonite"])
+def test_attacks_on_gray_images_refuse_colors(name):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4)).eval()
+    with pytest.raises(ValueError, match="one channel, not 3"):
+        run(name, model, torch.rand(2, 3, 16, 16), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("name", ["noise", "pgd", "square", "few_pixel", "kryptonite"])
+@pytest.mark.parametrize("eps", [1.5, 4, 8.0, 255])
+def test_an_eps_in_gray_levels_is_refused(name, eps, model, batch):
+    with pytest.raises(ValueError, match=f"give {eps:g} / 255"):
+        run(name, model, *batch, eps=eps)
+
+
+def test_an_l2_eps_may_be_more_than_a_pixel(model, batch):
+    assert run("pgd_l2", model, *batch, eps=1.5, steps=2).shape == batch[0].shape
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda images: (images * 255).byte(), "torch.uint8"),
+        (lambda images: (images * 255).long(), "torch.int64"),
+        (lambda images: images * 255, "raw pixels"),
+        (lambda images: images * 2 - 1, "raw pixels"),
+        (lambda images: images.masked_fill(images > images.mean(), torch.nan), "NaN"),
+        (lambda images: images / 0, "must lie in|NaN"),
+    ],
+)
+def test_what_are_no_pixels_is_refused(change, sentence, model, batch):
+    with pytest.raises(ValueError, match=sentence):
+        ATTACKS["pgd"](model, change(batch[0]), batch[1], 0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.int16])
+def test_labels_may_be_any_whole_numbers(kind, model, batch):
+    images, labels = batch
+    assert torch.equal(
+        run("pgd", model, images, labels.to(kind)), run("pgd", model, images, labels)
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_labels_that_are_no_numbers_of_classes_are_refused(kind, model, batch):
+    with pytest.raises(ValueError, match="whole class numbers"):
+        run("pgd", model, batch[0], batch[1].to(kind))
+
+
+@pytest.mark.parametrize(
+    "name, budget",
+    [
+        ("pgd", {"steps": 0}),
+        ("pgd", {"restarts": 0}),
+        ("square", {"queries": 0}),
+        ("few_pixel", {"generations": -1}),
+        ("apgd_t", {"steps": -3}),
+    ],
+)
+def test_a_budget_of_nothing_is_refused(name, budget, model, batch):
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        run(name, model, *batch, **budget)

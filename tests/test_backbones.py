@@ -12,6 +12,7 @@ from utils.backbones import (
     save_half,
     save_model,
 )
+from utils.grad_cam import explain
 from utils.utils_funcs import BACKBONES, MODELS, UserError
 
 
@@ -30,6 +31,36 @@ def model(request):
 def test_raw_pixels_give_four_logits(model):
     logits = model(torch.rand(3, 1, 128, 128))
     assert logits.shape == (3, 4) and logits.dtype == torch.float32 and not model.training
+
+
+NO_PIXELS = {
+    "bytes": lambda images: (images * 255).byte(),
+    "whole numbers": lambda images: (images * 255).long(),
+    "gray levels": lambda images: images * 255,
+    "from -1": lambda images: images * 2 - 1,
+    "normalized": lambda images: (images - 0.45) / 0.22,
+    "one NaN": lambda images: images.index_fill(3, torch.tensor([5]), torch.nan),
+    "infinite": lambda images: images.index_fill(3, torch.tensor([5]), torch.inf),
+}
+
+
+@pytest.mark.parametrize("change", NO_PIXELS.values(), ids=NO_PIXELS)
+def test_what_are_no_pixels_gets_a_sentence_and_no_logits_and_no_map(change, model):
+    images = change(torch.rand(2, 1, 64, 64))
+    with pytest.raises(UserError, match=r"\[0, 1\]"), torch.no_grad():
+        model(images)
+    with pytest.raises(UserError, match=r"\[0, 1\]"):
+        explain(model, images)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_maps_and_logits_are_the_same_inside_no_grad_and_inference_mode(mode, model):
+    images = torch.rand(2, 1, 64, 64)
+    expected, logits = explain(model, images), model(images).detach()
+    with mode():
+        given = images.clone()
+        assert torch.equal(explain(model, given), expected)
+        assert torch.allclose(model(given), logits, atol=1e-5)
 
 
 def test_logits_do_not_depend_on_the_batch(model):

@@ -28,7 +28,7 @@ class _AtLeastFour(nn.Module):
         return torch.cat([logits, logits.amin(1, keepdim=True) - below], dim=1)
 
 
-@register("apgd_ce", package="pyautoattack")
+@register("apgd_ce", package="pyautoattack", targeted=False)
 def apgd_ce(
     model: nn.Module,
     images: Tensor,
@@ -56,7 +56,7 @@ def apgd_ce(
     return noise_where_unchanged(found, model, images, labels, eps, seed)
 
 
-@register("apgd_t", package="pyautoattack")
+@register("apgd_t", package="pyautoattack", targeted=False)
 def apgd_t(
     model: nn.Module,
     images: Tensor,
@@ -85,7 +85,7 @@ def apgd_t(
     return noise_where_unchanged(found, model, images, labels, eps, seed)
 
 
-@register("square", kind="black-box", package="pyautoattack")
+@register("square", kind="black-box", package="pyautoattack", targeted=False)
 def square(
     model: nn.Module,
     images: Tensor,
@@ -113,7 +113,7 @@ def square(
     return noise_where_unchanged(found, model, images, labels, eps, seed)
 
 
-@register("autoattack", package="pyautoattack")
+@register("autoattack", package="pyautoattack", targeted=False)
 def autoattack(
     model: nn.Module,
     images: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from utils.class_groups import Groups, group_of_class
 from utils.model_state import frozen
+from utils.pixel_range import pixel_fault
 
 Norm = Literal["linf", "l2", "l0"]
 Kind = Literal["control", "white-box", "black-box", "transfer"]
@@ -38,6 +39,8 @@ class Attack:
         norm: the norm that eps is measured in.
         kind: what the attack may ask of the model.
         package: the package whose code it runs (None: this repository's own).
+        targeted: whether it can be aimed at `targets`.
+        gray: whether it takes images of one channel only.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Attack:
     norm: Norm
     kind: Kind
     package: str | None
+    targeted: bool = True
+    gray: bool = False
 
     def __call__(
         self,
@@ -59,24 +64,30 @@ class Attack:
         **budget: Any,
     ) -> Tensor:
         """Adversarial images (N, C, H, W); the model and all random states are left as they were.
+        It works inside `torch.no_grad` and `torch.inference_mode` too.
 
         Args:
             model: pixels (N, C, H, W) in [0, 1] → logits (N, classes); attacked in eval mode.
             images: float32 in [0, 1].
-            labels: int64 (N,).
-            targets: int64 (N,), the wrong answers wanted (None: any wrong answer).
+            labels: whole numbers (N,).
+            eps: in units of the pixel range [0, 1], so 4/255 for four gray levels.
+            targets: whole numbers (N,), the wrong answers wanted (None: any wrong answer).
             precision: `bf16` searches in bfloat16; successes are decided in float32 all the same.
             budget: what the attack itself takes: steps, restarts, a mask.
 
         Raises:
-            ValueError: images, labels, eps or targets do not fit together.
+            ValueError: images, labels, eps, targets or the budget do not fit together, or this
+                attack takes no targets, or one channel only.
             AttackError: the outcome is outside of the threat model.
         """
-        _check_input(images, labels, eps, targets)
+        self._check_input(images, labels, eps, targets, budget)
         if eps == 0 or len(images) == 0:
             return images.clone()
-        given = (model, images.detach(), labels, float(eps))
-        with untouched_model(model):
+        with torch.inference_mode(False), torch.enable_grad(), untouched_model(model):
+            # Copies made here take part in autograd even if the tensors come from inference mode.
+            start = images.detach().clone(memory_format=torch.contiguous_format)
+            given = (model, start, labels.long().clone(), float(eps))
+            targets = None if targets is None else targets.long().clone()
             if precision == "fp32":
                 adversarial = self.unguarded(*given, seed=seed, targets=targets, **budget)
             else:
@@ -85,15 +96,60 @@ class Attack:
                 )
         return check_result(self.name, self.norm, images, adversarial.detach(), eps)
 
+    def _check_input(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        targets: Tensor | None,
+        budget: Mapping[str, Any],
+    ) -> None:
+        if images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(
+                f"expected images (N, C, H, W) and N labels, not {tuple(images.shape)} and "
+                f"{len(labels)}"
+            )
+        if fault := pixel_fault(images):
+            raise ValueError(fault)
+        if self.gray and images.shape[1] != 1:
+            raise ValueError(
+                f"{self.name} takes images of one channel, not {images.shape[1]}: give gray images"
+            )
+        for name, values in (("labels", labels), ("targets", targets)):
+            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
+                raise ValueError(f"{name} are {values.dtype}, expected whole class numbers")
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, not {eps}")
+        if eps > 1 and self.norm != "l2":
+            raise ValueError(
+                f"eps {eps:g} is more than the whole pixel range of 1: for {eps:g} gray levels "
+                f"give {eps:g} / 255"
+            )
+        if targets is not None and not self.targeted:
+            raise ValueError(f"{self.name} cannot be aimed: leave `targets` out")
+        if targets is not None and bool((targets == labels).any()):
+            raise ValueError("a target must differ from the true label")
+        for name in COUNTS & set(budget):
+            if budget[name] < 1:
+                raise ValueError(f"{name} is {budget[name]}, expected 1 or more")
 
+
+#: Budgets that count something.
+COUNTS = {"steps", "restarts", "queries", "generations", "population", "pixels", "evaluations"}
 #: Name → attack.
 ATTACKS: dict[str, Attack] = {}
 
 
 def register(
-    name: str, norm: Norm = "linf", kind: Kind = "white-box", package: str | None = None
+    name: str,
+    norm: Norm = "linf",
+    kind: Kind = "white-box",
+    package: str | None = None,
+    *,
+    targeted: bool = True,
+    gray: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Attack]:
-    """Decorator that makes a function an `Attack` and adds it to `ATTACKS`.
+    """Decorator that makes a function an `Attack` and adds it to `ATTACKS`; arguments as there.
 
     The function takes (model, images, labels, eps, *, seed, targets, **budget) as `Attack.__call__`
     describes them, and returns adversarial images. A new attack is a module with such a function,
@@ -101,7 +157,7 @@ def register(
     """
 
     def wrap(function: Callable[..., Tensor]) -> Attack:
-        ATTACKS[name] = Attack(name, function, norm, kind, package)
+        ATTACKS[name] = Attack(name, function, norm, kind, package, targeted, gray)
         return ATTACKS[name]
 
     return wrap
@@ -137,22 +193,6 @@ def untouched_model(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if accelerator:
             accelerator.set_rng_state(accelerator_state)
-
-
-def _check_input(images: Tensor, labels: Tensor, eps: float, targets: Tensor | None) -> None:
-    if images.ndim != 4 or len(images) != len(labels):
-        raise ValueError(
-            f"expected images (N, C, H, W) and N labels, not {tuple(images.shape)} and "
-            f"{len(labels)}"
-        )
-    if len(images) and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(
-            "images must lie in [0, 1]: an attack acts on raw pixels, before any normalization"
-        )
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, not {eps}")
-    if targets is not None and bool((targets == labels).any()):
-        raise ValueError("a target must differ from the true label")
 
 
 def check_result(name: str, norm: Norm, images: Tensor, adversarial: Tensor, eps: float) -> Tensor:

@@ -17,7 +17,7 @@ from utils.attacks.base import (
 from utils.attacks.steps import noise_where_unchanged, project, start_at_random
 
 
-@register("few_pixel", norm="l0", kind="black-box")
+@register("few_pixel", norm="l0", kind="black-box", gray=True)
 def few_pixel(
     model: nn.Module,
     images: Tensor,
@@ -56,7 +56,7 @@ def few_pixel(
     return _with_pixels(images, best[:, None], eps)[:, 0]
 
 
-@register("one_pixel", norm="l0", kind="black-box")
+@register("one_pixel", norm="l0", kind="black-box", gray=True)
 def one_pixel(
     model: nn.Module,
     images: Tensor,

@@ -19,7 +19,7 @@ from utils.attacks.steps import (
 )
 
 
-@register("noise", kind="control")
+@register("noise", kind="control", targeted=False)
 def noise(
     model: nn.Module,
     images: Tensor,
@@ -256,7 +256,7 @@ def pgd_targeted(
     )
 
 
-@register("pgd_clinical")
+@register("pgd_clinical", targeted=False)
 def pgd_clinical(
     model: nn.Module,
     images: Tensor,

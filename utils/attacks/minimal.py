@@ -90,7 +90,7 @@ def _bisect(
     return (images + image_axes(high) * (adversarial - images)).clamp(0.0, 1.0)
 
 
-@register("fab_t", package="pyautoattack")
+@register("fab_t", package="pyautoattack", targeted=False)
 def fab_t(
     model: nn.Module,
     images: Tensor,

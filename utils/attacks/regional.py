@@ -11,7 +11,7 @@ from utils.attacks.base import register
 from utils.otsu import BINS, otsu_thresholds
 
 
-@register("kryptonite")
+@register("kryptonite", gray=True)
 def kryptonite(
     model: nn.Module,
     images: Tensor,

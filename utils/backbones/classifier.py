@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.pixel_range import pixel_fault
 from utils.utils_funcs import UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,6 +61,8 @@ class PixelClassifier(nn.Module):
                 "The model takes images of shape (N, 1, H, W) in [0, 1], not "
                 f"{tuple(images.shape)}."
             )
+        if not self.training and (fault := pixel_fault(images)):  # training makes its own pixels
+            raise UserError(f"The model's {fault}.")
         side = self.input_size
         if side and images.shape[-2:] != (side, side):
             images = F.interpolate(

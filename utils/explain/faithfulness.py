@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.explain.maps import unit_range
 from utils.explain.similarity import blur, pixel_order
 from utils.model_state import frozen
+from utils.pixel_range import any_pixels
 from utils.prediction import predict
 
 #: Ends the names of measures of the control, in a record too: "road" and "road of random maps".
@@ -114,7 +115,7 @@ def road(
     ranks = 1 - pixel_order(maps, seed).double() / maps[0].numel()
     goals = [ClassifierOutputSoftmaxTarget(target) for target in targets.tolist()]
     # The imputation draws its noise from the global state.
-    with frozen(model), torch.random.fork_rng(devices=[]):
+    with frozen(model), any_pixels(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         scores = ROADCombined(list(percentiles))(images, ranks.cpu().numpy(), goals, model)
     return np.asarray(scores, dtype=np.float32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from utils.explain.cells import target_layer, upsampler
 from utils.explain.tokens import above_mean, attention_rollout, find_dino, map_from_tokens
 from utils.model_state import frozen
+from utils.pixel_range import pixel_fault
 from utils.utils_funcs import UserError
 
 #: Class activation maps of the `grad-cam` package: Grad-CAM (Selvaraju et al. 2017), Grad-CAM++
@@ -51,7 +52,7 @@ def explain(
 
     Raises:
         UserError: unknown method, a method that this backbone does not have, images or targets of
-            another shape, or a target that is no class of the model.
+            another shape, pixels outside [0, 1], or a target that is no class of the model.
     """
     if method not in METHODS:
         raise UserError(f"Unknown explanation {method!r}: expected one of {', '.join(METHODS)}.")
@@ -59,6 +60,8 @@ def explain(
         raise UserError(
             f"Images to explain have the shape (N, 1, H, W), not {tuple(images.shape)}."
         )
+    if fault := pixel_fault(images):
+        raise UserError(f"No map is made: {fault}.")
     if targets is not None and tuple(targets.shape) != (len(images),):
         raise UserError(
             f"{len(images)} images need as many target classes, not the shape "
