@@ -3,6 +3,8 @@
 import ctypes
 import json
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,34 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
     assert json.loads(target.read_text()) == {"value": 1}
     assert list(tmp_path.iterdir()) == [target], "no temporary file stays behind"
+
+
+KILLED = """
+import os, sys
+from utils.utils_funcs import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half of a rec")
+    print("written", flush=True)
+    os.kill(os.getpid(), 9) if sys.argv[2] == "dies" else sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_the_next_write_removes_what_a_killed_one_left_and_nothing_of_a_living_one(tmp_path):
+    target, other = tmp_path / "record.json", tmp_path / "record-2.json"
+    command = [sys.executable, "-c", KILLED]
+    for path in (target, other):
+        subprocess.run([*command, str(path), "dies"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    living = subprocess.Popen(
+        [*command, str(target), "lives"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert living.stdout.readline().strip() == b"written"
+    assert len(list(tmp_path.glob(".record-*.tmp"))) == 3
+    write_json(target, {"value": 1})
+    left = sorted(path.name for path in tmp_path.glob("*.tmp"))
+    assert len(left) == 2 and any(f"-{living.pid}-" in name for name in left), left
+    living.communicate()  # it ends, and its file takes the place of the other
+    assert target.read_text() == "half of a rec"
 
 
 def test_nan_never_reaches_a_record(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -34,6 +36,8 @@ MODELS = tuple(f"{backbone}{regime}" for backbone in BACKBONES for regime in (""
 PROTOCOLS: tuple[Literal["slice", "patient"], ...] = ("slice", "patient")
 #: Bytes free below which a failed write is put down to a full disk.
 FULL_DISK = 1 << 20
+#: Tells this machine's temporary files from those of others on a shared disk.
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 class UserError(Exception):
@@ -62,7 +66,8 @@ def result_root(profile: str, data: str) -> Path:
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path`, and renames it to `path` on success.
 
-    Killed at any moment, this leaves the old file or the new one, never half of one.
+    Killed at any moment, this leaves the old file or the new one, never half of one; the next write
+    to `path` removes what the killed one left behind.
 
     Raises:
         UserError: the disk is full.
@@ -71,7 +76,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=f"{path.suffix}.tmp", dir=path.parent
+            prefix=f".{path.stem}-{MACHINE}-{os.getpid()}-",
+            suffix=f"{path.suffix}.tmp",
+            dir=path.parent,
         )
         os.close(handle)
         temporary = Path(name)
@@ -80,6 +87,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        remove_leftovers(path)
     except Exception as error:
         if not is_full_disk(error, path.parent):
             raise
@@ -90,6 +98,28 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes temporary files of `path` whose process ran on this machine and is gone."""
+    start = f".{path.stem}-{MACHINE}-"
+    for old in path.parent.glob(f"{glob.escape(start)}*{glob.escape(path.suffix)}.tmp"):
+        process = old.name.removeprefix(start).split("-")[0]
+        if process.isdigit() and is_gone(int(process)):
+            old.unlink(missing_ok=True)
+
+
+def is_gone(process: int) -> bool:
+    """Whether no process of this number runs here; False where that cannot be asked (Windows)."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(process, 0)  # signal 0 asks and does nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def is_full_disk(error: Exception, folder: Path) -> bool:
