@@ -197,7 +197,7 @@ def record_of(root: Path, model: str, protocol: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow  # all ten notebooks: some seven minutes of one core
+@pytest.mark.slow  # all ten notebooks: over ten minutes of one core
 def test_without_data_everything_runs_on_the_phantom_and_says_so(tmp_path):
     before = state_of_the_tree()
     done = reproduce(tmp_path)

@@ -52,6 +52,8 @@ def test_preparation_comes_first_and_results_last():
     assert order[0] == PREPARE and order[-1] == "models/results.ipynb"
     assert {Path(path).stem for path in order} >= {
         "Dinov2",
+        "Dinov2_atk",
+        "Efficientnet",
         "Efficientnet_atk",
         "Resnet",
         "Resnet_atk",

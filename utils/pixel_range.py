@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -24,7 +25,7 @@ def pixel_fault(images: Tensor) -> str | None:
     low, high = (float(bound) for bound in images.detach().aminmax())
     if low >= 0 and high <= 1:
         return None
-    if low != low or high != high:
+    if math.isnan(low) or math.isnan(high):
         return "images hold NaN, expected pixels in [0, 1]: leave those images out"
     return (
         f"images must lie in [0, 1] and reach from {low:.4g} to {high:.4g}: give raw pixels, gray "

@@ -117,8 +117,8 @@ def is_gone(process: int) -> bool:
         os.kill(process, 0)  # signal 0 asks and does nothing
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # it runs, and is somebody else's
+        pass
     return False
 
 
