@@ -37,7 +37,7 @@ import textwrap
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -64,9 +64,14 @@ NOTEBOOKS = (
     "models/results.ipynb",
 )
 MODEL_NOTEBOOKS = NOTEBOOKS[2:8]
-#: Of each group a demo runs several at a time: they need what the groups before them wrote, and
-#: nothing of each other. (A demo's ensemble is one of EfficientNets and ResNets.)
-DEMO_GROUPS = (NOTEBOOKS[:1], NOTEBOOKS[1:6], NOTEBOOKS[6:9], NOTEBOOKS[9:])
+#: Of a demo several run at a time: each begins when those whose results it reads have ended. (A
+#: demo's ensemble is one of ResNets and EfficientNets.)
+DEMO_NEEDS = {
+    **dict.fromkeys(NOTEBOOKS, {PREPARE}),
+    PREPARE: set(),
+    "models/ensemble.ipynb": {PREPARE, *NOTEBOOKS[2:6]},
+    "models/results.ipynb": set(NOTEBOOKS[:-1]),
+}
 #: Skipped where a clone does not have them.
 OPTIONAL = {"dataset/leak_audit.ipynb", "models/ensemble.ipynb"}
 PROFILES = ("demo", "cpu", "paper")
@@ -88,40 +93,17 @@ def runs_folder() -> Path:
     return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs")).absolute()
 
 
-def result_root(profile: str, data: str) -> Path:
-    """Where a run of a profile on `data`, "real" or "phantom", writes.
-
-    The same rule as `utils.utils_funcs.result_root`, which cannot be imported before the
-    environment is there.
-    """
-    if profile in ("cpu", "paper") and data == "real":
-        return ROOT
-    return runs_folder() / f"{profile}-{data}"
-
-
-def is_prepared(root: Path) -> bool:
-    """Whether `prepare_dataset.ipynb` has written every set of both protocols under `root`."""
-    folder = root / "dataset" / "dataset_variables"
-    parts = ("slice", *(f"patient/fold{fold}" for fold in range(5)))
-    return all(
-        (folder / part / f"{name}_set.pt").is_file()
-        for part in parts
-        for name in ("train", "validation", "test")
-    )
-
-
 def present_notebooks() -> set[str]:
     """The notebooks that this clone has."""
     return {path for path in NOTEBOOKS if (ROOT / path).is_file()}
 
 
-def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> list[str]:
+def choose_notebooks(only: Sequence[str], present: set[str]) -> list[str]:
     """The notebooks to run, in order.
 
     Args:
         only: names without folder and extension; empty for all.
         present: paths of the notebooks that this clone has.
-        prepared: whether the data set is prepared; where it is not, its notebook comes first.
 
     Raises:
         ReproduceError: for an unknown name, or when a notebook of the study is missing.
@@ -137,8 +119,6 @@ def choose_notebooks(only: Sequence[str], present: set[str], prepared: bool) -> 
             f"--only {unknown[0]} names no notebook: expected one of {', '.join(names)}."
         )
     wanted = {names[name] for name in only} or set(names.values())
-    if not prepared:
-        wanted.add(PREPARE)
     return [path for path in names.values() if path in wanted]
 
 
@@ -673,20 +653,30 @@ def is_installed(name: str) -> bool:
 # --- The run --------------------------------------------------------------------------------------
 
 
-def find_data(python: Path, environment: dict[str, str]) -> str:
-    """Absolute path of the raw images that the library finds, "" where there are none."""
+def open_workspace(python: Path, environment: dict[str, str], profile: str) -> tuple[str, Path]:
+    """Has the library find the raw images and prepare them where they are not prepared yet.
+
+    Returns:
+        (absolute path of the raw images, "" where there are none; where results of this profile and
+        of these images go).
+
+    Raises:
+        ReproduceError: the images cannot be read, or show no patients.
+    """
     code = (
-        "from utils.cohort import find_raw; path = find_raw(); "
-        "print('raw=%s' % (path.resolve() if path else ''))"
+        "import json, sys; from utils.pipeline.workspace import open_workspace; "
+        "found = open_workspace(sys.argv[1]); raw = found.data == 'real' and found.raw.resolve(); "
+        "print('workspace=' + json.dumps([str(raw or ''), str(found.root.resolve())]))"
     )
-    line = ProgressLine("Looking for the raw images")
-    answer = run_quietly([str(python), "-c", code], environment=environment, line=line)
+    line = ProgressLine("Finding the images and the patients in them")
+    answer = run_quietly([str(python), "-c", code, profile], environment=environment, line=line)
     line.done("failed" if answer.returncode else "")
     if answer.returncode:
         raise ReproduceError(last_line(answer.stderr))
-    # A download prints too.
-    found = [text for text in answer.stdout.splitlines() if text.startswith("raw=")]
-    return found[-1].removeprefix("raw=")
+    # Before it the library prints what it found.
+    found = [text for text in answer.stdout.splitlines() if text.startswith("workspace=")]
+    raw, root = json.loads(found[-1].removeprefix("workspace="))
+    return raw, Path(root)
 
 
 def run_notebook(
@@ -697,6 +687,7 @@ def run_notebook(
     values: dict[str, object],
     environment: dict[str, str],
     start: Callable[[], ProgressLine],
+    kernel: str = "python3",
 ) -> None:
     """Executes a notebook in its own folder and puts the result under `root`.
 
@@ -709,6 +700,7 @@ def run_notebook(
         values: parameters, by name.
         environment: variables of its process.
         start: called at the beginning, for the line that shows its progress.
+        kernel: the name of the kernel that runs it.
 
     Raises:
         ReproduceError: a cell failed, with its error.
@@ -724,7 +716,7 @@ def run_notebook(
         str(before),
         str(after),
         "--kernel",
-        "python3",
+        kernel,
         "--no-progress-bar",
         "--no-log-output",
         "--cwd",
@@ -775,26 +767,41 @@ def demo_workers() -> int:
     return max(1, min(4, os.cpu_count() or 1))
 
 
-def side_by_side(numbered: list[tuple[str, str]], profile: str) -> list[list[tuple[str, str]]]:
-    """The notebooks in groups that may run at the same time.
+def needs_of(notebooks: Sequence[str], profile: str) -> dict[str, set[str]]:
+    """Notebook → those that must have ended before it begins, all before it except in a demo."""
+    if profile == "demo":
+        return {notebook: DEMO_NEEDS[notebook] & set(notebooks) for notebook in notebooks}
+    return {notebook: set(notebooks[:number]) for number, notebook in enumerate(notebooks)}
+
+
+def runs_alone(notebook: str, needs: dict[str, set[str]]) -> bool:
+    """Whether no other notebook can run at the same time."""
+    return all(
+        other == notebook or other in needs[notebook] or notebook in needs[other] for other in needs
+    )
+
+
+def run_when_ready(tasks: Mapping[str, Callable[[], None]], needs: dict[str, set[str]]) -> None:
+    """Runs the tasks, `demo_workers()` at a time; the first error ends the others and is raised.
 
     Args:
-        numbered: (text of the progress line, notebook), in their order.
-        profile: a demo has `DEMO_GROUPS`; otherwise each notebook is a group.
+        tasks: by name, in the order in which those that may begin do.
+        needs: the tasks that must have ended before one begins.
     """
-    if profile != "demo":
-        return [[item] for item in numbered]
-    groups = [[item for item in numbered if item[1] in group] for group in DEMO_GROUPS]
-    return [group for group in groups if group]
-
-
-def run_all(tasks: Sequence[Callable[[], None]]) -> None:
-    """Runs the tasks, `demo_workers()` at a time; the first error ends the others and is raised."""
+    waiting = dict(tasks)
+    running: dict[concurrent.futures.Future, str] = {}
+    ended: set[str] = set()
     with concurrent.futures.ThreadPoolExecutor(demo_workers()) as pool:
-        futures = [pool.submit(task) for task in tasks]
         try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
+            while waiting or running:
+                ready = [name for name in waiting if needs[name] <= ended]
+                running |= {pool.submit(waiting.pop(name)): name for name in ready}
+                done, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    future.result()
+                    ended.add(running.pop(future))
         except BaseException:
             STOP.set()
             pool.shutdown(cancel_futures=True)
@@ -813,37 +820,46 @@ def run_workspace(python: Path, options: argparse.Namespace, environment: dict[s
     # The environment's own kernel, before any other of the name python3 on this machine.
     kernels = (Path(sys.prefix) if options.no_venv else VENV) / "share" / "jupyter"
     environment = {**environment, "ALZHEIMER_QUIET": "1", "JUPYTER_PATH": str(kernels)}
-    raw = find_data(python, environment)
-    # Asked once and handed on, so that all notebooks agree and none waits for a download again.
-    environment |= {"ALZHEIMER_RAW": raw} if raw else {"ALZHEIMER_OFFLINE": "1"}
-    data = "real" if raw else "phantom"
-    found = raw or "no raw images found: a drawn cohort that shows the machinery and is no result"
-    print(f"data: {data} ({found})")
-    root, runs = result_root(options.profile, data), runs_folder() / f"{options.profile}-{data}"
-    with one_at_a_time(runs / ".lock"):
-        notebooks = choose_notebooks(options.only, present_notebooks(), is_prepared(root))
+    demo = options.profile == "demo"
+    environment = {**ONE_THREAD, **environment} if demo else environment
+    lock = runs_folder() / f".{options.profile}.lock"
+    sys.path.insert(0, str(ROOT))  # it is not there where Python was started with -I
+    from utils.kernel_server import preloaded_kernels
+
+    with contextlib.ExitStack() as until_the_end:
+        until_the_end.enter_context(one_at_a_time(lock))
+        kernel, environment = until_the_end.enter_context(
+            preloaded_kernels(python, ROOT, environment, demo)
+        )
+        raw, root = open_workspace(python, environment, options.profile)
+        # Asked once and handed on, so that all notebooks agree and none waits for a download again.
+        environment |= {"ALZHEIMER_RAW": raw} if raw else {"ALZHEIMER_OFFLINE": "1"}
+        drawn = "no raw images found: a drawn cohort that shows the machinery and is no result"
+        print(f"data: {'real' if raw else 'phantom'} ({raw or drawn})")
+        runs = root if root != ROOT else runs_folder() / f"{options.profile}-real"
+        notebooks = choose_notebooks(options.only, present_notebooks())
         values = {"profile": options.profile, "retrain": options.retrain}
-        numbered = [
-            (f"[{number}/{len(notebooks)}] {notebook}", notebook)
-            for number, notebook in enumerate(notebooks, 1)
-        ]
-        for group in side_by_side(numbered, options.profile):
-            alone = len(group) == 1
-            run_all(
-                [
-                    functools.partial(
-                        run_notebook,
-                        python,
-                        notebook,
-                        root,
-                        runs,
-                        values | ({"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}),
-                        {**ONE_THREAD, **environment} if options.profile == "demo" else environment,
-                        functools.partial(ProgressLine, text, alone),
-                    )
-                    for text, notebook in group
-                ]
+        needs = needs_of(notebooks, options.profile)
+        tasks = {}
+        for number, notebook in enumerate(notebooks, 1):
+            more = {"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}
+            line = functools.partial(
+                ProgressLine,
+                f"[{number}/{len(notebooks)}] {notebook}",
+                runs_alone(notebook, needs),
             )
+            tasks[notebook] = functools.partial(
+                run_notebook,
+                python,
+                notebook,
+                root,
+                runs,
+                values | more,
+                environment,
+                line,
+                kernel,
+            )
+        run_when_ready(tasks, needs)
         shutil.rmtree(runs / SCRATCH, ignore_errors=True)
         print()
         report(python, environment, "table", "--root", str(root))
@@ -963,7 +979,7 @@ def run(options: argparse.Namespace) -> int:
     raw = raw_choice(options.raw) if options.command is None else None
     if not options.test and options.command is None:
         # A mistake in --only is reported now and not after installing.
-        choose_notebooks(options.only, present_notebooks(), prepared=True)
+        choose_notebooks(options.only, present_notebooks())
     python = check_current_environment() if options.no_venv else make_environment()
     environment = {**os.environ, "PYTHONUTF8": "1"} if options.no_venv else venv_environment(VENV)
     environment |= {"ALZHEIMER_RAW": raw} if raw else {}

@@ -179,6 +179,8 @@ def phantom_set(name: str, patients: tuple[int, ...], slices: int, seed: int):
         torch.from_numpy(drawn.slice_index),
         [hashlib.sha256(image.tobytes()).hexdigest() for image in drawn.images],
         name,
+        pixels=[hashlib.sha256(image.tobytes()).hexdigest() for image in drawn.images],
+        cohort_sha256="c0ffee00" * 8,
     )
 
 

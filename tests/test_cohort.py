@@ -172,7 +172,9 @@ def test_recovered_patients_are_the_true_ones(tmp_path, seed, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(2), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(2, 20))]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recovered_patients_are_the_true_ones_over_20_seeds(tmp_path, variant, seed):
     assert_patients_are_the_true_ones(

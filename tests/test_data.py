@@ -33,6 +33,8 @@ def make_set(patients, labels=None, name="set") -> data.ImageSet:
         slices,
         [f"{row:064x}" for row in range(count)],
         name,
+        pixels=[f"{row:064x}" for row in range(count)],
+        cohort_sha256="c0ffee00" * 8,
     )
 
 
@@ -145,7 +147,7 @@ def test_the_honest_protocol_takes_no_synthetic_image_and_no_duplicate():
 def test_prepared_files_hold_native_8_bit_images(phantom_sets):
     content = torch.load(data.set_path(phantom_sets, "patient", 2, "test"), weights_only=True)
     assert content["images"].dtype == torch.uint8 and content["images"].shape[1:] == (1, 64, 64)
-    assert len(content["files"]) == len(content["labels"]) == len(content["people"])
+    assert len(content["files"]) == len(content["labels"]) == len(content["patients"])
 
 
 def test_a_missing_file_says_what_to_run(tmp_path):

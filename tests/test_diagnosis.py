@@ -35,6 +35,8 @@ def image_set(patients: int = 12, each: int = 3) -> ImageSet:
         torch.arange(count) % each,
         [f"{k:064x}" for k in range(count)],
         "test",
+        pixels=[f"{k:064x}" for k in range(count)],
+        cohort_sha256="c0ffee00" * 8,
     )
 
 

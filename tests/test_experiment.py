@@ -7,13 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from utils import experiment, metrics, training
-from utils.backbones import load_model, save_half, save_model
+from utils.backbones import load_model, read_metadata, save_half, save_model
+from utils.backbones.checkpoints import write_checkpoint
 from utils.config import make_config
 from utils.evaluation import records, schema
 from utils.pipeline import command, driver, explanations, stages, store
@@ -207,7 +209,7 @@ def test_other_weights_than_the_recorded_ones_are_not_attacked_for_the_record(co
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    save_model(other, path)
+    save_model(other, path, read_metadata(path))
     before = copied.record("Efficientnet", "patient").read_bytes()
     with pytest.raises(UserError, match="are not those of"):
         attack_the_record_again(copied, monkeypatch)
@@ -231,6 +233,11 @@ def test_a_finished_run_is_not_run_twice(workspace, record, monkeypatch):
     assert Run(workspace, tiny()).save() == record
 
 
+def write_weights(path: Path, cohort_sha256: str) -> None:
+    """A file with the header of a checkpoint, and hardly any weights."""
+    write_checkpoint(path, {"weight": torch.zeros(1)}, {"cohort_sha256": cohort_sha256})
+
+
 def test_a_warm_start_takes_the_clean_counterpart_or_its_half_copy_or_trains_it_first(
     workspace, tmp_path, monkeypatch
 ):
@@ -251,21 +258,23 @@ def test_a_warm_start_takes_the_clean_counterpart_or_its_half_copy_or_trains_it_
             make_config("cpu", "Efficientnet", fold=2)
         ]
     half = whole.with_name("fold2_seed0_fp16.safetensors")
-    half.touch()
+    write_weights(half, workspace.cohort_sha256)
     assert driver.start_of(workspace, config) == half
-    whole.touch()
+    write_weights(whole, workspace.cohort_sha256)
     assert driver.start_of(workspace, config) == whole
 
 
-def test_weights_are_the_checkpoint_or_its_half_copy(tmp_path):
-    workspace, config = Workspace(tmp_path, "phantom", "demo", tmp_path, ""), tiny()
+def test_weights_are_the_checkpoint_or_its_half_copy_and_of_this_cohort(tmp_path):
+    workspace, config = Workspace(tmp_path, "phantom", "demo", tmp_path, "a" * 64), tiny()
     assert workspace.weights(config) is None
     whole = workspace.checkpoint(config)
-    whole.parent.mkdir(parents=True)
-    half_of(whole).touch()
+    write_weights(half_of(whole), "a" * 64)
     assert workspace.weights(config) == half_of(whole)
-    whole.touch()
+    write_weights(whole, "a" * 64)
     assert workspace.weights(config) == whole
+    write_weights(whole, "b" * 64)
+    with pytest.raises(UserError, match="is of cohort bbbbbbbb, .* are cohort aaaaaaaa"):
+        workspace.weights(config)
 
 
 def test_lost_weights_are_trained_again_and_the_record_stays(workspace, record, monkeypatch):
@@ -483,7 +492,7 @@ def test_only_what_a_record_holds_is_shown_unless_the_rest_is_asked_for(
     assert [run.requested.protocol for run in runs] == ["patient"]
     assert "1 of 2 runs are in no record yet" in capsys.readouterr().out
     assert len(experiment.runs_of(workspace, "Resnet")) == 2
-    assert len(experiment.runs_of(workspace, "Dinov2", run_missing=False)) == 2, (
+    assert len(experiment.runs_of(workspace, "Dinov2", run_missing=False)) == 1, (
         "where nothing is held there is nothing to show"
     )
 

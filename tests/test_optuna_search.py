@@ -10,7 +10,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from tests.test_training import DEVICE, TRAIN, VALIDATION, small, tiny  # noqa: F401  a fixture
+from tests.test_training import COHORT, DEVICE, TRAIN, VALIDATION, small, tiny  # noqa: F401  a fixture
 from utils import experiment, optuna_search
 from utils.config import make_config
 from utils.optuna_search import trials
@@ -26,11 +26,11 @@ def run_search(folder, **changes):
 def test_a_search_leaves_the_best_settings_where_training_reads_them(tiny, tmp_path):
     study, config = run_search(tmp_path / "optuna")
     assert len(study.trials) == 3
-    best = optuna_search.best_settings(tmp_path / "optuna", config)
+    best = optuna_search.best_settings(tmp_path / "optuna", config, COHORT)
     assert best == study.best_params and set(best) == set(optuna_search.SPACE)
-    assert read_json(tmp_path / "optuna" / "patient_fold0_best.json")["value"] == min(
-        t.value for t in study.trials
-    )
+    assert read_json(optuna_search.search_paths(tmp_path / "optuna", config, COHORT)[1])[
+        "value"
+    ] == min(t.value for t in study.trials)
     assert "lr" in optuna_search.trials_table(study)
 
 
@@ -90,7 +90,7 @@ def test_a_worker_whose_trial_was_given_up_meanwhile_goes_on_with_the_next(
     tiny, tmp_path, monkeypatch
 ):
     storage, real = f"sqlite:///{(tmp_path / 'shared.db').as_posix()}", trials.objective
-    study = optuna_search.open_search(tmp_path, small("Resnet", trials=3), storage)
+    study = optuna_search.open_search(tmp_path, small("Resnet", trials=3), COHORT, storage)
     optuna_search.enqueue(study, 3)
 
     def given_up(trial, *arguments):
@@ -129,14 +129,24 @@ def test_the_test_set_is_out_of_reach_by_construction():
     assert "test" not in inspect.signature(optuna_search.objective).parameters
 
 
-def test_every_protocol_and_fold_has_a_search(tmp_path):
-    names = {
-        optuna_search.open_search(
-            tmp_path, small("Resnet", protocol=protocol, fold=fold)
-        ).study_name
-        for protocol, fold in (("slice", 0), ("patient", 0), ("patient", 1))
-    }
-    assert len(names) == 3
+def test_every_protocol_fold_profile_and_cohort_has_a_search_and_settings_of_its_own(tmp_path):
+    first = small("Resnet")
+    changed = ({"protocol": "slice"}, {}, {"fold": 1}, {"profile": "paper"})
+    chosen = [
+        (dataclasses.replace(first, **changes), cohort)
+        for changes in changed
+        for cohort in (COHORT, "beef" * 16)
+    ]
+    names = {optuna_search.open_search(tmp_path, *one).study_name for one in chosen}
+    assert len(names) == len({optuna_search.search_paths(tmp_path, *one)[1] for one in chosen}) == 8
+
+
+def test_settings_found_on_another_cohort_or_profile_are_never_taken(tiny, tmp_path):
+    _, config = run_search(tmp_path)
+    assert optuna_search.best_settings(tmp_path, config, COHORT)
+    assert optuna_search.best_settings(tmp_path, config, "beef" * 16) == {}
+    other = dataclasses.replace(config, profile="paper")
+    assert optuna_search.best_settings(tmp_path, other, COHORT) == {}
 
 
 # --- The figure of a search ---
@@ -243,7 +253,7 @@ def test_a_search_without_any_useful_trial_is_drawn_too(study):
 
 def test_runs_show_the_searches_that_they_use_and_make_none(tiny, tmp_path):
     """Under `cpu` all five folds use the search of fold 0; under `paper` each has its search."""
-    workspace = experiment.Workspace(tmp_path, "phantom", "cpu", tmp_path, "0")
+    workspace = experiment.Workspace(tmp_path, "phantom", "cpu", tmp_path, COHORT)
 
     def figures(configs):
         return experiment.search_figures([Run(workspace, config) for config in configs])

@@ -1,5 +1,6 @@
 """reproduce.py: what it runs, where it writes, and that it goes on after a kill at any moment."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import pytest
 
 import reproduce
 from reproduce import NOTEBOOKS, PREPARE, ReproduceError
-from utils import utils_funcs
 
 SCRIPT = str(Path(reproduce.__file__))
 #: A cell that assigns the parameters.
@@ -48,7 +48,7 @@ def notebook(*sources: str, tagged: int | None = 0) -> dict:
 
 
 def test_preparation_comes_first_and_results_last():
-    order = reproduce.choose_notebooks([], set(NOTEBOOKS), prepared=True)
+    order = reproduce.choose_notebooks([], set(NOTEBOOKS))
     assert order[0] == PREPARE and order[-1] == "models/results.ipynb"
     assert {Path(path).stem for path in order} >= {
         "Dinov2",
@@ -62,56 +62,19 @@ def test_preparation_comes_first_and_results_last():
 
 def test_notebooks_that_a_clone_lacks_are_skipped_only_where_they_may():
     present = set(NOTEBOOKS) - reproduce.OPTIONAL
-    assert not set(reproduce.choose_notebooks([], present, prepared=True)) & reproduce.OPTIONAL
+    assert not set(reproduce.choose_notebooks([], present)) & reproduce.OPTIONAL
     with pytest.raises(ReproduceError, match="models/Resnet.ipynb"):
-        reproduce.choose_notebooks([], present - {"models/Resnet.ipynb"}, prepared=True)
+        reproduce.choose_notebooks([], present - {"models/Resnet.ipynb"})
 
 
-def test_only_keeps_the_order_and_prepares_the_data_where_they_are_missing():
+def test_only_keeps_the_order():
     present = set(NOTEBOOKS)
-    assert reproduce.choose_notebooks(["results", "Resnet_atk"], present, prepared=True) == [
+    assert reproduce.choose_notebooks(["results", "Resnet_atk"], present) == [
         "models/Resnet_atk.ipynb",
         "models/results.ipynb",
     ]
-    assert reproduce.choose_notebooks(["Resnet_atk"], present, prepared=False) == [
-        PREPARE,
-        "models/Resnet_atk.ipynb",
-    ]
     with pytest.raises(ReproduceError, match="Restnet.*Resnet_atk"):
-        reproduce.choose_notebooks(["Restnet"], present, prepared=True)
-
-
-def test_a_data_set_with_one_set_missing_is_not_prepared(tmp_path):
-    from utils.data import N_FOLDS, SETS, set_path
-
-    folder = tmp_path / "dataset" / "dataset_variables"
-    for protocol, fold in [("slice", 0), *(("patient", fold) for fold in range(N_FOLDS))]:
-        for name in SETS:
-            assert not reproduce.is_prepared(tmp_path)
-            path = set_path(folder, protocol, fold, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    assert reproduce.is_prepared(tmp_path)
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_it_writes_where_the_library_writes(monkeypatch, tmp_path, moved):
-    monkeypatch.delenv("ALZHEIMER_RUNS", raising=False)
-    if moved:
-        monkeypatch.setenv("ALZHEIMER_RUNS", str(tmp_path))
-    for profile in reproduce.PROFILES:
-        for data in ("real", "phantom"):
-            assert reproduce.result_root(profile, data) == utils_funcs.result_root(profile, data)
-
-
-def test_only_a_full_run_on_real_data_writes_to_the_repository():
-    in_place = {
-        (profile, data)
-        for profile in reproduce.PROFILES
-        for data in ("real", "phantom")
-        if reproduce.result_root(profile, data) == reproduce.ROOT
-    }
-    assert in_place == {("cpu", "real"), ("paper", "real")}
+        reproduce.choose_notebooks(["Restnet"], present)
 
 
 # --- Notebooks ---
@@ -516,15 +479,33 @@ def members_of_the_demo() -> set[str]:
 
 
 def test_only_a_demo_runs_notebooks_side_by_side_and_none_with_what_it_needs():
-    numbered = [(path, path) for path in reproduce.NOTEBOOKS]
-    groups = reproduce.side_by_side(numbered, "demo")
-    assert [item for group in groups for item in group] == numbered
-    sizes = [len(group) for group in groups]
-    assert sizes == [1, 5, 3, 1]
-    paths = [{path for path, _ in group} for group in groups]
+    needs = reproduce.needs_of(reproduce.NOTEBOOKS, "demo")
     members = {f"models/{name}.ipynb" for name in members_of_the_demo()}
-    assert members <= paths[1] and "models/ensemble.ipynb" in paths[2]
-    assert all(len(group) == 1 for group in reproduce.side_by_side(numbered, "cpu"))
+    assert members <= needs["models/ensemble.ipynb"]
+    assert needs["models/results.ipynb"] == set(reproduce.NOTEBOOKS[:-1])
+    assert all(reproduce.PREPARE in needs[path] for path in reproduce.NOTEBOOKS[1:])
+    alone = [path for path in reproduce.NOTEBOOKS if reproduce.runs_alone(path, needs)]
+    assert alone == [reproduce.NOTEBOOKS[0], reproduce.NOTEBOOKS[-1]]
+    one_by_one = reproduce.needs_of(reproduce.NOTEBOOKS, "cpu")
+    assert [len(before) for before in one_by_one.values()] == list(range(10))
+    assert all(reproduce.runs_alone(path, one_by_one) for path in reproduce.NOTEBOOKS)
+
+
+def test_a_chosen_notebook_waits_for_no_other_than_the_chosen():
+    chosen = ["models/Resnet.ipynb", "models/ensemble.ipynb"]
+    assert reproduce.needs_of(chosen, "demo") == {
+        "models/Resnet.ipynb": set(),
+        "models/ensemble.ipynb": {"models/Resnet.ipynb"},
+    }
+
+
+def test_work_begins_when_what_it_needs_has_ended(monkeypatch):
+    monkeypatch.setattr(reproduce, "demo_workers", lambda: 2)
+    order = []
+    tasks = {name: functools.partial(order.append, name) for name in "dcba"}
+    needs = {"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"c"}}
+    reproduce.run_when_ready(tasks, needs)
+    assert order == ["a", "b", "c", "d"]
 
 
 def test_work_that_runs_side_by_side_is_announced_and_reported_in_lines_of_its_own(capsys):
@@ -572,5 +553,6 @@ def test_the_first_error_ends_what_runs_at_the_same_time(monkeypatch):
 
     start = time.monotonic()
     with pytest.raises(reproduce.ReproduceError, match="broken"):
-        reproduce.run_all([sleeping, failing, sleeping])
+        tasks = {"first": sleeping, "second": failing, "third": sleeping}
+        reproduce.run_when_ready(tasks, dict.fromkeys(tasks, set()))
     assert time.monotonic() - start < 30 and not reproduce.STOP.is_set()

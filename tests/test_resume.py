@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from tests import killable
-from tests.test_training import VALIDATION, equal, small, weights
+from tests.test_training import COHORT, VALIDATION, equal, small, weights
 from utils import optuna_search
 from utils.backbones import read_metadata
 from utils.evaluation import records, schema
@@ -28,6 +28,8 @@ from utils.utils_funcs import ROOT
 
 #: How often each training and each search is killed.
 MOMENTS = 10
+#: The best settings of `killable.search`.
+BEST = optuna_search.search_paths(Path(), small("Resnet"), COHORT)[1].name
 #: Processes that start in milliseconds: a server has imported for all of them what they need. So
 #: most of the kills meet a training or a search, and not the imports before it.
 FORKS = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -93,7 +95,7 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(tmp_path: Path
 
 def trials_of(folder: Path) -> list[tuple]:
     """What each trial of `killable.search` was and gave, in order."""
-    study = optuna_search.open_search(folder, small("Resnet", trials=5, search_epochs=4))
+    study = optuna_search.open_search(folder, small("Resnet", trials=5, search_epochs=4), COHORT)
     return [
         (trial.number, trial.state, trial.value, trial.params, trial.intermediate_values)
         for trial in study.trials
@@ -112,9 +114,7 @@ def test_a_search_killed_at_any_moment_goes_on_to_the_same_trials(tmp_path: Path
         killed += kill_after(duration * moments.random(), killable.search, folder)
         finish(killable.search, folder)
         assert trials_of(folder) == expected
-        assert (folder / "patient_fold0_best.json").read_bytes() == (
-            tmp_path / "whole" / "patient_fold0_best.json"
-        ).read_bytes()
+        assert (folder / BEST).read_bytes() == (tmp_path / "whole" / BEST).read_bytes()
     assert killed >= MOMENTS // 2, "most of the kills must have met a running search"
 
 
@@ -359,7 +359,7 @@ def test_a_worker_killed_before_its_trial_gave_a_sign_of_life_blocks_no_other(
     postgres: str, quick_signs: None, tmp_path: Path
 ) -> None:
     study = optuna_search.open_search(
-        tmp_path, small("Resnet", trials=2, search_epochs=4), postgres
+        tmp_path, small("Resnet", trials=2, search_epochs=4), COHORT, postgres
     )
     optuna_search.enqueue(study, 2)
     killed = FORKS.Process(target=die_once_a_trial_is_taken, args=(tmp_path / "killed", postgres))
@@ -377,7 +377,7 @@ def test_two_workers_share_a_search_on_postgresql_and_a_third_may_be_killed(
     postgres: str, quick_signs: None, tmp_path: Path
 ) -> None:
     study = optuna_search.open_search(
-        tmp_path, small("Resnet", trials=6, search_epochs=4), postgres
+        tmp_path, small("Resnet", trials=6, search_epochs=4), COHORT, postgres
     )
     optuna_search.enqueue(study, 6)
     killed, first, second = (
@@ -400,7 +400,6 @@ def test_two_workers_share_a_search_on_postgresql_and_a_third_may_be_killed(
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     assert len({str(trial.params) for trial in complete}) == len(complete)
     best = {
-        json.loads((tmp_path / name / "patient_fold0_best.json").read_text())["value"]
-        for name in ("first", "second")
+        json.loads((tmp_path / name / BEST).read_text())["value"] for name in ("first", "second")
     }
     assert best == {study.best_value}, "both workers leave the same best settings"

@@ -19,8 +19,10 @@ from utils.data import ImageSet
 from utils.training import fitting, losses, trainer
 from utils.utils_funcs import ROOT, UserError, atomic_path
 
+COHORT = "c0ffee00" * 8
 
-def striped(count: int, seed: int) -> ImageSet:
+
+def striped(count: int, seed: int, cohort_sha256: str = COHORT) -> ImageSet:
     """Images of 32 px whose class is the position of a bright bar."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 4
@@ -35,6 +37,8 @@ def striped(count: int, seed: int) -> ImageSet:
         torch.arange(count) % 4,
         [f"{seed:02d}{row:062d}" for row in range(count)],
         "bars",
+        pixels=[f"{seed:02x}{row:014x}".ljust(64, "0") for row in range(count)],
+        cohort_sha256=cohort_sha256,
     )
 
 

@@ -260,6 +260,13 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides: o
     return RunConfig(**{**settings, **overrides})
 
 
+def protocols_of(profile: str, model: str) -> tuple[Protocol, ...]:
+    """Protocols that a notebook of a profile runs, the honest one first; a demo shows the other one
+    for ResNet-34 alone."""
+    both = profile != "demo" or model.startswith("Resnet")
+    return ("patient", "slice") if both else ("patient",)
+
+
 def folds_of(profile: str, protocol: str) -> tuple[int, ...]:
     """Test folds that a profile runs: five under `patient`; one under `slice`, and in `demo`."""
     return (0,) if protocol == "slice" or profile == "demo" else (0, 1, 2, 3, 4)

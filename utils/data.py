@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.cohort.raw import RawImages
-from utils.cohort.table import Cohort
+from utils.cohort.table import COMMITTED_COHORT, Cohort, cohort_identity
 from utils.sampling import bit_reversed_order, classes_in_turn
-from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path
+from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, content_sha256, short_name
 
 SETS = ("train", "validation", "test")
 N_FOLDS = 5
@@ -45,6 +46,10 @@ class ImageSet:
     files: list[str]
     """SHA-256 of each image file."""
     name: str
+    pixels: list[str]
+    """SHA-256 of each file's pixels, as in `cohort.csv`."""
+    cohort_sha256: str
+    """Identity of the cohort that the images belong to; empty where there is none."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +64,7 @@ class ImageSet:
             patients=self.patients[rows],
             slices=self.slices[rows],
             files=[self.files[row] for row in rows.tolist()],
+            pixels=[self.pixels[row] for row in rows.tolist()],
         )
 
     def balance(self) -> dict[str, tuple[int, int]]:
@@ -170,20 +176,13 @@ def patients_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def folds_for(cohort: Cohort, cache: Path, committed: Path = COMMITTED_FOLDS) -> Folds:
-    """The folds of this cohort's patients.
-
-    The committed ones where they are of the same patients and classes, or else those of the file
-    `cache`, or else new ones, which are written there.
-    """
-    patients, label = patients_of(cohort)
-    for path in (committed, cache):
-        if path.is_file():
-            folds = read_folds(path)
-            if np.array_equal(folds.patient_id, patients) and np.array_equal(folds.label, label):
-                return folds
-    folds = assign_folds(patients, label)
-    write_folds(folds, cache)
+def folds_for(cohort: Cohort, path: Path) -> Folds:
+    """The folds of this cohort's patients: the committed ones for the committed cohort, and for any
+    other cohort, whatever its numbers of patients are, new ones, which are written to `path`."""
+    if cohort_identity(cohort) == file_sha256(COMMITTED_COHORT):
+        return read_folds(COMMITTED_FOLDS)
+    folds = assign_folds(*patients_of(cohort))
+    write_folds(folds, path)
     return folds
 
 
@@ -281,12 +280,19 @@ def set_path(folder: Path, protocol: str, fold: int, name: str) -> Path:
     return folder / (protocol if protocol == "slice" else f"patient/fold{fold}") / f"{name}_set.pt"
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether every set of both protocols is in the `folder` that `prepare` wrote."""
+    parts = [("slice", 0), *(("patient", fold) for fold in range(N_FOLDS))]
+    return all(set_path(folder, *part, name).is_file() for part in parts for name in SETS)
+
+
 def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
     """Writes `slice/` and `patient/fold<k>/`, each {train,validation,test}_set.pt, under `folder`.
 
     Raises:
         UserError: a set would be empty, or two sets under `patient` share a patient.
     """
+    identity = cohort_identity(cohort)
     plans = {("slice", 0): split_slices(cohort)}
     plans |= {("patient", fold): split_patients(cohort, folds, fold) for fold in range(N_FOLDS)}
     for (protocol, fold), parts in plans.items():
@@ -298,7 +304,7 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
                     f"found, at least {N_FOLDS} needed)."
                 )
         sets = {
-            name: set_without_images(cohort, rows, f"{protocol} {name}")
+            name: set_without_images(cohort, rows, f"{protocol} {name}", identity)
             for name, rows in parts.items()
         }
         if protocol == "patient":
@@ -312,8 +318,8 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
             )
 
 
-def set_without_images(cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
-    """These rows of the cohort's table as a set whose `images` are empty."""
+def set_without_images(cohort: Cohort, rows: np.ndarray, name: str, identity: str) -> ImageSet:
+    """These rows of the table of the cohort `identity` as a set whose `images` are empty."""
 
     def column(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values)[rows].astype(np.int64))
@@ -325,20 +331,24 @@ def set_without_images(cohort: Cohort, rows: np.ndarray, name: str) -> ImageSet:
         slices=column(cohort.slice_index),
         files=[str(cohort.file_sha256[row]) for row in rows],
         name=name,
+        pixels=[str(cohort.pixel_sha256[row]) for row in rows],
+        cohort_sha256=identity,
     )
 
 
 def save_set(part: ImageSet, path: Path) -> None:
     """Writes a set; `load_set` reads it."""
-    content = {
+    content: dict[str, Tensor | list[str] | str] = {
         "images": part.images.contiguous(),
         "labels": part.labels,
-        "people": part.patients,
+        "patients": part.patients,
         "slices": part.slices,
         "files": list(part.files),
+        "pixels": list(part.pixels),
+        "cohort_sha256": part.cohort_sha256,
     }
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        torch.save({**content, "sha256": content_sha256(content)}, temporary)
 
 
 def load_set(folder: Path, protocol: str, fold: int, name: str) -> ImageSet:
@@ -349,8 +359,18 @@ def load_set(folder: Path, protocol: str, fold: int, name: str) -> ImageSet:
             f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment "
             "prepare`) first."
         )
-    content = torch.load(path, weights_only=True)
-    return ImageSet(name=f"{protocol} {name}", patients=content.pop("people"), **content)
+    again = "prepare the sets again (`python -m utils.experiment prepare`)"
+    try:
+        content = torch.load(path, weights_only=True)
+    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): {again}."
+        ) from error
+    if "sha256" not in content:
+        raise UserError(f"{path} is of an older version of this project: {again}.")
+    if content.pop("sha256") != content_sha256(content):
+        raise UserError(f"{path} is damaged, its content is not what was written: {again}.")
+    return ImageSet(name=f"{protocol} {name}", **content)
 
 
 def load_sets(
@@ -358,19 +378,29 @@ def load_sets(
     protocol: str,
     fold: int,
     *,
+    cohort_sha256: str | None = None,
     max_train: int | None = None,
     max_test: int | None = None,
 ) -> dict[str, ImageSet]:
     """The three sets of a run, by name.
 
     Args:
+        cohort_sha256: the cohort that they must be of (None: one cohort, whichever).
         max_train, max_test: keep a small part of that many slices of the training set, and of the
             validation and test sets (None: all), chosen by `spread`.
 
     Raises:
         SharedPatientsError: two sets under `patient` share a patient.
+        UserError: a set is missing, damaged, or of another cohort.
     """
     sets = {name: load_set(folder, protocol, fold, name) for name in SETS}
+    for name, part in sets.items():
+        check_cohort(
+            part.cohort_sha256,
+            cohort_sha256 or sets["train"].cohort_sha256,
+            set_path(folder, protocol, fold, name),
+            "prepare the sets again (`python -m utils.experiment prepare`)",
+        )
     if protocol == "patient":
         check_patients_apart(sets)
     limits = {"train": max_train, "validation": max_test, "test": max_test}
@@ -410,6 +440,24 @@ def every_nth(part: ImageSet, stride: int) -> np.ndarray:
         count = max(1, round(len(rows) / stride))
         chosen.append(rows[((np.arange(count) + 0.5) * len(rows) / count).astype(int)])
     return np.sort(np.concatenate(chosen))
+
+
+def check_cohort(found: str | None, expected: str, path: Path, remedy: str) -> None:
+    """Refuses the file at `path` where it is of another cohort than the one in use.
+
+    Args:
+        found: the identity that the file names; None or empty where it names none.
+        remedy: what to do about it.
+
+    Raises:
+        UserError: with both.
+    """
+    if found != expected:
+        other = f"cohort {short_name(found)}" if found else "a cohort that it does not name"
+        raise UserError(
+            f"{path} is of {other}, and the data in use are cohort {short_name(expected)}: "
+            f"{remedy}."
+        )
 
 
 def file_sha256(path: Path) -> str:

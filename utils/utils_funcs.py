@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
     from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,16 +52,26 @@ class UserError(Exception):
 def result_root(profile: str, data: str) -> Path:
     """The folder that a run writes to.
 
-    It is the repository itself for the profiles `cpu` and `paper` on real data, and
-    `runs/<profile>-<data>/` for everything else, so that a lesser run never overwrites a committed
-    result. `ALZHEIMER_RUNS` moves `runs/`.
+    It is the repository itself for the profiles `cpu` and `paper` on the published data set, and
+    `runs/<profile>-<data>/` for everything else, so that no run on less, or on other people, ever
+    overwrites a committed result.
 
     Args:
-        data: `real` or `phantom`.
+        data: `real` for the published data set, `phantom`, or the short name of another cohort.
     """
     if profile in ("cpu", "paper") and data == "real":
         return ROOT
-    return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs")) / f"{profile}-{data}"
+    return runs_folder() / f"{profile}-{data}"
+
+
+def runs_folder() -> Path:
+    """The folder of what git does not keep; the variable `ALZHEIMER_RUNS` moves it."""
+    return Path(os.environ.get("ALZHEIMER_RUNS", ROOT / "runs"))
+
+
+def short_name(cohort_sha256: str) -> str:
+    """The first eight digits of a cohort's identity, by which folders and messages name it."""
+    return cohort_sha256[:8]
 
 
 @contextlib.contextmanager
@@ -120,6 +132,24 @@ def is_gone(process: int) -> bool:
     except PermissionError:  # it runs, and is somebody else's
         pass
     return False
+
+
+def content_sha256(content: Mapping[str, Tensor | list[str] | str]) -> str:
+    """SHA-256 of named tensors and texts, in the order of their names: a file that holds it beside
+    them shows whether a byte of it was changed."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(content):
+        value = content[name]
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            octets = value.contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(octets)  # type: ignore[arg-type]  # numpy's stub knows no buffers
+        else:
+            digest.update("\n".join([value] if isinstance(value, str) else value).encode())
+    return digest.hexdigest()
 
 
 def is_full_disk(error: Exception, folder: Path) -> bool:

@@ -52,6 +52,8 @@ def random_set(count: int, seed: int) -> ImageSet:
         torch.zeros(count, dtype=torch.long),
         [f"{row:064x}" for row in range(count)],
         "random pixels",
+        pixels=[f"{row:064x}" for row in range(count)],
+        cohort_sha256="",
     )
 
 

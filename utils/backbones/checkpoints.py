@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from utils.backbones.building import build_model
 from utils.backbones.classifier import PixelClassifier
-from utils.utils_funcs import UserError, atomic_path
+from utils.utils_funcs import UserError, atomic_path, content_sha256
 
 
 def save_model(
@@ -38,9 +38,11 @@ def save_model(
 
 
 def write_checkpoint(path: Path | str, tensors: dict[str, Tensor], header: dict) -> None:
-    """Atomically writes tensors and a header that `read_metadata` reads."""
+    """Atomically writes tensors and a header that `read_metadata` reads; a hash of the tensors in
+    it shows `load_model` whether the file was changed since."""
     from safetensors.torch import save_file
 
+    header = {**header, "sha256": content_sha256(tensors)}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"alzheimer": json.dumps(header)})
 
@@ -91,16 +93,21 @@ def load_model(path: Path | str) -> PixelClassifier:
     """Restores a model, in evaluation mode and float32, from its checkpoint.
 
     Raises:
-        UserError: see `read_metadata`; or the weights do not fit the model that the header names.
+        UserError: see `read_metadata`; the weights were changed since they were written; or they do
+            not fit the model that the header names.
     """
     from safetensors.torch import load_file
 
-    header = read_metadata(path)
+    header, tensors = read_metadata(path), load_file(path)
+    if header.get("sha256", digest := content_sha256(tensors)) != digest:
+        raise UserError(
+            f"{path} is damaged, its weights are not those that were written: fetch it again, or "
+            "delete it and train again."
+        )
     model = build_model(header["model"], pretrained=False, input_size=header["input_size"])
     model.init = header["init"]
     state = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in load_file(path).items()
+        key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
     }
     load_weights(model, state, path)
     return model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,6 +182,14 @@ def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
     )
 
 
+def known_cohort(raw: RawImages, tables: Sequence[Path]) -> Cohort | None:
+    """The cohort of these images by the first table that lists exactly these files."""
+    for path in tables:
+        if path.is_file() and (cohort := apply_cohort(raw, read_cohort(path))) is not None:
+            return cohort
+    return None
+
+
 def cohort_for(
     raw: RawImages,
     committed: Path | str = COMMITTED_COHORT,
@@ -193,11 +202,9 @@ def cohort_for(
         cache: the table to look in next. A cohort that had to be built from the pixels is kept
             there.
     """
-    for path in (committed, cache):
-        if path is not None and Path(path).is_file():
-            cohort = apply_cohort(raw, read_cohort(path))
-            if cohort is not None:
-                return cohort
+    tables = [Path(path) for path in (committed, cache) if path is not None]
+    if (known := known_cohort(raw, tables)) is not None:
+        return known
     cohort, _ = build_cohort(raw)
     if cache is not None:
         write_cohort(cohort, cache)
@@ -209,13 +216,25 @@ def cohort_for(
 
 def write_cohort(cohort: Cohort, path: Path | str) -> None:
     """Writes `cohort.csv` atomically; equal cohorts give equal bytes."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_table_bytes(cohort))
+
+
+def cohort_identity(cohort: Cohort) -> str:
+    """SHA-256 of the cohort's table: it holds the pixels, class and patient of every image, so two
+    cohorts of one identity are the same in all of them."""
+    return hashlib.sha256(_table_bytes(cohort)).hexdigest()
+
+
+def _table_bytes(cohort: Cohort) -> bytes:
     columns = {name: getattr(cohort, name).tolist() for name in COLUMNS}
     for name in ("patient_id", "slice_index"):
         columns[name] = ["" if value < 0 else value for value in columns[name]]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        rows.writerows(zip(*columns.values(), strict=True))
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    rows.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
 
 
 def read_cohort(path: Path | str) -> Cohort:

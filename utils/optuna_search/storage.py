@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 
 from utils.config import RunConfig
-from utils.utils_funcs import read_json
+from utils.utils_funcs import read_json, short_name
 
 #: Trials before the median rule may prune one.
 PRUNER_STARTUP = 4
@@ -18,32 +18,38 @@ PRUNER_STARTUP = 4
 HEARTBEAT, GRACE = 30, 120
 
 
-def search_paths(folder: Path, config: RunConfig) -> tuple[Path, Path]:
-    """SQLite file of a search and JSON file of its best settings, in checkpoints/optuna/<Model>."""
-    name = "slice" if config.protocol == "slice" else f"patient_fold{config.fold}"
+def search_paths(folder: Path, config: RunConfig, cohort_sha256: str) -> tuple[Path, Path]:
+    """SQLite file of a search and JSON file of its best settings, in checkpoints/optuna/<Model>.
+
+    The second is of one protocol, fold, profile and cohort.
+    """
+    name = search_name(config, cohort_sha256).removeprefix(f"{config.model}-")
     return folder / "study.db", folder / f"{name}_best.json"
 
 
-def search_name(config: RunConfig) -> str:
-    """Name of the Optuna study of a model, protocol and fold at this profile."""
-    part = search_paths(Path(), config)[1].stem.removesuffix("_best")
-    return f"{config.model}-{part}-{config.profile}"
+def search_name(config: RunConfig, cohort_sha256: str) -> str:
+    """Name of the Optuna study of a model, protocol and fold at this profile on this cohort."""
+    part = "slice" if config.protocol == "slice" else f"patient_fold{config.fold}"
+    return f"{config.model}-{part}-{config.profile}-{short_name(cohort_sha256)}"
 
 
-def known_search(folder: Path, config: RunConfig) -> optuna.Study | None:
+def known_search(folder: Path, config: RunConfig, cohort_sha256: str) -> optuna.Study | None:
     """The search on this machine, to look at; None where there is none. Nothing is created."""
-    database = search_paths(folder, config)[0]
+    database = search_paths(folder, config, cohort_sha256)[0]
     if not database.is_file():
         return None
     with contextlib.suppress(KeyError):  # the file may hold searches of other folds only
         return optuna.load_study(
-            study_name=search_name(config), storage=f"sqlite:///{database.as_posix()}"
+            study_name=search_name(config, cohort_sha256),
+            storage=f"sqlite:///{database.as_posix()}",
         )
     return None
 
 
-def open_search(folder: Path, config: RunConfig, storage: str | None = None) -> optuna.Study:
-    """The search of a model, protocol and fold, created where there is none yet.
+def open_search(
+    folder: Path, config: RunConfig, cohort_sha256: str, storage: str | None = None
+) -> optuna.Study:
+    """The search of a model, protocol and fold on a cohort, created where there is none yet.
 
     From then on Optuna logs only warnings.
 
@@ -51,11 +57,11 @@ def open_search(folder: Path, config: RunConfig, storage: str | None = None) -> 
         folder: checkpoints/optuna/<Model>.
         storage: any Optuna URL, as of PostgreSQL for several machines (None: SQLite in `folder`).
     """
-    database = search_paths(folder, config)[0]
+    database = search_paths(folder, config, cohort_sha256)[0]
     database.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
-        study_name=search_name(config),
+        study_name=search_name(config, cohort_sha256),
         direction="minimize",
         storage=optuna.storages.RDBStorage(
             storage or f"sqlite:///{database.as_posix()}",
@@ -73,7 +79,7 @@ def enqueue(study: optuna.Study, trials: int) -> None:
         study.enqueue_trial({})
 
 
-def best_settings(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """The best settings of a search; empty where none was run."""
-    path = search_paths(folder, config)[1]
+def best_settings(folder: Path, config: RunConfig, cohort_sha256: str) -> dict[str, Any]:
+    """The best settings of a search on this cohort; empty where none was run."""
+    path = search_paths(folder, config, cohort_sha256)[1]
     return read_json(path)["settings"] if path.is_file() else {}

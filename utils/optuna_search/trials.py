@@ -52,7 +52,8 @@ def search(
     Raises:
         UserError: no trial is enqueued on a shared storage, or every trial failed.
     """
-    study = open_search(folder, config, storage)
+    cohort = train.cohort_sha256
+    study = open_search(folder, config, cohort, storage)
     if storage is not None and not study.get_trials(deepcopy=False):
         raise UserError(
             f"No trial is enqueued in {study.study_name}: enqueue them once with `python -m "
@@ -70,9 +71,11 @@ def search(
             "hand to see why."
         )
     write_json(
-        search_paths(folder, config)[1],
+        search_paths(folder, config, cohort)[1],
         {
             "study": study.study_name,
+            "profile": config.profile,
+            "cohort_sha256": cohort,
             "trials": len(complete),
             "value": study.best_value,
             "trial": study.best_trial.number,

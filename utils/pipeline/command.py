@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import tyro
 from torch import nn
 
 from utils import data, optuna_search, report
-from utils.backbones import load_model, save_half
+from utils.backbones import load_model, read_metadata, save_half
 from utils.cohort.raw import find_raw, read_raw
 from utils.config import Profile, Protocol, RunConfig, make_config
 from utils.evaluation import records
@@ -28,12 +29,13 @@ from utils.pipeline.stages import suite_rows
 from utils.pipeline.store import RunResult, add_run
 from utils.pipeline.texts import sanity_text
 from utils.pipeline.workspace import half_of, load_sets, open_workspace
+from utils.provenance import seen_before
 from utils.utils_funcs import MODELS, UserError, choose_device
 
 
 def prepare(raw: str | None = None, profile: Profile = "demo") -> None:
-    """Writes the tensors of both protocols."""
-    open_workspace(profile, raw)
+    """Writes the tensors of both protocols, again where they are there already."""
+    open_workspace(profile, raw, again=True)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def search_command(
     config = make_config(profile, model, protocol=protocol, fold=fold, trials=trials)
     folder = workspace.optuna(model)
     if enqueue:
-        optuna_search.enqueue(optuna_search.open_search(folder, config, storage), enqueue)
+        waiting = optuna_search.open_search(folder, config, workspace.cohort_sha256, storage)
+        optuna_search.enqueue(waiting, enqueue)
         print(f"{enqueue} trials of {model}, {protocol} fold {fold}, are enqueued.")
         return
     sets = load_sets(workspace, config)
@@ -175,6 +178,7 @@ def attack_command(
     if ":" in model:
         config = make_config(profile, "Resnet", **options)
         test, network = _everything_in(raw), model_from_factory(model)
+        seen = "nothing is known of the images that this model was trained on"
         origin = {
             "model": model,
             "protocol": "all images",
@@ -186,7 +190,8 @@ def attack_command(
         workspace = open_workspace(profile, raw)
         config = make_config(profile, model, protocol=protocol, fold=fold, **options)
         test = load_sets(workspace, config)["test"]
-        network = load_model(workspace.weights(config) or workspace.checkpoint(config))
+        path = workspace.weights(config) or workspace.checkpoint(config)
+        network, seen = load_model(path), str(seen_before(read_metadata(path), test))
         origin = {
             "model": model,
             "protocol": protocol,
@@ -200,6 +205,7 @@ def attack_command(
             "module:function."
         )
     print(_attack_text(network, test, config, origin))
+    print(f"\nSeen before: {seen}.")
 
 
 def _attack_text(network: nn.Module, test: data.ImageSet, config: RunConfig, origin: dict) -> str:
@@ -275,6 +281,8 @@ def _everything_in(raw: str | None) -> data.ImageSet:
         torch.zeros_like(number),
         list(images.file_sha256),
         "your images",
+        pixels=[hashlib.sha256(image.tobytes()).hexdigest() for image in images.images],
+        cohort_sha256="",
     )
 
 

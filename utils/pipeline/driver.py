@@ -21,12 +21,12 @@ from torch import nn
 
 from utils import data, optuna_search, training
 from utils.backbones import load_model
-from utils.config import Profile, Protocol, RunConfig, folds_of, make_config
+from utils.config import Profile, Protocol, RunConfig, folds_of, make_config, protocols_of
 from utils.evaluation import records
 from utils.pipeline import explanations, stages
 from utils.pipeline.store import RunResult, add_machine, add_run, find_matching_run, keep_json
 from utils.pipeline.workspace import Workspace, is_leader, load_sets, process_count
-from utils.utils_funcs import BACKBONES, MODELS, PROTOCOLS, UserError, choose_device, say
+from utils.utils_funcs import BACKBONES, MODELS, UserError, choose_device, say
 
 #: The order of the grid: what costs least comes first.
 GRID_MODELS = tuple(
@@ -70,7 +70,8 @@ class Run:
             return requested
         searched = requested if requested.profile == "paper" else on_fold_0(requested)
         folder = self.workspace.optuna(requested.model)
-        if self.recorded is None and not optuna_search.best_settings(folder, searched):
+        cohort = self.workspace.cohort_sha256
+        if self.recorded is None and not optuna_search.best_settings(folder, searched, cohort):
             if process_count() > 1:
                 raise UserError(
                     f"{requested.model} has no searched settings yet and several processes cannot "
@@ -90,7 +91,8 @@ class Run:
                 choose_device(),
                 start=start_of(self.workspace, searched),
             )
-        return dataclasses.replace(requested, **optuna_search.best_settings(folder, searched))
+        best = optuna_search.best_settings(folder, searched, cohort)
+        return dataclasses.replace(requested, **best)
 
     @cached_property
     def sets(self) -> dict[str, data.ImageSet]:
@@ -121,7 +123,8 @@ class Run:
         config, path = self.config, self.workspace.checkpoint(self.config)
         start = start_of(self.workspace, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.retrain or training.finished_fit(path, config) is None:
+        cohort = self.workspace.cohort_sha256
+        if self.retrain or training.finished_fit(path, config, cohort) is None:
             add_machine(self.workspace, config, anew=self.retrain)
         # Two shards may want the same clean model, one as its run, one to start from: the second
         # waits. (The processes of one training must not wait for each other.)
@@ -295,7 +298,7 @@ def runs_of(
             make_config(workspace.profile, model, protocol=protocol, fold=fold, seed=seed),
             retrain=retrain,
         )
-        for protocol in reversed(PROTOCOLS)
+        for protocol in protocols_of(workspace.profile, model)
         for seed in seeds
         for fold in folds_of(workspace.profile, protocol)
     ]

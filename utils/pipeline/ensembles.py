@@ -83,7 +83,12 @@ def run_ensemble(
     config = _attack_settings(config)
     members = members_of(workspace, config, names)
     sets = data.load_sets(
-        workspace.sets, protocol, fold, max_train=config.max_train, max_test=config.max_test
+        workspace.sets,
+        protocol,
+        fold,
+        cohort_sha256=workspace.cohort_sha256,
+        max_train=config.max_train,
+        max_test=config.max_test,
     )
     answers = {part: _answers(members, sets[part]) for part in ("validation", "test")}
     meta = origin_of(workspace, config, "Ensemble", members)

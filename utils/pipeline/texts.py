@@ -121,8 +121,9 @@ def _searches(runs: list[Run]) -> list[tuple[RunConfig, optuna.Study]]:
         if config.trials:
             config = config if config.profile == "paper" else on_fold_0(config)
             folder = run.workspace.optuna(config.model)
-            known = optuna_search.known_search(folder, config)
-            found[optuna_search.search_paths(folder, config)] = config, known
+            cohort = run.workspace.cohort_sha256
+            known = optuna_search.known_search(folder, config, cohort)
+            found[optuna_search.search_name(config, cohort)] = config, known
     return [(config, known) for config, known in found.values() if known is not None]
 
 

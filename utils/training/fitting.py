@@ -12,8 +12,9 @@ import torch
 
 from utils.backbones import PixelClassifier, load_model, read_metadata, save_model
 from utils.config import RunConfig
-from utils.data import ImageSet
-from utils.training.settings import check_settings, training_settings
+from utils.data import ImageSet, check_cohort
+from utils.provenance import images_seen
+from utils.training.settings import TRAIN_AGAIN, check_settings, training_settings
 from utils.training.trainer import Trainer
 from utils.training.validation import VALIDATION_STEPS, best_epoch
 from utils.utils_funcs import UserError, atomic_path, say
@@ -51,15 +52,16 @@ class Fit:
         return " · ".join([*parts, *(["ANSWERED ONE CLASS"] if self.one_class else [])])
 
 
-def finished_fit(path: Path, config: RunConfig) -> Fit | None:
+def finished_fit(path: Path, config: RunConfig, cohort_sha256: str) -> Fit | None:
     """The training that the checkpoint `path` holds, None where there is none yet.
 
     Raises:
-        UserError: the checkpoint was trained with other settings.
+        UserError: the checkpoint was trained with other settings, or on another cohort.
     """
     if not path.is_file():
         return None
     header = read_metadata(path)
+    check_cohort(header.get("cohort_sha256"), cohort_sha256, path, TRAIN_AGAIN)
     check_settings(header["settings"], config, path)
     return Fit(
         checkpoint=path,
@@ -101,8 +103,8 @@ def fit(
             `config.pretrained`).
 
     Raises:
-        UserError: the checkpoint is of other settings, `warm_start` without `start`, or a loss or
-            gradients that are not finite.
+        UserError: the checkpoint is of other settings or another cohort, `start` is of another
+            cohort, `warm_start` without `start`, or a loss or gradients that are not finite.
     """
     state_path = checkpoint.with_suffix(".state.pt")
     best_path = checkpoint.with_suffix(".best.safetensors")
@@ -110,7 +112,7 @@ def fit(
     if retrain:
         for path in (checkpoint, state_path, best_path):
             path.unlink(missing_ok=True)
-    if (done := finished_fit(checkpoint, config)) is not None:
+    if (done := finished_fit(checkpoint, config, train.cohort_sha256)) is not None:
         for scores in done.history:
             report(scores)
         return done
@@ -119,6 +121,10 @@ def fit(
             "warm_start is on and no checkpoint of the clean counterpart was given to start from: "
             "give `start`, or turn it off."
         )
+    if start is not None:
+        found = read_metadata(start).get("cohort_sha256")
+        remedy = "start from a model that was trained on the same cohort"
+        check_cohort(found, train.cohort_sha256, start, remedy)
     trainer = Trainer(train, validation, config, device, start)
     if state_path.is_file():
         resume(trainer, state_path)
@@ -156,6 +162,7 @@ def resume(trainer: Trainer, state_path: Path) -> None:
     """Puts a new trainer into the state that a killed training left."""
     config = trainer.config
     state = torch.load(state_path, weights_only=True, map_location=trainer.device)
+    check_cohort(state.get("cohort_sha256"), trainer.train.cohort_sha256, state_path, TRAIN_AGAIN)
     check_settings(json.loads(state["settings"]), config, state_path)
     trainer.restore(state, state_path)
     say(
@@ -181,6 +188,7 @@ def finish(trainer: Trainer, checkpoint: Path, best_path: Path, state_path: Path
     seconds = sum(epoch["seconds"] for epoch in history)
     metadata = {
         "settings": training_settings(config),
+        **images_seen(trainer.train, trainer.validation),
         "history": history,
         "best_epoch": number,
         "precision": trainer.precision,

@@ -10,6 +10,8 @@ from pathlib import Path
 from utils.config import RunConfig
 from utils.utils_funcs import UserError
 
+#: What to do about weights of another cohort.
+TRAIN_AGAIN = "name the data that it was trained on, or run with retrain to replace it"
 #: Settings that change the trained weights; a checkpoint of other ones is not silently reused.
 TRAINING_FIELDS = (
     "model",

@@ -292,6 +292,7 @@ class Trainer:
         """All that `restore` needs, of types that `torch.load` reads with `weights_only`."""
         return {
             "settings": json.dumps(training_settings(self.config)),
+            "cohort_sha256": self.train.cohort_sha256,
             "history": json.dumps(self.history),
             "precision": self.precision,
             "recipe": [self.recipe.method, self.recipe.train_steps],
