@@ -465,7 +465,7 @@ def case(raw, cohort, strangers, tmp_path_factory) -> dict:
         "file_sha256": np.zeros((len(real), 32), np.uint8),
     }
     path = root / "assets" / "Resnet" / "patient.json"
-    write_record(path, predictions, ages.cohort_identity(cohort))
+    write_record(path, predictions, c.cohort_identity(cohort))
     return {"root": root, "raw": folder, "other": other, "ages": table, "n": len(patients) - 1}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from utils.utils_funcs import MODELS, UserError
 
@@ -120,6 +120,24 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise UserError(f"Unknown model {self.model!r}: expected one of {', '.join(MODELS)}.")
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(
+                    f"{option(name)} is {value!r}: expected one of {', '.join(allowed)}."
+                )
+        for name, (low, high, what) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # a NaN lies nowhere
+                raise UserError(f"{option(name)} is {value!r}: expected {what}.")
+        if self.protocol == "slice" and self.fold != 0:
+            raise UserError(
+                f"--fold is {self.fold}, and the published split has no folds: leave it out, or "
+                "choose --protocol patient."
+            )
+        if not self.eps:
+            raise UserError("--eps names no budget: write one or more, such as 4/255 8/255.")
+        for text in (*self.eps, self.headline_eps):
+            parse_eps(text)
 
     @property
     def adversarial(self) -> bool:
@@ -144,6 +162,58 @@ class RunConfig:
     def run_name(self) -> str:
         """The run's name in paths, `fold<k>_seed<s>`."""
         return f"fold{self.fold}_seed{self.seed}"
+
+
+def option(name: str) -> str:
+    """A setting as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+#: Settings with a few allowed values, as their types name them.
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(RunConfig).items()
+    if get_origin(kind) is Literal
+}
+_INFINITE = float("inf")
+#: Setting → smallest and largest allowed value, and what to say where it lies outside; None, where
+#: a setting may be None, is allowed too.
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        (
+            "max_train",
+            "max_test",
+            "slice_stride",
+            "input_size",
+            "epochs",
+            "batch_size",
+            "train_steps",
+            "search_epochs",
+            "pgd_steps",
+            "sweep_steps",
+            "max_steps",
+            "attack_stride",
+            "attack_batch",
+            "sample",
+            "explained",
+        ),
+        (1, 10**9, "a whole number from 1 on"),
+    ),
+    **dict.fromkeys(("seed", "patience", "trials"), (0, 10**9, "a whole number from 0 on")),
+    "fold": (0, 4, "a fold from 0 to 4"),
+    "lr": (1e-12, 1e3, "a positive number"),
+    "gradient_clip": (1e-12, _INFINITE, "a positive number"),
+    **dict.fromkeys(
+        ("weight_decay", "warmup_epochs", "trades_beta"), (0, 1e9, "a number from 0 on")
+    ),
+    **dict.fromkeys(
+        ("augmentation", "train_eps", "clean_weight", "eps_ramp"), (0, 1, "a number from 0 to 1")
+    ),
+    **dict.fromkeys(
+        ("label_smoothing", "ema_decay"), (0, 1 - 1e-9, "a number from 0 to less than 1")
+    ),
+    "layer_decay": (1e-12, 1, "a number from 0, which is not allowed itself, to 1"),
+}
 
 
 def parse_eps(text: str) -> float:

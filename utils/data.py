@@ -190,23 +190,26 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
     """Set → row numbers under the `slice` protocol.
 
     The published test folder is the test set; the train folder is divided 8:1 into training and
-    validation. This does not depend on any library's random numbers: within a class, images are
-    ranked by their file's SHA-256, and every ninth validates. A copy of the data without train/ and
-    test/ is divided 8:1:1 in the same way, with real images only in the test set. Synthetic images
-    and duplicates are kept, because that is what the literature does.
+    validation, unless a validation folder is published too, which then is that set. This does not
+    depend on any library's random numbers: within a class, images are ranked by their file's
+    SHA-256, and every ninth validates. A copy of the data without train/ and test/ is divided 8:1:1
+    in the same way, with real images only in the test set. Synthetic images and duplicates are
+    kept, because that is what the literature does.
     """
     parts: dict[str, list[int]] = {name: [] for name in SETS}
     order = sorted(
         range(len(cohort.label)), key=lambda row: (cohort.label[row], cohort.file_sha256[row])
     )
     rank: dict[int, int] = {}
+    published = set(cohort.source_split.tolist())
     for row in order:
-        if cohort.source_split[row] == "test":
-            parts["test"].append(row)
+        split = str(cohort.source_split[row])
+        if split in ("test", "validation") or split == "train" and "validation" in published:
+            parts[split].append(row)
             continue
         label = int(cohort.label[row])
         position = rank[label] = rank.get(label, -1) + 1
-        if cohort.source_split[row] == "train":
+        if split == "train":
             parts["validation" if position % 9 == 0 else "train"].append(row)
         elif position % 10 == 0 and cohort.patient_id[row] >= 0:
             parts["test"].append(row)

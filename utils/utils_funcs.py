@@ -74,6 +74,44 @@ def short_name(cohort_sha256: str) -> str:
     return cohort_sha256[:8]
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, through symbolic links too, except those that lead back up."""
+    for here, names, files in os.walk(folder, followlinks=True):
+        above = {Path(here).resolve(), *Path(here).resolve().parents}
+        names[:] = [name for name in names if (Path(here) / name).resolve() not in above]
+        for name in files:
+            yield Path(here) / name
+
+
+def check_output(path: Path | str | None, *inputs: Path | str | None) -> None:
+    """Refuses, before any work, a place that a result cannot be written to.
+
+    Args:
+        path: the file to write; None where none is asked for.
+        inputs: what is read, and must not be overwritten.
+
+    Raises:
+        UserError: it is a folder, one of the inputs, or in a folder that cannot be written to.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the file to write, such as {path / 'out'}.")
+    for source in [Path(given) for given in inputs if given]:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UserError(f"{path} is what is read, and would be overwritten: name another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"Nothing can be written to {path.parent} ({reason}): name a file in another folder."
+        ) from error
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path`, and renames it to `path` on success.
@@ -204,11 +242,23 @@ def seed_everything(seed: int) -> None:
 
 
 def choose_device() -> torch.device:
-    """The fastest device there is: CUDA, Apple's MPS, or the CPU. `ALZHEIMER_DEVICE` overrides."""
+    """The fastest device there is: CUDA, Apple's MPS, or the CPU. `ALZHEIMER_DEVICE` overrides.
+
+    Raises:
+        UserError: that variable names no device, or one that is not here.
+    """
     import torch
 
     if name := os.environ.get("ALZHEIMER_DEVICE"):
-        return torch.device(name)
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(
+                f"ALZHEIMER_DEVICE is {name!r}, which is no device of this machine "
+                f"({str(error).splitlines()[0][:120]}): set it to cpu, cuda or mps, or unset it."
+            ) from error
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,8 @@ import numpy as np
 
 from utils import metrics
 from utils.audit.matching import OtherSet, SharedPatients
-from utils.cohort import Cohort, RawImages, write_cohort
-from utils.cohort.raw import class_of_folder
-from utils.data import file_sha256
+from utils.cohort import RawImages
+from utils.cohort.layout import class_of_folder
 from utils.evaluation.records import Arrays, Record, Rows, clean_of, variants_of
 from utils.utils_funcs import CLASSES, UserError, progress
 
@@ -322,14 +320,6 @@ def score_rows(
 
 
 # -- identity --------------------------------------------------------------------------------------
-
-
-def cohort_identity(cohort: Cohort) -> str:
-    """`cohort_sha256` of a cohort: the hash of its table's file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cohort.csv"
-        write_cohort(cohort, path)
-        return file_sha256(path)
 
 
 def in_model_order(raw: RawImages) -> RawImages:

@@ -15,7 +15,7 @@ from utils.cohort import Cohort, RawImages
 from utils.cohort.linking import GAP_LEAST as GAP_LEAST_WITHIN
 from utils.cohort.linking import GAP_RATIO, fisher_z, middle
 from utils.cohort.order import members_of
-from utils.cohort.raw import UNREADABLE, ImageFile, decode, open_images
+from utils.cohort.raw import UNREADABLE, ImageFile, decode, eight_bits, open_images
 from utils.cohort.similarity import NARROW, SEARCH_SIDE, WIDE, features
 from utils.utils_funcs import UserError, progress
 
@@ -106,7 +106,7 @@ def _decoded(files: Sequence[ImageFile]) -> list[np.ndarray]:
             unreadable += 1
     if unreadable:
         raise UserError(f"{unreadable} files of the other set are no readable images: remove them.")
-    return images
+    return eight_bits(images, ["a file of the other set"] * len(images))[0]
 
 
 def ids_of(stems: Sequence[str], pattern: str | None) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.audit.against import compare, explanation, facts, page_body, write_scores
-from utils.audit.ages import cohort_identity, in_model_order, read_ages, score_rows
+from utils.audit.ages import in_model_order, read_ages, score_rows
 from utils.audit.figures import links_figure, stack_figure
 from utils.audit.matching import NoGapError, OtherSet, read_other
 from utils.audit.measure import distance_to_training, patients_on_both_sides
@@ -24,6 +24,7 @@ from utils.cohort import (
     Recovery,
     build_cohort,
     cohort_for,
+    cohort_identity,
     read_raw,
 )
 from utils.cohort.order import members_of

@@ -1,5 +1,6 @@
 """Which patient and slice does each image show? Images → patients and slice order, from pixels.
 
+layout       what the path of an image says: split, class, subject
 raw          class folders, or a zip of them, as grayscale images with labels, splits and hashes
 similarity   how alike two images are: band-passed features, correlations, nearest neighbors
 linking      images linked by correlation, and the gap that separates the links of two patients

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from utils.utils_funcs import CLASSES, ROOT, UserError, progress
+from utils.cohort.layout import Place, class_of_folder, places_of
+from utils.utils_funcs import CLASSES, ROOT, UserError, files_below, progress
 
 KAGGLE_DATASET = "lukechugh/best-alzheimer-mri-dataset-99-accuracy"
 
@@ -40,20 +41,10 @@ UNREADABLE = (
     zlib.error,
 )
 
-#: Folder name, in lower case → split.
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-
-#: Folder name, letters alone and in lower case → class: the names of the copies in circulation.
-CLASS_NAMES = {
-    "nondemented": 0,
-    "noimpairment": 0,
-    "verymilddemented": 1,
-    "verymildimpairment": 1,
-    "milddemented": 2,
-    "mildimpairment": 2,
-    "moderatedemented": 3,
-    "moderateimpairment": 3,
-}
+#: Bytes above which a file in an archive is no image of a slice.
+LARGEST_FILE = 64 << 20
+#: The rule of a set whose files have 8 bits.
+EIGHT_BITS = "8 bits, as they are"
 
 #: Path of an image file inside its folder or archive, and the function that reads its bytes.
 ImageFile = tuple[str, Callable[[], bytes]]
@@ -67,8 +58,9 @@ class RawImages:
         paths: below the folders that all files share.
         images: `uint8` (H, W), each at its native size.
         file_sha256: hex digests of the files' bytes.
-        source_split: `train`, `test` or empty.
+        source_split: `train`, `validation`, `test` or empty.
         label: (N,) indices into `classes`.
+        intensity: the rule by which the files' values became 8 bits, the same for all of them.
     """
 
     paths: list[str]
@@ -77,6 +69,7 @@ class RawImages:
     source_split: list[str]
     label: np.ndarray
     classes: tuple[str, ...] = CLASSES
+    intensity: str = EIGHT_BITS
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,8 +101,16 @@ def find_raw(explicit: Path | str | None = None) -> Path | None:
                 )
             return Path(named)
     local = ROOT / "dataset" / "raw_dataset"
-    if local.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in local.rglob("*")):
+    suffixes = [path.suffix.lower() for path in files_below(local)] if local.is_dir() else []
+    if IMAGE_SUFFIXES & set(suffixes):
         return local
+    if archives := sorted(local.glob("*.[zZ][iI][pP]")):
+        if len(archives) > 1:
+            raise UserError(
+                f"{local} holds {len(archives)} archives ({archives[0].name}, {archives[1].name}, "
+                "…): leave one of them there, or name one with --raw."
+            )
+        return archives[0]
     return None if os.environ.get("ALZHEIMER_OFFLINE") == "1" else _download()
 
 
@@ -140,9 +141,9 @@ def _download() -> Path | None:
 def read_raw(
     path: Path | str, *, skip_unreadable: bool = False, any_classes: bool = False
 ) -> RawImages:
-    """Reads class folders, with or without `train/` and `test/` above them, from a folder or zip.
+    """Reads class folders, with or without `train/`, `val/` and `test/`, from a folder or zip.
 
-    Images of any mode and size become 8-bit grayscale (see `decode`).
+    Images of any mode and size become 8-bit grayscale (see `decode` and `eight_bits`).
 
     Args:
         skip_unreadable: leave out images that cannot be read and name them on standard error.
@@ -158,8 +159,8 @@ def read_raw(
             raise UserError(
                 f"{path} holds no image: expected class folders such as train/Non_Demented/*.jpg."
             )
-        names = _without_outer_folders([name for name, _ in files])
-        labels, classes = _labels_of(path, names, any_classes)
+        places = places_of([name for name, _ in files])
+        labels, classes = _labels_of(path, places, any_classes)
         kept, images, hashes = [], [], []
         unreadable: list[tuple[str, Exception]] = []
         for row, (_, read) in enumerate(progress(files, "reading images")):
@@ -167,7 +168,7 @@ def read_raw(
                 data = read()
                 image = decode(data)
             except UNREADABLE as error:
-                unreadable.append((names[row], error))
+                unreadable.append((places[row].path, error))
                 continue
             kept.append(row)
             images.append(image)
@@ -180,8 +181,10 @@ def read_raw(
             f"{path} holds no readable image of the class {' and '.join(missing)}: "
             "expected all of " + ", ".join(classes) + "; is it unpacked completely?"
         )
-    paths = [names[row] for row in kept]
-    return RawImages(paths, images, hashes, [_split_of(name) for name in paths], label, classes)
+    paths = [places[row].path for row in kept]
+    images, intensity = eight_bits(images, paths)
+    splits = [places[row].split for row in kept]
+    return RawImages(paths, images, hashes, splits, label, classes, intensity)
 
 
 @contextlib.contextmanager
@@ -199,6 +202,11 @@ def open_images(path: Path, what: str) -> Iterator[list[ImageFile]]:
     if path.is_dir():
         yield _visible(_folder_files(path))
         return
+    if path.suffix.lower() != ".zip" and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} is neither a folder nor a zip archive: name the folder or zip of {what}, and "
+            "unpack archives of other kinds first."
+        )
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -212,7 +220,7 @@ def open_images(path: Path, what: str) -> Iterator[list[ImageFile]]:
 def _folder_files(folder: Path) -> list[ImageFile]:
     return [
         (file.relative_to(folder).as_posix(), file.read_bytes)
-        for file in folder.rglob("*")
+        for file in files_below(folder)
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     ]
 
@@ -232,6 +240,12 @@ def _zip_files(archive: zipfile.ZipFile, path: Path) -> list[ImageFile]:
                 "do not trust this archive, get it from its source."
             )
         if not info.is_dir() and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+            if info.file_size > LARGEST_FILE:
+                raise UserError(
+                    f"{path} holds {name}, which unpacks to {info.file_size / 1e6:,.0f} MB, more "
+                    f"than any image of a slice has ({LARGEST_FILE / 1e6:.0f} MB): do not trust "
+                    "this archive, get it from its source."
+                )
             files.append((name, functools.partial(archive.read, info)))
     return files
 
@@ -247,17 +261,70 @@ def _visible(files: list[ImageFile]) -> list[ImageFile]:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Bytes of an image file → `uint8` (H, W).
+    """Bytes of an image file → gray values (H, W) as they are stored: `uint8`, or `uint16`,
+    `int32` or `float32` where the file has more than 8 bits. A photograph's EXIF rotation is
+    applied.
 
-    16-bit images are scaled to 8 bits; Pillow's `convert("L")` would clip them at 255.
+    Raises:
+        ValueError: several pages, or values that are no numbers.
     """
     with Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith("I;16"):
-            return (np.asarray(image) >> 8).astype(np.uint8)
-        if image.mode in ("I", "F"):
-            pixels = np.asarray(image, np.float64)
-            return np.clip(pixels / (257 if pixels.max() > 255 else 1), 0, 255).astype(np.uint8)
-        return np.asarray(image.convert("L"))
+        if (pages := getattr(image, "n_frames", 1)) > 1:
+            raise ValueError(f"it holds {pages} pages, expected one image a file")
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith("I;16"):
+            return np.asarray(turned).astype(np.uint16)
+        if turned.mode in ("I", "F"):
+            values = np.asarray(turned)
+            if not np.isfinite(values).all():
+                raise ValueError("it holds values that are no numbers (NaN or infinite)")
+            return values
+        return np.asarray(turned.convert("L"))
+
+
+def eight_bits(images: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list[np.ndarray], str]:
+    """The images as `uint8`, by one rule for the whole set, and that rule in words.
+
+    Values of up to 8 bits stay as they are. More bits, and floats from 0 to 1, are scaled by their
+    full range; where no full range is known (negative values, floats above 255) by the set's
+    smallest and largest value.
+
+    Args:
+        images: as `decode` returns them.
+        names: of their files, for the message.
+
+    Raises:
+        UserError: some files have 8 bits, and the others another range than 8 or 16 full bits.
+    """
+    deep = [image for image in images if image.dtype != np.uint8]
+    if not deep:
+        return list(images), EIGHT_BITS
+    low, high = min(float(image.min()) for image in deep), max(float(image.max()) for image in deep)
+    floating = any(image.dtype.kind == "f" for image in deep)
+    if low < 0 or high > 65535 or floating and high > 255:
+        start, end = low, high
+    elif floating and high <= 1:
+        start, end = 0.0, 1.0
+    else:
+        start, end = 0.0, next(full for full in (255.0, 4095.0, 65535.0) if high <= full)
+    if len(deep) < len(images) and (start, end) not in {(0.0, 255.0), (0.0, 1.0), (0.0, 65535.0)}:
+        rows = [row for row, image in enumerate(images) if image.dtype != np.uint8]
+        other = next(row for row, image in enumerate(images) if image.dtype == np.uint8)
+        raise UserError(
+            f"{names[rows[0]]} holds values from {low:g} to {high:g} and {names[other]} has 8 "
+            "bits, so that no one rule gives both the same gray: convert all files to one depth."
+        )
+    if (start, end) == (0.0, 255.0):
+        rule, factor = EIGHT_BITS, 1.0
+    else:
+        rule, factor = f"{start:g} to {end:g} scaled to 0 to 255", 255 / max(end - start, 1e-30)
+    scaled = [
+        image
+        if image.dtype == np.uint8
+        else np.rint((image.astype(np.float64) - start) * factor).astype(np.uint8)
+        for image in images
+    ]
+    return scaled, rule
 
 
 def _report_unreadable(unreadable: list[tuple[str, Exception]], skip: bool) -> None:
@@ -273,51 +340,27 @@ def _report_unreadable(unreadable: list[tuple[str, Exception]], skip: bool) -> N
         print(f"Left out {name}: {error}", file=sys.stderr)
 
 
-# -- what paths say --------------------------------------------------------------------------------
-
-
-def _split_of(name: str) -> str:
-    """The split that the folder above the class folder names; empty where it names none."""
-    above = name.split("/")[-3:-2]
-    return SPLITS.get(above[0].lower(), "") if above else ""
-
-
-def _without_outer_folders(names: Sequence[str]) -> list[str]:
-    """Drops the folders that all paths share above their class and split folders.
-
-    So a wrapped archive, its unpacked folder and the folder inside give the same paths.
-    """
-    parents = []
-    for name in names:
-        folders = name.split("/")[:-1]
-        keep = 2 if len(folders) >= 2 and folders[-2].lower() in SPLITS else 1
-        parents.append(folders[: len(folders) - keep])
-    shared = os.path.commonprefix(parents)
-    return ["/".join(name.split("/")[len(shared) :]) for name in names]
-
-
-def class_of_folder(folder: str) -> int | None:
-    """The class, 0 to 3, that a folder's name means; None where it is none of the known names."""
-    return CLASS_NAMES.get(re.sub(r"[^a-z]", "", folder.lower()))
+# -- classes ---------------------------------------------------------------------------------------
 
 
 def _labels_of(
-    source: Path | str, names: Sequence[str], any_classes: bool
+    source: Path | str, places: Sequence[Place], any_classes: bool
 ) -> tuple[list[int], tuple[str, ...]]:
-    """The label of each path, and the classes that labels index."""
-    folders = [(name.split("/")[-2] if "/" in name else "") for name in names]
+    """The label of each image, and the classes that labels index."""
     if any_classes:
-        classes = tuple(sorted(set(folders)))
-        return [classes.index(folder) for folder in folders], classes
+        classes = tuple(sorted({place.folder for place in places}))
+        return [classes.index(place.folder) for place in places], classes
     labels = []
-    for name, folder in zip(names, folders, strict=True):
-        label = class_of_folder(folder)
+    for place in places:
+        label = class_of_folder(place.folder)
         if label is None:
-            where = f"the unknown class folder {folder!r}" if "/" in name else "no class folder"
+            where = (
+                f"the unknown class folder {place.folder!r}" if place.folder else "no class folder"
+            )
             raise UserError(
-                f"{source} holds {name} in {where}: expected Non, Very Mild, Mild and Moderate "
-                "Demented (or No … Impairment), in any case, with spaces, underscores or nothing "
-                "between."
+                f"{source} holds {place.path} in {where}: expected Non, Very Mild, Mild and "
+                "Moderate Demented (or No … Impairment), in any case, with spaces, underscores or "
+                "nothing between."
             )
         labels.append(label)
     return labels, CLASSES

@@ -18,7 +18,7 @@ from utils.cohort.order import members_of, slice_indices
 from utils.cohort.patients import find_patients, measure_gap
 from utils.cohort.raw import RawImages, read_raw
 from utils.cohort.similarity import background, correlations, features
-from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, progress
+from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, check_output, progress
 
 #: The table of the published data set, as this repository holds it.
 COMMITTED_COHORT = ROOT / "dataset" / "cohort.csv"
@@ -31,7 +31,7 @@ class Cohort:
     Attributes:
         file_sha256: hex digest of the file's bytes.
         pixel_sha256: hex digest of its pixels, in grayscale.
-        source_split: `train`, `test` or empty, as published.
+        source_split: `train`, `validation`, `test` or empty, as published.
         label: the class.
         kind: `real`, `synthetic`, or `duplicate` for pixels that an earlier file has.
         duplicate_of: `pixel_sha256` of that earlier file; else empty.
@@ -315,6 +315,7 @@ def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:
         out: the table to write.
         skip_unreadable: go on without images that cannot be read.
     """
+    check_output(out, raw)
     cohort, recovery = build_cohort(read_raw(raw, skip_unreadable=skip_unreadable))
     write_cohort(cohort, out)
     print(describe(cohort, recovery))

@@ -24,6 +24,7 @@ from utils.training.settings import TRAIN_AGAIN
 from utils.utils_funcs import (
     MODELS,
     ROOT,
+    files_below,
     read_json,
     result_root,
     runs_folder,
@@ -175,11 +176,7 @@ def _phantom_folder(root: Path) -> Path:
 def files_sha256(source: Path) -> str:
     """SHA-256 of the relative path, size and time of change of every file of a folder, or of one
     file: cheap, and different once an image is moved, replaced or edited."""
-    if source.is_file():
-        paths = [source]
-    else:
-        walk = os.walk(source, followlinks=True)
-        paths = [Path(folder) / name for folder, _, names in walk for name in names]
+    paths = [source] if source.is_file() else files_below(source)
     digest = hashlib.sha256()
     for path in sorted(paths):
         status = path.stat()

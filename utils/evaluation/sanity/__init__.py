@@ -26,6 +26,7 @@ def sanity_table(run: SuiteRun, plan: Sequence[Stage], sweep: Sequence[str]) -> 
     rows = [
         model.finite_logits(run),
         model.logits_not_probabilities(run),
+        model.classes_in_order(run),
         model.same_every_time(run),
         model.same_with_gradient(run),
         model.batch_independent(run),

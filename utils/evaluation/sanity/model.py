@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from utils.attacks.base import ATTACKS, margin
@@ -24,6 +25,8 @@ from utils.utils_funcs import CLASSES
 #: How often the same images are predicted: a model that draws one of five sizes at random gives the
 #: same answers as often once in ten million evaluations.
 PREDICTIONS = 10
+#: How far the sum of four probabilities may lie from 1: bfloat16 has eight bits.
+SUM_OF_PROBABILITIES = 0.02
 
 
 def finite_logits(run: SuiteRun) -> dict:
@@ -38,16 +41,69 @@ def finite_logits(run: SuiteRun) -> dict:
 
 
 def logits_not_probabilities(run: SuiteRun) -> dict:
-    """Whether the outputs are logits, and not already probabilities."""
-    in_unit_range = (run.clean >= 0).all() and (run.clean <= 1).all()
-    probabilities = in_unit_range and np.allclose(run.clean.sum(1), 1, atol=1e-4)
+    """Whether the outputs are logits, and not already probabilities, in whatever precision.
+
+    Outputs of a softmax add up to 1. Those of a sigmoid stay between 0 and 1 whatever the input
+    is, so the model is shown pixels far outside their range as well; logits grow there.
+    """
+    bounded = (run.clean >= 0).all() and (run.clean <= 1).all()
+    softmax = bounded and np.allclose(run.clean.sum(1), 1, atol=SUM_OF_PROBABILITIES)
+    sigmoid = bounded and not softmax and _is_bounded(run)
     note = "raw [0, 1] pixels in, logits out"
-    if probabilities:
+    if softmax or sigmoid:
         note = (
-            "the outputs look like probabilities: losses on them have the wrong gradient, so "
-            "return logits"
+            f"the outputs look like probabilities (of a {'softmax' if softmax else 'sigmoid'}): "
+            "losses on them have the wrong gradient, so return logits"
         )
-    return sanity_row("logits_from_pixels", not probabilities, int(run.clean.shape[1]), note)
+    passed = not (softmax or sigmoid)
+    return sanity_row("logits_from_pixels", passed, int(run.clean.shape[1]), note)
+
+
+def _is_bounded(run: SuiteRun) -> bool:
+    """Whether the outputs stay between 0 and 1 far outside the range of pixels; False where the
+    model refuses such images, as those of this project do."""
+    images, _ = sampled_images(run)
+    try:
+        found = [predict(run.model, images * factor, batch_size=BATCH) for factor in (-1e3, 1e3)]
+    except Exception:  # noqa: BLE001  whatever a user's model raises, nothing is shown
+        return False
+    return all(bool(((logits >= 0) & (logits <= 1)).all()) for logits in found)
+
+
+def classes_in_order(run: SuiteRun) -> dict:
+    """Whether the outputs stand in the order of the classes: whether no other order of them is
+    right far more often, and the given one not below chance.
+
+    `figure`: balanced accuracy in the given order and in the best one.
+    """
+    counts = np.zeros((len(CLASSES), len(CLASSES)))
+    np.add.at(counts, (run.labels, decisions(run.clean)), 1)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    present = counts.sum(1) > 0
+    labels, outputs = linear_sum_assignment(-shares)
+    given, best = (
+        float(np.diag(shares)[present].mean()),
+        float(shares[labels, outputs][present].mean()),
+    )
+    more = counts[labels, outputs].sum() - np.diag(counts).sum()
+    swapped = best > given + 0.25 and more > 3 * np.sqrt(counts.sum())
+    wrong = (decisions(run.clean) != run.labels).sum()
+    below = wrong - (1 - 1 / len(CLASSES)) * counts.sum() > 3 * np.sqrt(counts.sum()) / 2
+    note = "the outputs stand in the order of the classes"
+    if swapped:
+        order = [CLASSES[label] for label in np.argsort(outputs)]
+        note = (
+            f"the model seems to answer in the order {', '.join(order)}: in that order "
+            f"{best:.0%} are right and not {given:.0%}, so reorder its outputs to "
+            f"{', '.join(CLASSES)}"
+        )
+    elif below:
+        note = (
+            f"{given:.0%} are right, less than by guessing: is this the data and the order of "
+            "classes that the model was made for?"
+        )
+    figure = [three_digits(given), three_digits(best)]
+    return sanity_row("classes_in_order", not (swapped or below), figure, note)
 
 
 def same_every_time(run: SuiteRun) -> dict:
