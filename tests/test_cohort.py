@@ -498,7 +498,7 @@ def test_no_such_path_and_no_image_are_named(tmp_path):
     refused(tmp_path / "nothing", "nothing at")
     refused(tmp_path, "holds no image")
     (tmp_path / "text.txt").write_text("hello")
-    refused(tmp_path / "text.txt", "no complete zip")
+    refused(tmp_path / "text.txt", "neither a folder nor a zip")
 
 
 def test_a_truncated_zip_is_named(phantom, tmp_path):

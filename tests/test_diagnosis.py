@@ -88,7 +88,8 @@ def trained(phantom_raw, tmp_path_factory):
         )
         for name in ("Efficientnet", "Efficientnet_atk", "Resnet", "Resnet_atk"):
             path = workspace.checkpoint(make_config("demo", name))
-            save_model(build_model(name, pretrained=False, input_size=32), path)
+            member = build_model(name, pretrained=False, input_size=32)
+            save_model(member, path, {"cohort_sha256": workspace.cohort_sha256})
             if name == "Efficientnet":
                 save_half(path, half_of(path))
                 path.unlink()

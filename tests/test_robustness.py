@@ -23,7 +23,6 @@ from utils.evaluation.measures import (
     attack_images,
     direction_success,
     minimal_perturbations,
-    model_from_factory,
     pgd_convergence,
     sample_measures,
     transfer_matrix,
@@ -46,6 +45,7 @@ from utils.evaluation.predictions import (
 from utils.evaluation.sanity import verdict
 from utils.evaluation.sanity.attacks import attack_order, falls_with_eps
 from utils.evaluation.suite import SuiteResult, evaluate_suite
+from utils.pipeline.own_model import model_from_factory
 from utils.prediction import predict
 from utils.utils_funcs import UserError
 

@@ -189,7 +189,7 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
 
 def test_a_warm_start_begins_at_the_weights_of_the_clean_counterpart(tiny):
     training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
-    config = small("Resnet_atk", warm_start=True, epochs=1, lr=0.0)
+    config = small("Resnet_atk", warm_start=True, epochs=1, lr=1e-12)
     robust = tiny.with_name("robust.safetensors")
     with pytest.raises(UserError, match="clean counterpart"):
         training.fit(TRAIN, VALIDATION, config, robust, DEVICE)

@@ -30,7 +30,7 @@ from utils.cohort import (
 from utils.cohort.order import members_of
 from utils.controls import as_rows, nearest_rows
 from utils.evaluation.records import read_records
-from utils.utils_funcs import ROOT, UserError, atomic_path
+from utils.utils_funcs import ROOT, UserError, atomic_path, check_output
 
 #: Exit code of the command where patients cannot be told apart or no gap separates shared ones.
 NO_PATIENTS = 3
@@ -282,7 +282,6 @@ def main(
         records_root: the folder whose assets/ hold the records to score.
         skip_unreadable: go on without images of this set that cannot be read.
     """
-    images = read_raw(raw, skip_unreadable=skip_unreadable, any_classes=True)
     if against is None:
         needs_other = {
             "--ages": ages,
@@ -298,6 +297,11 @@ def main(
             )
         if out is None:
             raise UserError("Name the page to write with --out.")
+    for path in (out, scores):
+        check_output(path, raw, against, ages)
+    images = read_raw(raw, skip_unreadable=skip_unreadable, any_classes=True)
+    if against is None:
+        assert out is not None  # refused above
         _audit_one(images, raw, out)
         return
     if ages is None and (age_from, age_to) != (None, None):

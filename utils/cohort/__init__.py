@@ -10,7 +10,7 @@ table        `cohort.csv`, one row per image file, and the command line
 """
 
 from utils.cohort.patients import NoPatientsError
-from utils.cohort.raw import RawImages, find_raw, read_raw
+from utils.cohort.raw import RawImages, decode, find_raw, read_raw
 from utils.cohort.table import (
     COMMITTED_COHORT,
     Cohort,
@@ -20,6 +20,7 @@ from utils.cohort.table import (
     cohort_for,
     cohort_identity,
     describe,
+    main,
     read_cohort,
     write_cohort,
 )
@@ -34,8 +35,10 @@ __all__ = [
     "build_cohort",
     "cohort_for",
     "cohort_identity",
+    "decode",
     "describe",
     "find_raw",
+    "main",
     "read_cohort",
     "read_raw",
     "write_cohort",

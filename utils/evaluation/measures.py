@@ -3,7 +3,6 @@ convergence."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from utils.evaluation.predictions import (
 )
 from utils.evaluation.suite import SuiteResult
 from utils.prediction import device_of, predict
-from utils.utils_funcs import CLASSES, UserError, progress
+from utils.utils_funcs import CLASSES, progress
 
 
 def accuracy_curves(
@@ -253,22 +252,3 @@ def sample_measures(
 
 def _finite_or_none(values: np.ndarray) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
-
-
-def model_from_factory(spec: str) -> nn.Module:
-    """The model that a user's `module:function` returns, in eval mode.
-
-    Raises:
-        UserError: no such module or function, or it returns no `nn.Module`.
-    """
-    module_name, _, function_name = spec.partition(":")
-    try:
-        model = getattr(importlib.import_module(module_name), function_name or "build_model")()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{spec!r} gave no model ({type(error).__name__}: {error}): write it as "
-            "module:function, where the function takes nothing and returns a torch.nn.Module."
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{spec!r} returned a {type(model).__name__}: expected a torch.nn.Module.")
-    return model.eval()

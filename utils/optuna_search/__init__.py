@@ -10,6 +10,7 @@ from utils.optuna_search.figures import importances_of, search_figures, trials_t
 from utils.optuna_search.space import SPACE, suggest
 from utils.optuna_search.storage import (
     best_settings,
+    check_storage,
     enqueue,
     known_search,
     open_search,
@@ -22,6 +23,7 @@ __all__ = [
     "ONE_CLASS",
     "SPACE",
     "best_settings",
+    "check_storage",
     "enqueue",
     "importances_of",
     "known_search",

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 
 from utils.config import RunConfig
-from utils.utils_funcs import read_json, short_name
+from utils.utils_funcs import UserError, read_json, short_name
 
 #: Trials before the median rule may prune one.
 PRUNER_STARTUP = 4
@@ -71,6 +71,23 @@ def open_search(
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=PRUNER_STARTUP, n_warmup_steps=1),
     )
+
+
+def check_storage(storage: str | None) -> None:
+    """Refuses, before any work, the URL of a storage that cannot be opened (None: no URL).
+
+    Raises:
+        UserError: it is no URL, or there is no database behind it.
+    """
+    if storage is None:
+        return
+    try:
+        optuna.storages.RDBStorage(storage)
+    except Exception as error:  # noqa: BLE001  SQLAlchemy, the drivers and the system raise many
+        raise UserError(
+            f"The storage {storage!r} cannot be opened ({str(error).strip().splitlines()[0][:160]})"
+            ": give the URL of a database that runs, as postgresql://user:password@host/database."
+        ) from error
 
 
 def enqueue(study: optuna.Study, trials: int) -> None:

@@ -5,32 +5,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from torch import nn
 
 from utils import data, optuna_search, report
 from utils.backbones import load_model, read_metadata, save_half
-from utils.cohort.raw import find_raw, read_raw
-from utils.config import Profile, Protocol, RunConfig, make_config
+from utils.config import Profile, Protocol, RunConfig, make_config, parse_eps
 from utils.evaluation import records
-from utils.evaluation.measures import model_from_factory
 from utils.evaluation.sanity import verdict
 from utils.evaluation.suite import evaluate_suite
 from utils.pipeline.attack_again import attack_again, with_more_attacks
 from utils.pipeline.driver import GRID_MODELS, Run, grid_configs, shard_of, start_of
+from utils.pipeline.explanations import attacks_figure
+from utils.pipeline.own_images import own_images
+from utils.pipeline.own_model import load_own, try_one, wrapped
 from utils.pipeline.stages import suite_rows
 from utils.pipeline.store import RunResult, add_run
 from utils.pipeline.texts import sanity_text
 from utils.pipeline.workspace import half_of, load_sets, open_workspace
 from utils.provenance import seen_before
-from utils.utils_funcs import MODELS, UserError, choose_device
+from utils.report.card import write_card
+from utils.utils_funcs import MODELS, UserError, check_output, choose_device
 
 
 def prepare(raw: str | None = None, profile: Profile = "demo") -> None:
@@ -77,8 +78,8 @@ def train_command(
 ) -> None:
     """Trains a model, or continues, and leaves its weights under checkpoints/: evaluates nothing
     and changes no record. For the weights of a run that a record holds already."""
-    workspace = open_workspace(profile, raw)
-    run = Run(workspace, make_config(profile, model, protocol=protocol, fold=fold))
+    config = make_config(profile, model, protocol=protocol, fold=fold)
+    run = Run(open_workspace(profile, raw), config)
     print(f"{run}: {run.trained}")
 
 
@@ -92,8 +93,9 @@ def grid(
 ) -> None:
     """Runs everything in the grid that no record holds yet; `--shard i/n` takes every n-th run,
     starting from the i-th."""
+    configs = shard_of(grid_configs(profile, models, protocols, seeds), shard)
     workspace = open_workspace(profile, raw)
-    for config in shard_of(grid_configs(profile, models, protocols, seeds), shard):
+    for config in configs:
         run = Run(workspace, config)
         if run.recorded is not None:
             print(f"{run}: is in the record already.")
@@ -121,8 +123,12 @@ def search_command(
         enqueue: put so many trials into the shared search and end; do this once, before the workers
             start.
     """
-    workspace = open_workspace(profile, raw)
     config = make_config(profile, model, protocol=protocol, fold=fold, trials=trials)
+    for name, count in (("--trials", trials), ("--enqueue", enqueue or 1)):
+        if count < 1:
+            raise UserError(f"{name} is {count}: expected a whole number from 1 on.")
+    optuna_search.check_storage(storage)
+    workspace = open_workspace(profile, raw)
     folder = workspace.optuna(model)
     if enqueue:
         waiting = optuna_search.open_search(folder, config, workspace.cohort_sha256, storage)
@@ -150,8 +156,9 @@ def export(
 ) -> None:
     """Writes a trained run's weights next to its checkpoint as `<run>_fp16.safetensors`, the one
     kind that git keeps."""
+    config = make_config(profile, model, protocol=protocol, fold=fold)
     workspace = open_workspace(profile)
-    path = workspace.checkpoint(make_config(profile, model, protocol=protocol, fold=fold))
+    path = workspace.checkpoint(config)
     half = half_of(path)
     save_half(path, half)
     print(f"{half.relative_to(workspace.root).as_posix()}: {half.stat().st_size / 1e6:.1f} MB")
@@ -165,54 +172,94 @@ def attack_command(
     profile: Profile = "demo",
     suite: Literal["quick", "standard", "full"] = "standard",
     raw: str | None = None,
+    part: Literal["train", "validation", "test", "all"] | None = None,
+    limit: int | None = None,
+    channels: int | None = None,
+    size: int | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    classes: str | None = None,
+    card: Path | None = None,
 ) -> None:
     """Attacks a trained model and prints the table and the checks that say whether to believe it.
 
+    A model of your own gets float32 pixels (N, 1, H, W) in [0, 1] and returns logits (N, 4) in the
+    order Non, Very mild, Mild, Moderate. One image is tried first.
+
     Args:
-        model: a model of this repository, from its checkpoint; or your own as `module:function`, a
-            function that returns a `torch.nn.Module` from float32 pixels (N, 1, H, W) in [0, 1] to
-            four logits, evaluated on every image of `raw`.
+        model: a model of this repository by its name, on the test set of its protocol and fold; or,
+            on your images, a checkpoint.safetensors of it, or your own model: module:function (a
+            function that returns a torch.nn.Module), hf:ORG/NAME, or
+            timm:NAME@checkpoint.safetensors.
         raw: folder or zip of class folders.
+        part: which of your images: by default those of test/, or all where there is no such folder.
+        limit: of your images take a sample of so many, spread over classes and patients.
+        channels: 3 repeats the gray image for a model that takes colors.
+        size: side in pixels that images are resized to before your model.
+        mean: subtracted from the pixels before your model, one number or one a channel.
+        std: divided by, likewise.
+        classes: the order of your model's outputs, such as "Mild,Moderate,Non,Very mild".
+        card: write an HTML page of the result here, and the same as JSON beside it.
     """
-    options = {"eps": eps, "headline_eps": eps[0], "suite": suite}
-    if ":" in model:
-        config = make_config(profile, "Resnet", **options)
-        test, network = _everything_in(raw), model_from_factory(model)
-        seen = "nothing is known of the images that this model was trained on"
-        origin = {
-            "model": model,
-            "protocol": "all images",
-            "data": "your images",
-            "init": "yours",
-            "cohort_sha256": "",
-        }
-    elif model in MODELS:
+    config = make_config(
+        profile,
+        model if model in MODELS else "Resnet",
+        protocol=protocol,
+        fold=fold,
+        eps=eps,
+        headline_eps=eps[0] if eps else "4/255",
+        suite=suite,
+    )
+    check_output(card, raw)
+    if model in MODELS:
         workspace = open_workspace(profile, raw)
-        config = make_config(profile, model, protocol=protocol, fold=fold, **options)
         test = load_sets(workspace, config)["test"]
         path = workspace.weights(config) or workspace.checkpoint(config)
-        network, seen = load_model(path), str(seen_before(read_metadata(path), test))
+        trained, notes = load_model(path), [str(seen_before(read_metadata(path), test))]
+        network: nn.Module = trained
         origin = {
-            "model": model,
             "protocol": protocol,
             "data": workspace.data,
-            "init": network.init,
+            "init": trained.init,
             "cohort_sha256": workspace.cohort_sha256,
         }
     else:
-        raise UserError(
-            f"Unknown model {model!r}: expected one of {', '.join(MODELS)}, or your own as "
-            "module:function."
+        own, wrapping = load_own(model)
+        network = wrapped(
+            own, wrapping, channels=channels, size=size, mean=mean, std=std, classes=classes
         )
-    print(_attack_text(network, test, config, origin))
-    print(f"\nSeen before: {seen}.")
+        images = own_images(raw, part, limit)
+        test, notes = images.part, images.notes
+        try_one(network, data.pixels(test.images[:1]), model)
+        metadata = read_metadata(model) if model.endswith(".safetensors") else {}
+        notes.append(
+            str(seen_before(metadata, test))
+            if metadata
+            else "nothing is known of the images that this model was trained on"
+        )
+        origin = {
+            "protocol": "your images",
+            "data": "your images",
+            "init": "yours",
+            "cohort_sha256": test.cohort_sha256,
+        }
+    network = network.to(choose_device())
+    result = _evaluated(network, test, config, {"model": model, **origin})
+    record = records.summarize(result.rows, [result.meta])
+    print("\n".join(f"{note[0].upper()}{note[1:]}." for note in notes))
+    print(f"\n{report.attacks_text(record)}\n{sanity_text(result)}\n")
+    print(verdict(result.meta["sanity"]))
+    if card is not None:
+        example = attacks_figure(network, test, config, f"{model} · your images")
+        kept = write_card(card, record, notes, example)
+        print(f"written to {card} and {kept}")
 
 
-def _attack_text(network: nn.Module, test: data.ImageSet, config: RunConfig, origin: dict) -> str:
-    """Table, checks and verdict of one evaluation that no record keeps."""
-    result = evaluate_suite(
-        network.to(choose_device()), test.images, test.labels, test.patients, config
-    )
+def _evaluated(
+    network: nn.Module, test: data.ImageSet, config: RunConfig, origin: dict
+) -> RunResult:
+    """One evaluation, as a record takes it; none keeps it."""
+    result = evaluate_suite(network, test.images, test.labels, test.patients, config)
     rows, attacks = suite_rows(test, config, result)
     meta = {
         **origin,
@@ -225,8 +272,7 @@ def _attack_text(network: nn.Module, test: data.ImageSet, config: RunConfig, ori
         "sanity": result.sanity,
         "config": dataclasses.asdict(config),
     }
-    table = report.attacks_text(records.summarize(rows, [meta]))
-    return f"{table}\n{sanity_text(RunResult(rows, meta))}\n\n{verdict(result.sanity)}"
+    return RunResult(rows, meta)
 
 
 def attack_again_command(
@@ -249,8 +295,10 @@ def attack_again_command(
         restarts: starts of PGD, each towards the next nearest class.
         attack_seed: of the starting points; another one finds what this one missed.
     """
-    workspace = open_workspace(profile, raw)
     config = make_config(profile, model, protocol=protocol, fold=fold, seed=seed)
+    for text in eps:
+        parse_eps(text)
+    workspace = open_workspace(profile, raw)
     again = attack_again(
         workspace, config, eps, steps=steps, restarts=restarts, attack_seed=attack_seed
     )
@@ -262,28 +310,6 @@ def attack_again_command(
                 f"{meta['misclassified']} of {meta['n_attacked']} robust slices misclassified, "
                 f"{meta['n_set']} slices in all"
             )
-
-
-def _everything_in(raw: str | None) -> data.ImageSet:
-    """Every image of a folder as one set; no patient is known, so each image counts as its own
-    patient in the intervals."""
-    folder = find_raw(raw)
-    if folder is None:
-        raise UserError(
-            "Your own model needs images: give a folder or zip of class folders with --raw."
-        )
-    images = read_raw(folder)
-    number = torch.arange(len(images))
-    return data.ImageSet(
-        data.stack_images(images),
-        torch.from_numpy(images.label),
-        number,
-        torch.zeros_like(number),
-        list(images.file_sha256),
-        "your images",
-        pixels=[hashlib.sha256(image.tobytes()).hexdigest() for image in images.images],
-        cohort_sha256="",
-    )
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import nn
 
 from utils import data, grad_cam, report, training
@@ -45,8 +46,13 @@ SHOWN_SLICES = len(CLASSES)
 def draw_attacks(
     model: nn.Module, test: data.ImageSet, config: RunConfig, label: str, path: Path
 ) -> None:
-    """Draws what each attack of `SHOWN_ATTACKS` does to one test slice, of those shown the first
-    that is classified correctly."""
+    """Writes the picture of `attacks_figure`."""
+    save_figure(attacks_figure(model, test, config, label), path, dpi=90, colors=32)
+
+
+def attacks_figure(model: nn.Module, test: data.ImageSet, config: RunConfig, label: str) -> Figure:
+    """What each attack of `SHOWN_ATTACKS` does to one test slice, of those shown the first that is
+    classified correctly."""
     few = test.pick(data.spread(test, SHOWN_SLICES))
     answers = training.predict(model, few.images, choose_device()).softmax(1)
     right = (answers.argmax(1) == few.labels).nonzero().flatten().tolist()
@@ -71,8 +77,7 @@ def draw_attacks(
         f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} "
         f"({answer.max():.0%}) before the attack"
     )
-    figure = attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label)
-    save_figure(figure, path, dpi=90, colors=32)
+    return attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label)
 
 
 def draw_maps(

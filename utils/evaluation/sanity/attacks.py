@@ -11,6 +11,7 @@ from torch import Tensor
 from utils.attacks.base import ATTACKS
 from utils.evaluation.plan import AttackName, Stage, float32_stages
 from utils.evaluation.predictions import misclassified
+from utils.evaluation.sanity.model import missing_gradients
 from utils.evaluation.sanity.rows import (
     BATCH,
     CHANCE,
@@ -109,9 +110,10 @@ def falls_with_eps(
 
 
 def eps_one(run: SuiteRun) -> dict:
-    """Whether no image is robust at eps 1, where any image may be shown: neither the attack from
-    the image itself, nor the one that starts from an image of another class, nor any attack of the
-    suite with a smaller eps has found an error.
+    """Whether no image is robust at eps 1, where any image may be shown: against the attack from
+    the image itself, the one that starts from an image of another class, and every attack of the
+    suite with a smaller eps. (A start from another class finds an error by itself, so it counts
+    only where the image has a gradient that an attack can follow.)
 
     A nearly constant answer is robust there too, so a low clean balanced accuracy excuses it.
     """
@@ -146,8 +148,12 @@ def _robust_at_one(run: SuiteRun) -> np.ndarray:
             robust &= ~found[run.sample]
     # The ball of eps 1 around any image holds all images: so where the attack starts is free.
     others = torch.stack([_of_another_class(labels, row) for row in range(len(labels))])
-    for start in (images, images[others]):
-        left = torch.as_tensor(np.flatnonzero(robust), device=images.device)
+    missing = missing_gradients(run.model, images, labels, run.config.attack_batch)["zero_margin"]
+    for start, allowed in (
+        (images, np.ones(len(labels), bool)),
+        (images[others], ~missing.cpu().numpy()),
+    ):
+        left = torch.as_tensor(np.flatnonzero(robust & allowed), device=images.device)
         for rows in left.split(run.config.attack_batch):
             attacked = ATTACKS["pgd"](
                 run.model,

@@ -182,11 +182,20 @@ def not_constant(run: SuiteRun) -> dict:
 def gradient_shares(
     model: nn.Module, images: Tensor, labels: Tensor, batch: int = 64
 ) -> dict[str, float]:
-    """Shares of images whose pixel gradient is missing.
+    """Shares of images whose pixel gradient is missing, by the kinds of `missing_gradients`."""
+    found = missing_gradients(model, images, labels, batch)
+    return {name: float(missing.float().mean()) for name, missing in found.items()}
+
+
+def missing_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, batch: int = 64
+) -> dict[str, Tensor]:
+    """Whose pixel gradient is missing.
 
     Returns:
-        `zero_ce`, of the plain cross-entropy, which vanishes where softmax saturates, is 0 in every
-        pixel; `zero_margin`, that of the margin is; `not_finite`, either is not finite.
+        Bool (N,) each: `zero_ce`, that of the plain cross-entropy, which vanishes where softmax
+        saturates, is 0 in every pixel; `zero_margin`, that of the margin is; `not_finite`, either
+        is not finite.
     """
     found: dict[str, list[Tensor]] = {"zero_ce": [], "zero_margin": [], "not_finite": []}
     with frozen(model), torch.enable_grad():
@@ -200,7 +209,7 @@ def gradient_shares(
             found["zero_ce"].append((of_ce == 0).flatten(1).all(1))
             found["zero_margin"].append((of_margin == 0).flatten(1).all(1))
             found["not_finite"].append(~finite.flatten(1).all(1))
-    return {name: float(torch.cat(parts).float().mean()) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _gradient(value: Tensor, images: Tensor) -> Tensor:

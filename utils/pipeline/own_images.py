@@ -1,0 +1,124 @@
+"""Images of one's own as one set to attack: which part of them, whose they are, how many."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from utils import data
+from utils.cohort.patients import NoPatientsError
+from utils.cohort.raw import RawImages, find_raw, read_raw
+from utils.cohort.table import COMMITTED_COHORT, build_cohort, cohort_identity, known_cohort
+from utils.utils_funcs import UserError
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class OwnImages:
+    """The set, and what a reader must know of it.
+
+    Attributes:
+        notes: sentences on which images were taken and how intervals count them.
+        patients_known: whether the images' patients are known; else each image counts as one.
+    """
+
+    part: data.ImageSet
+    notes: list[str]
+    patients_known: bool
+
+
+def own_images(raw: str | None, part: str | None = None, limit: int | None = None) -> OwnImages:
+    """Images of class folders as one set.
+
+    Args:
+        raw: folder or zip; None: see `utils.cohort.find_raw`.
+        part: `train`, `validation`, `test` or `all`; None takes `test` where there is one.
+        limit: take a sample of so many, spread over classes, then patients, then slices.
+
+    Raises:
+        UserError: no images, or none of that part.
+    """
+    folder = find_raw(raw)
+    if folder is None:
+        raise UserError(
+            "Your own model needs images: give a folder or zip of class folders with --raw."
+        )
+    images = read_raw(folder)
+    rows, taken = rows_of_part(images.source_split, part)
+    patients, slices, identity, whose = patients_of_images(images)
+    hashes = [hashlib.sha256(images.images[row].tobytes()).hexdigest() for row in rows]
+    found = data.ImageSet(
+        data.stack_images(images, rows),
+        torch.from_numpy(images.label[rows]),
+        torch.from_numpy(patients[rows]),
+        torch.from_numpy(slices[rows]),
+        [images.file_sha256[row] for row in rows],
+        "your images",
+        pixels=hashes,
+        cohort_sha256=identity or "",
+    )
+    notes = [taken, whose]
+    if limit is not None and limit < len(found):
+        found = found.pick(data.spread(found, limit))
+        notes.append(
+            f"a sample of {len(found):,} of these {len(rows):,} images, spread over classes, then "
+            "patients, then slices (--limit)"
+        )
+    return OwnImages(found, notes, identity is not None)
+
+
+def rows_of_part(splits: Sequence[str], part: str | None) -> tuple[np.ndarray, str]:
+    """The rows of a part, and in words which images they are."""
+    if part not in (None, "all", *PARTS):
+        raise UserError(f"--part is {part!r}: expected all, {', '.join(PARTS)}.")
+    counts = Counter(splits)
+    asked = part or ("test" if counts["test"] else "all")
+    named = ", ".join(f"{counts[name]:,} in {name}" for name in PARTS if counts[name])
+    if asked == "all":
+        text = f"all {len(splits):,} images" + (f" ({named})" if named else "")
+        if counts["train"]:
+            text += "; a model that was trained on the training part is not tested by it"
+        return np.arange(len(splits)), text
+    rows = np.flatnonzero(np.array(splits) == asked)
+    if not len(rows):
+        raise UserError(
+            f"--part {asked} holds no image: {f'there are {named}' if named else 'no split'}."
+        )
+    others = ", ".join(
+        f"{counts[name]:,} in {name}" for name in PARTS if counts[name] and name != asked
+    )
+    text = f"the {len(rows):,} images in {asked}"
+    return rows, text + (f"; not scored: {others}" if others else "")
+
+
+def patients_of_images(
+    images: RawImages,
+) -> tuple[np.ndarray, np.ndarray, str | None, str]:
+    """(patient (N,), slice (N,), identity of the cohort, in words whose images they are): recovered
+    from the pixels. Where no patients can be told apart, each image counts as one and the identity
+    is None."""
+    try:
+        cohort = known_cohort(images, [COMMITTED_COHORT]) or build_cohort(images)[0]
+    except NoPatientsError:
+        count = len(images)
+        return (
+            np.arange(count),
+            np.zeros(count, np.int64),
+            None,
+            "no patients can be told apart in these images: slices are taken as independent, so "
+            "the intervals are too narrow where a patient has several",
+        )
+    patients = cohort.patient_id.copy()
+    known = len(np.unique(patients[patients >= 0]))
+    alone = np.flatnonzero(patients < 0)
+    patients[alone] = patients.max() + 1 + np.arange(len(alone))
+    text = f"{known:,} patients, recovered from the pixels; intervals are over patients"
+    if len(alone):
+        text += f", and over the {len(alone):,} images that belong to none of them, each as one"
+    return patients, cohort.slice_index, cohort_identity(cohort), text
