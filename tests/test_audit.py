@@ -274,7 +274,7 @@ def test_the_command_writes_one_self_contained_page(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "100.0% of the test images" in text and "29, of 12 to 12 images" in text
-    assert "8, of which 3 test images repeat a training image" in text
+    assert "8, of which 3 repeat an image of an earlier part" in text
     assert text.count("data:image/png;base64,") == 2 and "http" not in text
 
 

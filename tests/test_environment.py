@@ -38,7 +38,14 @@ def distribution(requirement: str) -> str:
     return normalized(re.match(r"[\w.-]+", requirement)[0])
 
 
-DECLARED = {distribution(entry) for entry in PYPROJECT["project"]["dependencies"]}
+DECLARED = {
+    distribution(entry)
+    for entries in (
+        PYPROJECT["project"]["dependencies"],
+        PYPROJECT["project"]["optional-dependencies"]["manifest"],
+    )
+    for entry in entries
+}
 SECOND = {distribution(entry) for entry in PYPROJECT["tool"]["alzheimer"]["no_deps"]}
 
 

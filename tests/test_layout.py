@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from utils.cohort import raw as raw_module
-from utils.cohort.layout import places_of
-from utils.cohort.raw import EIGHT_BITS, decode, eight_bits, find_raw, read_raw
+from utils.cohort.raw import find_raw, read_raw
+from utils.manifest import files as files_module
+from utils.manifest.files import EIGHT_BITS, decode, eight_bits
+from utils.manifest.layout import places_of
 from utils.utils_funcs import UserError, files_below
 
 FOUR = ("Non_Demented", "Very_Mild_Demented", "Mild_Demented", "Moderate_Demented")
@@ -125,7 +127,7 @@ def test_an_archive_put_into_raw_dataset_is_found(tmp_path, monkeypatch):
 def test_an_entry_that_unpacks_to_more_than_an_image_is_refused_before_it_is_unpacked(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(raw_module, "LARGEST_FILE", 1 << 16)
+    monkeypatch.setattr(files_module, "LARGEST_FILE", 1 << 16)
     with zipfile.ZipFile(tmp_path / "small.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("Mild_Demented/1.png", b"\0" * (1 << 17))
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was unpacked"))

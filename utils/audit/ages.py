@@ -13,8 +13,8 @@ import numpy as np
 from utils import metrics
 from utils.audit.matching import OtherSet, SharedPatients
 from utils.cohort import RawImages
-from utils.cohort.layout import class_of_folder
 from utils.evaluation.records import Arrays, Record, Rows, clean_of, variants_of
+from utils.manifest.layout import class_of_folder
 from utils.utils_funcs import CLASSES, UserError, progress
 
 #: Of the file of scores that `utils.audit.against` writes.

@@ -15,8 +15,8 @@ from utils.cohort import Cohort, RawImages
 from utils.cohort.linking import GAP_LEAST as GAP_LEAST_WITHIN
 from utils.cohort.linking import GAP_RATIO, fisher_z, middle
 from utils.cohort.order import members_of
-from utils.cohort.raw import UNREADABLE, ImageFile, decode, eight_bits, open_images
 from utils.cohort.similarity import NARROW, SEARCH_SIDE, WIDE, features
+from utils.manifest.files import UNREADABLE, ImageFile, decode, eight_bits, open_images
 from utils.utils_funcs import UserError, progress
 
 #: What is brighter than this share of an image's brightest pixel is head; compression leaves less

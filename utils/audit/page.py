@@ -7,6 +7,7 @@ import html
 import io
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from utils.audit.against import compare, explanation, facts, page_body, write_sc
 from utils.audit.ages import in_model_order, read_ages, score_rows
 from utils.audit.figures import links_figure, stack_figure
 from utils.audit.matching import NoGapError, OtherSet, read_other
-from utils.audit.measure import distance_to_training, patients_on_both_sides
+from utils.audit.measure import distance_to_training
 from utils.cohort import (
     Cohort,
     NoPatientsError,
@@ -28,6 +29,7 @@ from utils.cohort import (
     read_raw,
 )
 from utils.cohort.order import members_of
+from utils.cohort.table import given_text
 from utils.controls import as_rows, nearest_rows
 from utils.evaluation.records import read_records
 from utils.utils_funcs import ROOT, UserError, atomic_path, check_output
@@ -42,6 +44,18 @@ STYLE = (
     "th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #e6e6e6;"
     "font-weight:normal;vertical-align:top}"
     "th{color:#6b6b6b}.verdict{font-size:1.25rem;font-weight:bold}"
+)
+
+
+RECOVERED = (
+    "Groups are recovered from pixels alone: images are linked by the correlation of a difference "
+    "of two Gaussian blurs, and a gap in these links separates the groups. Each group is taken to "
+    "be one patient."
+)
+GIVEN = (
+    "Groups are the patients whose ids came with the images. The pixels check them: images are "
+    "linked by the correlation of a difference of two Gaussian blurs, and where a gap in these "
+    "links separates heads, they are compared with the ids."
 )
 
 
@@ -77,13 +91,20 @@ def _accuracies(labels: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
 
 
 def copies(raw: RawImages) -> tuple[int, int]:
-    """How many images have the pixels of an earlier one, and how many test images those of a
-    training image."""
-    pixels = [image.tobytes() for image in raw.images]
-    splits = list(zip(pixels, raw.source_split, strict=True))
-    train = {pixel for pixel, split in splits if split == "train"}
-    repeated = sum(pixel in train for pixel, split in splits if split == "test")
-    return len(raw) - len(set(pixels)), repeated
+    """How many images have the pixels of an earlier one, and how many images of a later part those
+    of an image in an earlier part (train, validation, test)."""
+    order = ("train", "validation", "test")
+    parts: dict[bytes, list[int]] = {}
+    for image, split in zip(raw.images, raw.source_split, strict=True):
+        part = order.index(split) if split in order else -1
+        parts.setdefault(image.tobytes(), []).append(part)
+    across = sum(
+        part > min(known)
+        for found in parts.values()
+        if (known := [part for part in found if part >= 0])
+        for part in known
+    )
+    return len(raw) - len(parts), across
 
 
 def example_stacks(
@@ -129,9 +150,10 @@ def _findings(raw: RawImages, cohort: Cohort, recovery: Recovery, source: str) -
     body = [
         f"<p class='verdict'>{html.escape(_verdict(cohort))}</p>",
         f"<table>{_table(_facts(raw, cohort, recovery))}</table>",
-        _inline(links_figure(recovery.links, recovery.search_gap, label=source)),
         _inline(stack_figure(ordered, drawn, label=source)),
     ]
+    if len(recovery.links):
+        body.insert(2, _inline(links_figure(recovery.links, recovery.search_gap, label=source)))
     if recovery.conflicts:
         conflicts = [
             (
@@ -145,17 +167,45 @@ def _findings(raw: RawImages, cohort: Cohort, recovery: Recovery, source: str) -
 
 
 def _verdict(cohort: Cohort) -> str:
-    shared = patients_on_both_sides(cohort)
-    if not shared["test_images"]:
+    shared = shared_between_parts(cohort)
+    if not shared:
         return (
-            "The folder has no train and test parts, so no split is judged; split it by the groups "
-            "found, never by image."
+            "The set has no parts such as train and test, so no split is judged; split it by the "
+            "groups found, never by image."
         )
-    share = shared["test_images_of_training_people"] / shared["test_images"]
-    return (
-        f"{share:.1%} of the test images that belong to a group have that group in train "
-        f"({shared['both']} of {shared['test']} test groups)."
+    return " ".join(
+        f"{pair.images:.1%} of the {pair.later} images that belong to a group have that group in "
+        f"{pair.earlier} ({pair.both} of {pair.groups} {pair.later} groups)."
+        for pair in shared
     )
+
+
+@dataclass(frozen=True)
+class SharedGroups:
+    """The groups that two parts of a set share: of the later part's `groups`, `both` are in the
+    earlier one too, with the share `images` of its images."""
+
+    earlier: str
+    later: str
+    both: int
+    groups: int
+    images: float
+
+
+def shared_between_parts(cohort: Cohort) -> list[SharedGroups]:
+    """What each pair of parts shares, train and test first."""
+    known = cohort.patient_id >= 0
+    found = []
+    for earlier, later in (("train", "test"), ("train", "validation"), ("validation", "test")):
+        first, second = (
+            cohort.patient_id[known & (cohort.source_split == part)] for part in (earlier, later)
+        )
+        if len(first) and len(second):
+            both = set(first.tolist()) & set(second.tolist())
+            inside = float(np.isin(second, sorted(both)).mean())
+            groups = len(set(second.tolist()))
+            found.append(SharedGroups(earlier, later, len(both), groups, inside))
+    return found
 
 
 def _facts(raw: RawImages, cohort: Cohort, recovery: Recovery) -> list[tuple[str, str]]:
@@ -170,21 +220,22 @@ def _facts(raw: RawImages, cohort: Cohort, recovery: Recovery) -> list[tuple[str
             f"{len(sizes):,}, of {min(sizes)} to {max(sizes)} images "
             f"(median {int(np.median(sizes))})",
         ),
-        (
-            "gap",
-            f"two groups reach a correlation of {low:.3f}, a slice joins its own group at "
-            f"{high:.3f}",
-        ),
         ("images in a group", f"{kinds['real']:,}"),
         ("images in none (synthetic, or alone)", f"{kinds['synthetic']:,}"),
         ("exact copies", _copies_text(raw)),
         ("groups in more than one class", f"{len(recovery.conflicts):,}"),
     ]
+    if np.isfinite(low):
+        text = f"two groups reach a correlation of {low:.3f}, a slice joins its own at {high:.3f}"
+        rows.insert(1, ("gap", text))
+    if recovery.given is not None:
+        rows.insert(0, ("ids", given_text(recovery.given)))
     distance = distance_to_training(cohort)
     if len(distance):
         name = "nearest training slice of a test image's own group"
         rows.append((name, _distances_text(distance)))
-    for name, (accuracy, balanced) in split_control(raw, cohort).items():
+    controls = split_control(raw, cohort) if len(raw.classes) > 1 else {}
+    for name, (accuracy, balanced) in controls.items():
         rows.append(
             (
                 f"1-nearest neighbor on 32×32 pixels, {name}",
@@ -196,7 +247,7 @@ def _facts(raw: RawImages, cohort: Cohort, recovery: Recovery) -> list[tuple[str
 
 def _copies_text(raw: RawImages) -> str:
     repeats, across = copies(raw)
-    return f"{repeats:,}, of which {across:,} test images repeat a training image"
+    return f"{repeats:,}, of which {across:,} repeat an image of an earlier part"
 
 
 def _distances_text(distance: np.ndarray) -> str:
@@ -235,9 +286,7 @@ def _page(source: str, raw: RawImages, body: list[str]) -> str:
         f"<h1>Leak audit of {html.escape(source)}</h1><p>{len(raw):,} images ({counts}) in "
         f"{len(raw.classes)} classes.</p>"
         + "\n".join(body)
-        + "<p>Groups are recovered from pixels alone: images are linked by the correlation of a "
-        "difference of two Gaussian blurs, and a gap in these links separates the groups. Each "
-        "group is taken to be one patient.</p></body></html>\n"
+        + f"<p>{GIVEN if any(raw.patient) else RECOVERED}</p></body></html>\n"
     )
 
 

@@ -1,7 +1,6 @@
 """Which patient and slice does each image show? Images → patients and slice order, from pixels.
 
-layout       what the path of an image says: split, class, subject
-raw          class folders, or a zip of them, as grayscale images with labels, splits and hashes
+raw          a data set's images in memory, with labels, splits, given ids and hashes
 similarity   how alike two images are: band-passed features, correlations, nearest neighbors
 linking      images linked by correlation, and the gap that separates the links of two patients
 patients     groups of images that are patients; synthetic images are left out
@@ -10,7 +9,7 @@ table        `cohort.csv`, one row per image file, and the command line
 """
 
 from utils.cohort.patients import NoPatientsError
-from utils.cohort.raw import RawImages, decode, find_raw, read_raw
+from utils.cohort.raw import RawImages, find_raw, read_raw
 from utils.cohort.table import (
     COMMITTED_COHORT,
     Cohort,
@@ -24,6 +23,7 @@ from utils.cohort.table import (
     read_cohort,
     write_cohort,
 )
+from utils.manifest.files import decode
 
 __all__ = [
     "COMMITTED_COHORT",

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from utils.cohort.linking import middle
 from utils.cohort.order import members_of, slice_indices
-from utils.cohort.patients import find_patients, measure_gap
+from utils.cohort.patients import NoPatientsError, Patients, find_patients, measure_gap
 from utils.cohort.raw import RawImages, read_raw
 from utils.cohort.similarity import background, correlations, features
 from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, check_output, progress
@@ -56,8 +57,30 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Cohort))
 
 
 @dataclass(frozen=True)
+class GivenIds:
+    """How the ids that came with a data set agree with what its pixels show.
+
+    Attributes:
+        patients: how many ids there are.
+        recovered: how many patients the pixels show; None where they show none apart.
+        alike: pairs of ids whose images look like one head.
+        divided: ids whose images look like several heads.
+        copied: pairs of ids that share an image, pixel by pixel.
+    """
+
+    patients: int
+    recovered: int | None
+    alike: list[tuple[str, str]]
+    divided: list[str]
+    copied: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Recovery:
     """What the pixels showed when a cohort was built.
+
+    Where ids were given, these are the patients, and `given` says how the pixels agree; where the
+    pixels then show no gap, `threshold`, `gap` and `search_gap` are NaN and `links` is empty.
 
     Attributes:
         threshold: correlation at and above which two images show one patient.
@@ -78,22 +101,27 @@ class Recovery:
     unusual: int
     conflicts: dict[int, dict[int, int]]
     mislabeled_copies: list[tuple[int, int]]
+    given: GivenIds | None = None
 
 
 # -- building --------------------------------------------------------------------------------------
 
 
 def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
-    """Recovers patients, slices, synthetic images and duplicates from the pixels.
+    """Recovers patients, slices, synthetic images and duplicates from the pixels; patients and
+    places that were given with the images win, and the pixels check them.
 
     A patient whose images carry several labels stays one patient, because a split must keep the
     patient together, and is listed in `Recovery.conflicts`.
 
     Raises:
-        NoPatientsError: there is no gap between patients.
+        NoPatientsError: there is no gap between patients, and no ids were given.
+        UserError: only some images have an id.
     """
     pixels = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in raw.images])
     first = first_with_same(pixels)
+    if any(raw.patient):
+        return cohort_of_given_patients(raw, pixels, first)
     distinct = np.unique(first)
     images = [raw.images[i] for i in distinct]
     patients = find_patients(features(images), background(images))
@@ -113,13 +141,116 @@ def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
         links=patients.links,
         unusual=patients.unusual,
         conflicts=_conflicts(cohort),
-        mislabeled_copies=[
-            (original, row)
-            for row, original in enumerate(first.tolist())
-            if raw.label[row] != raw.label[original]
-        ],
+        mislabeled_copies=_mislabeled(raw, first),
     )
     return cohort, recovery
+
+
+def cohort_of_given_patients(
+    raw: RawImages, pixels: np.ndarray, first: np.ndarray
+) -> tuple[Cohort, Recovery]:
+    """The cohort of images whose patients are given.
+
+    Args:
+        pixels: (N,) pixel hashes.
+        first: (N,) the first row with the same pixels.
+    """
+    if unknown := [name for name, one in zip(raw.paths, raw.patient, strict=True) if not one]:
+        raise UserError(
+            f"{len(unknown)} of {len(raw)} images have no patient_id, such as {unknown[0]}, and "
+            "the others have one: give all of them ids, or none."
+        )
+    names = list(dict.fromkeys(raw.patient))
+    number = {name: row for row, name in enumerate(names)}
+    given = np.array([number[name] for name in raw.patient])
+    distinct = np.unique(first)
+    images = [raw.images[row] for row in distinct]
+    try:
+        seen = find_patients(features(images), background(images))
+    except NoPatientsError:
+        seen = None
+    position = np.full(len(raw), -1)
+    position[distinct] = given_positions(raw, distinct, images, given[distinct])
+    cohort = _assemble(raw, np.array(raw.file_sha256), pixels, given[first], position[first])
+    unknown_gap = (float("nan"), float("nan"))
+    gap = seen.gap if seen is not None else unknown_gap
+    recovery = Recovery(
+        threshold=middle(gap) if seen is not None else float("nan"),
+        gap=gap,
+        search_gap=gap,
+        links=seen.links if seen is not None else np.empty(0),
+        unusual=0,
+        conflicts=_conflicts(cohort),
+        mislabeled_copies=_mislabeled(raw, first),
+        given=_agreement(names, given, first, distinct, seen),
+    )
+    return cohort, recovery
+
+
+def given_positions(
+    raw: RawImages, rows: np.ndarray, images: Sequence[np.ndarray], patient: np.ndarray
+) -> np.ndarray:
+    """Place (n,) of each image in its patient's stack, one session after the other: by the slice
+    numbers that were given, or else by the pixels.
+
+    Args:
+        rows: (n,) of the images in `raw`.
+        patient: (n,) from 0.
+    """
+    sessions = [raw.session[row] if raw.session else "" for row in rows]
+    stacks = {
+        key: stack
+        for stack, key in enumerate(sorted(set(zip(patient.tolist(), sessions, strict=True))))
+    }
+    stack = np.array([stacks[key] for key in zip(patient.tolist(), sessions, strict=True)])
+    numbers = [raw.slice_index[row] if raw.slice_index else None for row in rows]
+    if None in numbers:
+        matrices = [correlations(images, members) for members in members_of(stack)]
+        place = slice_indices(images, stack, matrices)
+    else:
+        place = np.array(numbers)
+    order = np.lexsort((place, stack, patient))
+    position = np.empty(len(rows), np.int64)
+    for members in np.split(order, np.flatnonzero(np.diff(patient[order])) + 1):
+        position[members] = np.arange(len(members))
+    return position
+
+
+def _agreement(
+    names: Sequence[str],
+    given: np.ndarray,
+    first: np.ndarray,
+    distinct: np.ndarray,
+    seen: Patients | None,
+) -> GivenIds:
+    """How given patients (N,) agree with those that the pixels of the distinct images show."""
+    copied = {
+        tuple(sorted((names[given[row]], names[given[first[row]]])))
+        for row in np.flatnonzero(given != given[first])
+    }
+    alike: set[tuple[str, str]] = set()
+    divided: list[str] = []
+    if seen is not None:
+        of_distinct = given[distinct]
+        for group in members_of(seen.patient):
+            ids = sorted({names[one] for one in of_distinct[group]})
+            alike |= set(itertools.pairwise(ids))
+        divided = [
+            names[one]
+            for one in np.unique(of_distinct)
+            if len(set(seen.patient[of_distinct == one].tolist()) - {-1}) > 1
+        ]
+    recovered = None if seen is None else int(seen.patient.max() + 1)
+    return GivenIds(len(names), recovered, sorted(alike), divided, sorted(copied))
+
+
+def _mislabeled(raw: RawImages, first: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of rows with equal pixels and different labels."""
+    return [
+        (original, row)
+        for row, original in enumerate(first.tolist())
+        if raw.label[row] != raw.label[original]
+    ]
 
 
 def first_with_same(keys: np.ndarray) -> np.ndarray:
@@ -183,7 +314,10 @@ def apply_cohort(raw: RawImages, known: Cohort) -> Cohort | None:
 
 
 def known_cohort(raw: RawImages, tables: Sequence[Path]) -> Cohort | None:
-    """The cohort of these images by the first table that lists exactly these files."""
+    """The cohort of these images by the first table that lists exactly these files; None where
+    their patients are given, which win over any table."""
+    if any(raw.patient):
+        return None
     for path in tables:
         if path.is_file() and (cohort := apply_cohort(raw, read_cohort(path))) is not None:
             return cohort
@@ -290,9 +424,14 @@ def describe(cohort: Cohort, recovery: Recovery) -> str:
         + ", ".join(f"{name} {by_class[k]}" for k, name in enumerate(CLASSES))
         + ") of "
         + ", ".join(f"{size} slices × {count}" for size, count in sorted(sizes.items())),
-        f"threshold {recovery.threshold:.3f} in the middle of a gap: two patients reach "
-        f"{recovery.gap[0]:.3f}, a slice joins its own patient at {recovery.gap[1]:.3f}",
     ]
+    if np.isfinite(recovery.threshold):
+        lines.append(
+            f"threshold {recovery.threshold:.3f} in the middle of a gap: two patients reach "
+            f"{recovery.gap[0]:.3f}, a slice joins its own patient at {recovery.gap[1]:.3f}"
+        )
+    if recovery.given is not None:
+        lines.append(given_text(recovery.given))
     if recovery.unusual:
         lines.append(f"{recovery.unusual} images joined a patient in spite of their background")
     lines.append(f"patients in more than one class: {len(recovery.conflicts)}")
@@ -305,6 +444,20 @@ def describe(cohort: Cohort, recovery: Recovery) -> str:
             f"{len(recovery.mislabeled_copies)}"
         )
     return "\n".join(lines)
+
+
+def given_text(given: GivenIds) -> str:
+    """How given ids agree with the pixels, in one line; counts alone, no id is named."""
+    seen = (
+        "the pixels show no patients apart"
+        if given.recovered is None
+        else f"the pixels show {given.recovered:,}, {len(given.alike):,} pairs of ids look like "
+        f"one head, {len(given.divided):,} ids like several"
+    )
+    return (
+        f"{given.patients:,} ids were given and are the patients; {seen}; {len(given.copied):,} "
+        "pairs of ids share an image"
+    )
 
 
 def main(raw: Path, /, out: Path, skip_unreadable: bool = False) -> None:

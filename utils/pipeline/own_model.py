@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.backbones import load_model
-from utils.cohort.layout import class_of_folder
+from utils.manifest.layout import class_of_folder
 from utils.utils_funcs import CLASSES, UserError
 
 #: Sizes that models commonly take, tried where an image's own is refused.
@@ -180,20 +180,13 @@ def order_of(names: Sequence[str], source: str) -> tuple[int, ...]:
     Raises:
         UserError: they are not the four classes, each once.
     """
-    found = [class_of_name(name) for name in names]
+    found = [class_of_folder(name) for name in names]
     if sorted(found, key=str) != [0, 1, 2, 3]:
         raise UserError(
             f"{source} has the classes {', '.join(map(str, names))}: expected the four of this "
             f"project in any order; say with --classes which they are, as {','.join(CLASSES)}."
         )
     return tuple(found.index(label) for label in range(len(CLASSES)))
-
-
-def class_of_name(name: str) -> int | None:
-    """The class that a name means: one of `CLASSES`, or of the class folders in circulation."""
-    plain = name.lower().replace("_", " ").strip()
-    known = [label.lower() for label in CLASSES]
-    return known.index(plain) if plain in known else class_of_folder(name)
 
 
 # --- One image first ----------------------------------------------------------------------------

@@ -27,13 +27,36 @@ CLASS_NAMES = {
     f"{degree}{noun}": number
     for number, degrees in enumerate((("non", "no"), ("verymild",), ("mild",), ("moderate",)))
     for degree in degrees
-    for noun in ("demented", "dementia", "impairment", "impaired")
+    for noun in ("demented", "dementia", "impairment", "impaired", "")
+    if noun or degree != "no"  # that is half of yes and no
 }
+#: Other ordered ratings in circulation, letters alone and in lower case, from healthy to ill.
+RATINGS = (
+    ("cn", "smc", "emci", "mci", "lmci", "ad"),
+    ("nc", "smc", "emci", "mci", "lmci", "ad"),
+    ("nondemented", "converted", "demented"),
+    ("normal", "mci", "ad"),
+    ("healthy", "mci", "ad"),
+)
 
 
 def class_of_folder(folder: str) -> int | None:
     """The class, 0 to 3, that a folder's name means; None where it is none of the known names."""
     return CLASS_NAMES.get(re.sub(r"[^a-z]", "", folder.lower()))
+
+
+def in_order(names: Iterable[str]) -> tuple[tuple[str, ...], bool]:
+    """Class names in the order of what they mean, and whether they are ratings that have one; other
+    names are sorted."""
+    unsorted = set(names)
+    known = {name: class_of_folder(name) for name in unsorted}
+    if None not in known.values() and len(set(known.values())) == len(known):
+        return tuple(sorted(unsorted, key=lambda name: known[name] or 0)), len(known) > 1
+    plain = {name: re.sub(r"[^a-z]", "", name.lower()) for name in unsorted}
+    for rating in RATINGS:
+        if 2 <= len(plain) == len(set(plain.values()) & set(rating)):
+            return tuple(sorted(unsorted, key=lambda name: rating.index(plain[name]))), True
+    return tuple(sorted(unsorted)), False
 
 
 @dataclass(frozen=True)
