@@ -192,7 +192,7 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
     The published test folder is the test set; the train folder is divided 8:1 into training and
     validation, unless a validation folder is published too, which then is that set. This does not
     depend on any library's random numbers: within a class, images are ranked by their file's
-    SHA-256, and every ninth validates. A copy of the data without train/ and test/ is divided 8:1:1
+    SHA-256, and every ninth validates. A copy of the data without a test folder is divided 8:1:1
     in the same way, with real images only in the test set. Synthetic images and duplicates are
     kept, because that is what the literature does.
     """
@@ -204,6 +204,7 @@ def split_slices(cohort: Cohort) -> dict[str, np.ndarray]:
     published = set(cohort.source_split.tolist())
     for row in order:
         split = str(cohort.source_split[row])
+        split = "" if split == "train" and "test" not in published else split
         if split in ("test", "validation") or split == "train" and "validation" in published:
             parts[split].append(row)
             continue
@@ -303,7 +304,7 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
             if not len(parts[name]):
                 raise UserError(
                     f"The {name} set of protocol {protocol}, fold {fold} is empty: the cohort has "
-                    f"too few patients or images ({len(np.unique(cohort.patient_id)) - 1} patients "
+                    f"too few patients or images ({len(patients_of(cohort)[0])} patients "
                     f"found, at least {N_FOLDS} needed)."
                 )
         sets = {

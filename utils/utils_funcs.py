@@ -120,7 +120,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     to `path` removes what the killed one left behind.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or nothing may be written there.
     """
     path, temporary = Path(path), None
     try:
@@ -139,6 +139,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
         remove_leftovers(path)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): make its folder writable, or choose "
+                "another one."
+            ) from error
         if not is_full_disk(error, path.parent):
             raise
         raise UserError(

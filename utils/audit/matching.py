@@ -17,6 +17,7 @@ from utils.cohort.linking import GAP_RATIO, fisher_z, middle
 from utils.cohort.order import members_of
 from utils.cohort.similarity import NARROW, SEARCH_SIDE, WIDE, features
 from utils.manifest.files import UNREADABLE, ImageFile, decode, eight_bits, open_images
+from utils.manifest.table import open_rows, read_manifest
 from utils.utils_funcs import UserError, progress
 
 #: What is brighter than this share of an image's brightest pixel is head; compression leaves less
@@ -79,7 +80,8 @@ class OtherSet:
 
 
 def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
-    """Reads the images of a folder or zip, flat or in any folders.
+    """Reads the images of a folder or zip, flat or in any folders, or those of a manifest, whose
+    patient ids then name the patients.
 
     Args:
         id_pattern: see `ids_of`.
@@ -88,6 +90,15 @@ def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
         UserError: no such path, no image, unreadable images, names without an id. The message
             counts files and names none.
     """
+    if path.suffix.lower() == ".csv":
+        manifest = read_manifest(path)
+        with open_rows(manifest) as readers:
+            images = _decoded([("", read) for read in readers])
+        given = [row.patient_id for row in manifest.rows]
+        if id_pattern is not None or not all(given):
+            given = ids_of([row.path for row in manifest.rows], id_pattern)
+        ids, patient = np.unique(given, return_inverse=True)
+        return OtherSet(images, patient, tuple(ids.tolist()))
     with open_images(path, "the other set") as files:
         images = _decoded(files)
         stems = [PurePosixPath(name).stem for name, _ in files]

@@ -50,11 +50,33 @@ def manifest_of(
     if labels is not None:
         rows = _labelled(names, labels, path_column, label_column)
         return _with_ids(manifest_from(raw, rows), patient, session)
+    _refuse_augmented(names, raw)
     rows = [
         Row(name, place.folder, place.subject, split=place.split, name=place.path)
         for name, place in zip(names, places_of(names), strict=True)
     ]
     return _with_ids(manifest_from(raw, rows), patient, session)
+
+
+def _refuse_augmented(names: Sequence[str], raw: Path) -> None:
+    """Refuses augmented copies beside their originals.
+
+    Raises:
+        UserError: with the folder to name instead.
+    """
+    folders = {name.split("/")[0] for name in names if "/" in name}
+    augmented = {folder for folder in folders if "augment" in folder.lower()}
+    others = folders - augmented
+    if augmented and others:
+        raise UserError(
+            f"{raw} holds {_listed(augmented)} beside {_listed(others)}: augmented copies are no "
+            f"images of their own and hide which images show one patient; name "
+            f"{(raw / sorted(others)[0]).as_posix()} alone."
+        )
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _no_image(raw: Path) -> str:

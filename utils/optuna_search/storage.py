@@ -60,6 +60,8 @@ def open_search(
     database = search_paths(folder, config, cohort_sha256)[0]
     database.parent.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if storage is None and database.is_file():
+        check_storage(f"sqlite:///{database.as_posix()}")
     return optuna.create_study(
         study_name=search_name(config, cohort_sha256),
         direction="minimize",
@@ -86,7 +88,8 @@ def check_storage(storage: str | None) -> None:
     except Exception as error:  # noqa: BLE001  SQLAlchemy, the drivers and the system raise many
         raise UserError(
             f"The storage {storage!r} cannot be opened ({str(error).strip().splitlines()[0][:160]})"
-            ": give the URL of a database that runs, as postgresql://user:password@host/database."
+            ": give the URL of a database that runs, as postgresql://user:password@host/database, "
+            "or delete a damaged file."
         ) from error
 
 

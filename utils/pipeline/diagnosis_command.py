@@ -8,13 +8,13 @@ from typing import Literal
 import tyro
 
 from utils import report
-from utils.config import Profile, Protocol, folds_of
+from utils.config import Profile, Protocol, folds_of, make_config
 from utils.evaluation.schema import Record
 from utils.pipeline.ensembles import run_ensemble
 from utils.pipeline.members import MissingMembersError
 from utils.pipeline.scans import run_sequence
 from utils.pipeline.workspace import Workspace, open_workspace
-from utils.utils_funcs import UserError
+from utils.utils_funcs import BACKBONES, UserError
 
 
 def run_available(
@@ -56,6 +56,9 @@ def ensemble_command(
 ) -> None:
     """Ensembles of one fold's trained models; `--forms "uniform mixed" "stacking mixed"` takes some
     of the forms, so that several processes share them."""
+    if unknown := [name for name in backbones or () if name not in BACKBONES]:
+        raise UserError(f"--backbones {unknown[0]}: expected some of {', '.join(BACKBONES)}.")
+    make_config(profile, "Resnet", protocol=protocol, fold=fold, seed=seed)
     print(
         report.results_text(
             [
@@ -80,6 +83,7 @@ def sequence_command(
     retrain: bool = False,
 ) -> None:
     """Sequence models over one fold's patients."""
+    make_config(profile, "Resnet", fold=fold, seed=seed)
     print(
         report.results_text(
             [run_sequence(open_workspace(profile, raw), fold, seed, retrain=retrain)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,13 @@ def keep_epoch(trainer: Trainer, best_path: Path, state_path: Path) -> None:
 def resume(trainer: Trainer, state_path: Path) -> None:
     """Puts a new trainer into the state that a killed training left."""
     config = trainer.config
-    state = torch.load(state_path, weights_only=True, map_location=trainer.device)
+    try:
+        state = torch.load(state_path, weights_only=True, map_location=trainer.device)
+    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{state_path} cannot be read ({str(error).splitlines()[0][:120]}): delete it, and the "
+            "training begins again."
+        ) from error
     check_cohort(state.get("cohort_sha256"), trainer.train.cohort_sha256, state_path, TRAIN_AGAIN)
     check_settings(json.loads(state["settings"]), config, state_path)
     trainer.restore(state, state_path)

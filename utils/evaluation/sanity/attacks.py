@@ -154,7 +154,7 @@ def _robust_at_one(run: SuiteRun) -> np.ndarray:
         (images[others], ~missing.cpu().numpy()),
     ):
         left = torch.as_tensor(np.flatnonzero(robust & allowed), device=images.device)
-        for rows in left.split(run.config.attack_batch):
+        for rows in left.split(run.config.attack_batch) if len(left) else ():
             attacked = ATTACKS["pgd"](
                 run.model,
                 start[rows],
