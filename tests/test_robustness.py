@@ -1021,6 +1021,22 @@ def test_the_measures_of_a_sample_are_json_of_its_own_rows():
     assert all(len(part["standing"]) == 12 for part in measures["convergence"])
 
 
+def test_no_check_shows_a_model_an_empty_batch():
+    """Some networks cannot shape an answer to no image."""
+
+    class RefusesNoImage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = zoo.honest_model()
+
+        def forward(self, images: Tensor) -> Tensor:
+            assert len(images), "an empty batch"
+            return self.model(images)
+
+    rows = {row["check"]: row for row in evaluate(RefusesNoImage()).sanity}
+    assert rows["eps_one_breaks_all"]["passed"]
+
+
 def test_a_users_model_comes_from_a_factory(tmp_path, monkeypatch):
     (tmp_path / "their_model.py").write_text(
         "from torch import nn\n\nbuild = nn.Flatten\nwrong = int\n"
