@@ -296,15 +296,10 @@ def run_module(
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Runs `python -m module arguments` from the root; it ends when this process does."""
-    command = [
-        str(python),
-        str(ROOT / "reproduce.py"),
-        "--as-module",
-        str(os.getpid()),
-        module,
-        *arguments,
-    ]
-    return run_quietly(command, line=line, environment=environment)
+    script = [str(ROOT / "reproduce.py"), "--as-module", str(os.getpid())]
+    return run_quietly(
+        [str(python), *script, module, *arguments], line=line, environment=environment
+    )
 
 
 def run_quietly(
@@ -843,22 +838,10 @@ def run_workspace(python: Path, options: argparse.Namespace, environment: dict[s
         tasks = {}
         for number, notebook in enumerate(notebooks, 1):
             more = {"run_missing": True} if notebook in MODEL_NOTEBOOKS else {}
-            line = functools.partial(
-                ProgressLine,
-                f"[{number}/{len(notebooks)}] {notebook}",
-                runs_alone(notebook, needs),
-            )
-            tasks[notebook] = functools.partial(
-                run_notebook,
-                python,
-                notebook,
-                root,
-                runs,
-                values | more,
-                environment,
-                line,
-                kernel,
-            )
+            text = f"[{number}/{len(notebooks)}] {notebook}"
+            line = functools.partial(ProgressLine, text, runs_alone(notebook, needs))
+            given = (root, runs, values | more, environment, line, kernel)
+            tasks[notebook] = functools.partial(run_notebook, python, notebook, *given)
         run_when_ready(tasks, needs)
         shutil.rmtree(runs / SCRATCH, ignore_errors=True)
         print()

@@ -204,7 +204,8 @@ def test_the_card_is_one_page_with_the_same_numbers_as_its_json(tmp_path, quarte
     card = tmp_path / "card.html"
     text = attack("right", quarters, capsys, card=card)
     page, found = card.read_text(), json.loads((tmp_path / "card.json").read_text())
-    assert "slices are taken as independent" in page and "Not for clinical use" in page
+    assert "slices are taken as independent" in page and "of unknown patients" in page
+    assert "Not for clinical use" in page
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page needs no other file"
     value = found["clean"]["slice"]["accuracy"]["value"]
     assert f"{100 * value:.1f}" in page and clean_accuracy(text) == round(100 * value, 1)

@@ -169,7 +169,7 @@ def attack_command(
     protocol: Protocol = "patient",
     fold: int = 0,
     eps: tuple[str, ...] = ("4/255",),
-    profile: Profile = "demo",
+    profile: Profile | None = None,
     suite: Literal["quick", "standard", "full"] = "standard",
     raw: str | None = None,
     part: Literal["train", "validation", "test", "all"] | None = None,
@@ -191,7 +191,9 @@ def attack_command(
             on your images, a checkpoint.safetensors of it, or your own model: module:function (a
             function that returns a torch.nn.Module), hf:ORG/NAME, or
             timm:NAME@checkpoint.safetensors.
-        raw: folder or zip of class folders.
+        profile: whose budgets the attacks have; by default `demo`, whose weights are then taken, for
+            a model of this repository, and `cpu` for your own.
+        raw: folder or zip of class folders, or a manifest.
         part: which of your images: by default those of test/, or all where there is no such folder.
         limit: of your images take a sample of so many, spread over classes and patients.
         channels: 3 repeats the gray image for a model that takes colors.
@@ -201,6 +203,7 @@ def attack_command(
         classes: the order of your model's outputs, such as "Mild,Moderate,Non,Very mild".
         card: write an HTML page of the result here, and the same as JSON beside it.
     """
+    profile = profile or ("demo" if model in MODELS else "cpu")
     config = make_config(
         profile,
         model if model in MODELS else "Resnet",
@@ -217,6 +220,7 @@ def attack_command(
         path = workspace.weights(config) or workspace.checkpoint(config)
         trained, notes = load_model(path), [str(seen_before(read_metadata(path), test))]
         network: nn.Module = trained
+        known = True
         origin = {
             "protocol": protocol,
             "data": workspace.data,
@@ -229,7 +233,7 @@ def attack_command(
             own, wrapping, channels=channels, size=size, mean=mean, std=std, classes=classes
         )
         images = own_images(raw, part, limit)
-        test, notes = images.part, images.notes
+        test, notes, known = images.part, images.notes, images.patients_known
         try_one(network, data.pixels(test.images[:1]), model)
         metadata = read_metadata(model) if model.endswith(".safetensors") else {}
         notes.append(
@@ -240,7 +244,7 @@ def attack_command(
         origin = {
             "protocol": "your images",
             "data": "your images",
-            "init": "yours",
+            "init": "unknown",
             "cohort_sha256": test.cohort_sha256,
         }
     network = network.to(choose_device())
@@ -251,7 +255,7 @@ def attack_command(
     print(verdict(result.meta["sanity"]))
     if card is not None:
         example = attacks_figure(network, test, config, f"{model} · your images")
-        kept = write_card(card, record, notes, example)
+        kept = write_card(card, record, notes, example, patients_known=known)
         print(f"written to {card} and {kept}")
 
 

@@ -19,13 +19,21 @@ from utils.report.rendering import TEMPLATES
 from utils.utils_funcs import atomic_path, write_json
 
 
-def write_card(path: Path, record: Record, notes: Sequence[str], example: Figure | None) -> Path:
+def write_card(
+    path: Path,
+    record: Record,
+    notes: Sequence[str],
+    example: Figure | None,
+    *,
+    patients_known: bool = True,
+) -> Path:
     """Writes the page, and beside it the record as JSON; returns the latter's path.
 
     Args:
         path: of the page.
         notes: sentences on the images, the patients and what the model has seen.
         example: a picture of attacked images (None: none was made).
+        patients_known: whether intervals are over patients, or each image counts as one.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
@@ -37,7 +45,7 @@ def write_card(path: Path, record: Record, notes: Sequence[str], example: Figure
         notes=notes,
         clean={name: show(score, "percent") for name, score in evaluation.clean.slice.items()},
         n_slices=evaluation.clean.n_slices,
-        n_patients=evaluation.clean.n_patients,
+        n_patients=evaluation.clean.n_patients if patients_known else None,
         worst={
             eps: [show(worst.scores[name], "percent") for name in SHOWN]
             for eps, worst in evaluation.worst_case.items()
