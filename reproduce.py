@@ -1,6 +1,6 @@
 """Reproduces the study: makes the environment, finds the data, runs all notebooks, prints results.
 
-    python reproduce.py                        the demo: about ten minutes on two cores
+    python reproduce.py                        the demo: about six minutes on two cores
     python reproduce.py --profile cpu          the real cohort on a two-core machine, many hours
     python reproduce.py --profile paper        224x224 and full budgets, on one GPU or several
     python reproduce.py --only Resnet_atk      one notebook (may be repeated)

@@ -191,8 +191,8 @@ def attack_command(
             on your images, a checkpoint.safetensors of it, or your own model: module:function (a
             function that returns a torch.nn.Module), hf:ORG/NAME, or
             timm:NAME@checkpoint.safetensors.
-        profile: whose budgets the attacks have; by default `demo`, whose weights are then taken, for
-            a model of this repository, and `cpu` for your own.
+        profile: whose budgets the attacks have: by default `demo` for a model of this repository,
+            whose weights are then taken, and `cpu` for your own.
         raw: folder or zip of class folders, or a manifest.
         part: which of your images: by default those of test/, or all where there is no such folder.
         limit: of your images take a sample of so many, spread over classes and patients.
