@@ -14,6 +14,8 @@ from utils import data, experiment, training
 from utils.backbones import load_model, read_metadata
 from utils.cohort import cohort_identity, read_cohort
 from utils.cohort.table import COMMITTED_COHORT
+from utils.manifest.command import main as write_manifest
+from utils.manifest.table import sidecar
 from utils.phantom import write_phantom
 from utils.pipeline import command
 from utils.pipeline import workspace as workspaces
@@ -117,6 +119,20 @@ def test_an_image_replaced_under_its_name_and_size_is_noticed(raw):
     second = experiment.open_workspace("demo", raw)
     files = table(second).file_sha256.tolist()
     assert files.count(digest) == 2 and second.cohort_sha256 != first.cohort_sha256
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_replaced_behind_a_manifest_is_noticed(raw, tmp_path, packed):
+    source = Path(shutil.make_archive(str(tmp_path / "set"), "zip", raw)) if packed else raw
+    write_manifest(source, tmp_path / "manifest.csv")
+    before = workspaces.files_sha256(tmp_path / "manifest.csv")
+    assert workspaces.files_sha256(tmp_path / "manifest.csv") == before
+    changed = source if packed else next(raw.rglob("*.jpg"))
+    changed.touch()
+    after = workspaces.files_sha256(tmp_path / "manifest.csv")
+    assert after != before
+    sidecar(tmp_path / "manifest.csv").touch()
+    assert workspaces.files_sha256(tmp_path / "manifest.csv") != after
 
 
 def test_unchanged_files_are_prepared_once_and_by_prepare_again(raw, monkeypatch):

@@ -141,6 +141,14 @@ def test_every_protocol_fold_profile_and_cohort_has_a_search_and_settings_of_its
     assert len(names) == len({optuna_search.search_paths(tmp_path, *one)[1] for one in chosen}) == 8
 
 
+def test_a_damaged_database_is_named_by_whoever_opens_it(tmp_path):
+    config = small("Resnet", trials=2)
+    optuna_search.search_paths(tmp_path, config, COHORT)[0].write_bytes(b"no database" * 100)
+    for opened in (optuna_search.open_search, optuna_search.known_search):
+        with pytest.raises(UserError, match=r"study\.db.*cannot be opened"):
+            opened(tmp_path, config, COHORT)
+
+
 def test_settings_found_on_another_cohort_or_profile_are_never_taken(tiny, tmp_path):
     _, config = run_search(tmp_path)
     assert optuna_search.best_settings(tmp_path, config, COHORT)

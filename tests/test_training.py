@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +187,24 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tiny, model, extra):
         weights(tiny.with_name("fold0_seed0_last.safetensors")),
         weights(broken.with_name("broken_last.safetensors")),
     )
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a pickle"])
+def test_a_damaged_training_state_is_named_and_never_unpickled(tiny, damage):
+    class Stop(Exception):
+        pass
+
+    def stop(scores):
+        raise Stop
+
+    with pytest.raises(Stop):
+        training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE, on_epoch=stop)
+    state = tiny.with_suffix(".state.pt")
+    content = state.read_bytes()
+    whole = pickle.dumps(Path.home) if damage == "a pickle" else content[: len(content) // 2]
+    state.write_bytes(whole)
+    with pytest.raises(UserError, match=r"state\.pt cannot be read.*delete it"):
+        training.fit(TRAIN, VALIDATION, small("Resnet"), tiny, DEVICE)
 
 
 def test_a_warm_start_begins_at_the_weights_of_the_clean_counterpart(tiny):

@@ -17,7 +17,7 @@ from utils.cohort.linking import GAP_RATIO, fisher_z, middle
 from utils.cohort.order import members_of
 from utils.cohort.similarity import NARROW, SEARCH_SIDE, WIDE, features
 from utils.manifest.files import UNREADABLE, ImageFile, decode, eight_bits, open_images
-from utils.manifest.table import open_rows, read_manifest
+from utils.manifest.table import MANIFESTS, open_rows, read_manifest
 from utils.utils_funcs import UserError, progress
 
 #: What is brighter than this share of an image's brightest pixel is head; compression leaves less
@@ -90,7 +90,7 @@ def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
         UserError: no such path, no image, unreadable images, names without an id. The message
             counts files and names none.
     """
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in MANIFESTS:
         manifest = read_manifest(path)
         with open_rows(manifest) as readers:
             images = _decoded([("", read) for read in readers])

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from utils.manifest.files import open_images
 from utils.manifest.layout import places_of
-from utils.manifest.table import Manifest, Row, manifest_from, read_manifest, read_table
+from utils.manifest.table import MANIFESTS, Manifest, Row, manifest_from, read_manifest, read_table
 from utils.utils_funcs import UserError, files_below
 
 #: Names of columns that hold labels, and of those that hold patients, in lower case.
@@ -39,7 +39,7 @@ def manifest_of(
     Raises:
         UserError: in one sentence, what cannot be read, or what to choose.
     """
-    if raw.is_file() and raw.suffix.lower() in (".csv", ".tsv"):
+    if raw.is_file() and raw.suffix.lower() in MANIFESTS:
         return _with_ids(read_manifest(raw), patient, session)
     with open_images(raw, "the raw images") as files:
         names = [name for name, _ in files]

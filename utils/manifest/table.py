@@ -20,6 +20,8 @@ from pathlib import Path
 from utils.manifest.layout import SPLITS, in_order
 from utils.utils_funcs import UserError, atomic_path, read_json, write_json
 
+#: Endings of the names of manifests.
+MANIFESTS = (".csv", ".tsv")
 COLUMNS = ("path", "label", "patient_id", "session", "slice_index", "split")
 
 
@@ -209,6 +211,22 @@ def open_rows(manifest: Manifest) -> Iterator[list[Callable[[], bytes]]]:
             return functools.partial(archives[archive].read, inside)
 
         yield [reader(row) for row in manifest.rows]
+
+
+def files_of(manifest: Manifest) -> set[Path]:
+    """The files, archives among them, that hold the images.
+
+    Raises:
+        UserError: one is missing.
+    """
+    found = set()
+    for row in manifest.rows:
+        archive, _ = archive_of(manifest.base, row.path)
+        path = archive or manifest.base / row.path
+        if not path.is_file():
+            raise UserError(f"There is no {path}, which the manifest names: put it there.")
+        found.add(path)
+    return found
 
 
 def archive_of(base: Path, path: str) -> tuple[Path | None, str]:

@@ -38,6 +38,7 @@ def known_search(folder: Path, config: RunConfig, cohort_sha256: str) -> optuna.
     database = search_paths(folder, config, cohort_sha256)[0]
     if not database.is_file():
         return None
+    check_storage(f"sqlite:///{database.as_posix()}")
     with contextlib.suppress(KeyError):  # the file may hold searches of other folds only
         return optuna.load_study(
             study_name=search_name(config, cohort_sha256),

@@ -20,6 +20,7 @@ from utils.cohort.table import (
 )
 from utils.config import Profile, RunConfig
 from utils.evaluation import records
+from utils.manifest.table import MANIFESTS, files_of, read_manifest, sidecar
 from utils.training.settings import TRAIN_AGAIN
 from utils.utils_funcs import (
     MODELS,
@@ -174,13 +175,16 @@ def _phantom_folder(root: Path) -> Path:
 
 
 def files_sha256(source: Path) -> str:
-    """SHA-256 of the relative path, size and time of change of every file of a folder, or of one
-    file: cheap, and different once an image is moved, replaced or edited."""
-    paths = [source] if source.is_file() else files_below(source)
+    """SHA-256 of the relative path, size and time of change of every file of a folder, of one file,
+    or of a manifest and every file that it names: cheap, and different once an image is moved,
+    replaced or edited."""
+    base = source if source.is_dir() else source.parent
+    paths = set(files_below(source)) if source.is_dir() else {source}
+    if source.suffix.lower() in MANIFESTS and source.is_file():
+        paths |= files_of(read_manifest(source)) | ({sidecar(source)} & set(base.iterdir()))
     digest = hashlib.sha256()
     for path in sorted(paths):
-        status = path.stat()
-        name = path.name if path == source else path.relative_to(source).as_posix()
+        name, status = os.path.relpath(path, base), path.stat()
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
