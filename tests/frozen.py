@@ -172,15 +172,18 @@ def phantom_set(name: str, patients: tuple[int, ...], slices: int, seed: int):
     counts = next(key for key in ("patients", "people") if key in signature(draw_cohort).parameters)
     options = {"slices": slices, "size": SIDE, "synthetic": 0, "duplicates": 0, "seed": seed}
     drawn = draw_cohort(**{counts: patients}, **options)
+    hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in drawn.images]
+    # Sets name their pixels and their cohort since weights are matched by them.
+    known = signature(ImageSet).parameters
+    named = {"pixels": hashes, "cohort_sha256": "c0ffee00" * 8}
     return ImageSet(
         torch.from_numpy(np.stack(drawn.images))[:, None],
         torch.from_numpy(drawn.label),
         torch.from_numpy(getattr(drawn, "patient" if counts == "patients" else "person")),
         torch.from_numpy(drawn.slice_index),
-        [hashlib.sha256(image.tobytes()).hexdigest() for image in drawn.images],
+        hashes,
         name,
-        pixels=[hashlib.sha256(image.tobytes()).hexdigest() for image in drawn.images],
-        cohort_sha256="c0ffee00" * 8,
+        **{key: value for key, value in named.items() if key in known},
     )
 
 

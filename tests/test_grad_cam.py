@@ -899,7 +899,7 @@ MISSED = pytest.mark.xfail(
 @pytest.mark.parametrize(
     "name, training, side",
     [
-        ("Resnet", "whole", SIDE),
+        pytest.param("Resnet", "whole", SIDE, marks=pytest.mark.exhaustive),
         pytest.param("Efficientnet", "whole", EXPLAINED_SIDE, marks=pytest.mark.exhaustive),
         pytest.param("Dinov2", "tokens first", SIDE, marks=pytest.mark.exhaustive),
         pytest.param("Dinov2", "whole", SIDE, marks=[MISSED, pytest.mark.exhaustive]),
