@@ -150,6 +150,16 @@ def test_prepared_files_hold_native_8_bit_images(phantom_sets):
     assert len(content["files"]) == len(content["labels"]) == len(content["patients"])
 
 
+@pytest.mark.parametrize(
+    "text", ["", "patient_id,label\n0,1\n", "patient_id,label,fold,validation_of\nx,0,1,\n", "\0"]
+)
+def test_a_table_of_folds_that_is_none_is_named(tmp_path, text):
+    path = tmp_path / "folds.csv"
+    path.write_text(text + "patient_id,label,fold,validation_of\n1\n")
+    with pytest.raises(UserError, match=r"folds\.csv is no table of folds"):
+        data.read_folds(path)
+
+
 def test_a_missing_file_says_what_to_run(tmp_path):
     with pytest.raises(UserError, match="prepare_dataset.ipynb"):
         data.load_sets(tmp_path, "patient", 0)

@@ -155,16 +155,26 @@ def write_folds(folds: Folds, path: Path) -> None:
 
 
 def read_folds(path: Path) -> Folds:
-    """The folds that `write_folds` wrote."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return Folds(
-        **{
-            name: np.array([int(row[name]) for row in rows])
-            for name in ("patient_id", "label", "fold")
-        },
-        validation_of=[tuple(map(int, row["validation_of"].split())) for row in rows],
-    )
+    """The folds that `write_folds` wrote.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return Folds(
+            **{
+                name: np.array([int(row[name]) for row in rows])
+                for name in ("patient_id", "label", "fold")
+            },
+            validation_of=[tuple(map(int, row["validation_of"].split())) for row in rows],
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise UserError(
+            f"{path} is no table of folds ({type(error).__name__}: {error}): get it back with "
+            "`git checkout`, or delete it where it is not of the repository."
+        ) from error
 
 
 def patients_of(cohort: Cohort) -> tuple[np.ndarray, np.ndarray]:
