@@ -51,7 +51,7 @@ def own_images(raw: str | None, part: str | None = None, limit: int | None = Non
         )
     images = read_raw(folder)
     rows, taken = rows_of_part(images.source_split, part)
-    patients, slices, identity, whose = patients_of_images(images)
+    patients, slices, identity, alone = patients_of_images(images)
     hashes = [hashlib.sha256(images.images[row].tobytes()).hexdigest() for row in rows]
     found = data.ImageSet(
         data.stack_images(images, rows),
@@ -63,7 +63,7 @@ def own_images(raw: str | None, part: str | None = None, limit: int | None = Non
         pixels=hashes,
         cohort_sha256=identity or "",
     )
-    notes = [taken, whose]
+    notes = [taken, _whose(patients[rows], alone[rows], identity is not None, any(images.patient))]
     if limit is not None and limit < len(found):
         found = found.pick(data.spread(found, limit))
         notes.append(
@@ -99,26 +99,31 @@ def rows_of_part(splits: Sequence[str], part: str | None) -> tuple[np.ndarray, s
 
 def patients_of_images(
     images: RawImages,
-) -> tuple[np.ndarray, np.ndarray, str | None, str]:
-    """(patient (N,), slice (N,), identity of the cohort, in words whose images they are): recovered
-    from the pixels. Where no patients can be told apart, each image counts as one and the identity
-    is None."""
+) -> tuple[np.ndarray, np.ndarray, str | None, np.ndarray]:
+    """(patient (N,), slice (N,), identity of the cohort, which images belong to no patient, bool
+    (N,)): as given, or recovered from the pixels. An image of no patient counts as one; where no
+    patients can be told apart, each image does, and the identity is None."""
     try:
         cohort = known_cohort(images, [COMMITTED_COHORT]) or build_cohort(images)[0]
     except NoPatientsError:
         count = len(images)
-        return (
-            np.arange(count),
-            np.zeros(count, np.int64),
-            None,
-            "no patients can be told apart in these images: slices are taken as independent, so "
-            "the intervals are too narrow where a patient has several",
-        )
+        return np.arange(count), np.zeros(count, np.int64), None, np.ones(count, bool)
     patients = cohort.patient_id.copy()
-    known = len(np.unique(patients[patients >= 0]))
-    alone = np.flatnonzero(patients < 0)
-    patients[alone] = patients.max() + 1 + np.arange(len(alone))
-    text = f"{known:,} patients, recovered from the pixels; intervals are over patients"
-    if len(alone):
-        text += f", and over the {len(alone):,} images that belong to none of them, each as one"
-    return patients, cohort.slice_index, cohort_identity(cohort), text
+    alone = patients < 0
+    patients[alone] = patients.max() + 1 + np.arange(alone.sum())
+    return patients, cohort.slice_index, cohort_identity(cohort), alone
+
+
+def _whose(patients: np.ndarray, alone: np.ndarray, known: bool, given: bool) -> str:
+    """In words, whose the images of a part are, and what intervals count."""
+    if not known:
+        return (
+            "no patients can be told apart in these images: slices are taken as independent, so "
+            "the intervals are too narrow where a patient has several"
+        )
+    count = len(np.unique(patients[~alone]))
+    text = f"{count:,} patients, {'as given' if given else 'recovered from the pixels'}"
+    text += "; intervals are over patients"
+    if alone.any():
+        text += f", and over {int(alone.sum()):,} images that belong to none of them, each as one"
+    return text
