@@ -81,6 +81,8 @@ def test_every_number_and_every_choice_has_a_range():
         ["grid", "--shard", "5/2", "--profile", "demo"],
         ["attack", "--model", "Resnet", "--eps"],
         ["attack", "--model", "Vgg"],
+        ["attack", "--model", "tests.own_models:right", "--limit", "0"],
+        ["attack", "--model", "tests.own_models:right", "--size", "-1"],
         ["search", "--model", "Resnet", "--trials", "0", "--profile", "demo"],
         ["search", "--model", "Resnet", "--trials", "-3", "--profile", "demo"],
         ["search", "--model", "Resnet", "--storage", "nonsense", "--profile", "demo"],

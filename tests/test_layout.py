@@ -104,6 +104,23 @@ def test_linked_folders_are_read_and_a_link_that_leads_back_up_ends(tmp_path):
     assert len(list(files_below(tmp_path / "set"))) == 8
 
 
+def test_a_link_that_leads_nowhere_is_no_file(tmp_path):
+    for value, name in enumerate(FOUR):
+        write(tmp_path, f"{name}/1.png", value)
+    (tmp_path / FOUR[0] / "2.png").symlink_to(tmp_path / "gone.png")
+    assert len(read_raw(tmp_path)) == len(list(files_below(tmp_path))) == 4
+
+
+def test_an_archive_whose_paths_are_written_with_backslashes_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as archive:
+        for value, name in enumerate(FOUR):
+            file = write(tmp_path / "set", f"{name}/1.png", value)
+            info = zipfile.ZipInfo("x")
+            info.filename = f"set\\{name}\\1.png"
+            archive.writestr(info, file.read_bytes())
+    assert read_raw(tmp_path / "windows.zip").label.tolist() == [2, 3, 0, 1]
+
+
 def zipped(folder: Path, path: Path) -> Path:
     return Path(shutil.make_archive(str(path.with_suffix("")), "zip", folder))
 

@@ -18,6 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from utils import experiment
 from utils.cohort import build_cohort, read_cohort, read_raw
 from utils.cohort.raw import RawImages
+from utils.manifest import files
 from utils.manifest.command import main
 from utils.manifest.layout import in_order
 from utils.manifest.sources import ids_in, manifest_of
@@ -165,6 +166,33 @@ def test_labels_of_subjects_find_their_slices_and_choices_are_asked(tmp_path):
         ids_in(names, "S[12]", "patient_id")
     with pytest.raises(UserError, match="no regular expression"):
         ids_in(names, "S[12", "patient_id")
+
+
+@pytest.mark.parametrize(
+    "line, words", [("0,,train", "no label of 1 of 2 images"), ("0,x,third", "split 'third'")]
+)
+def test_a_table_with_an_empty_label_or_an_unknown_part_is_refused(tmp_path, line, words):
+    for number in range(2):
+        picture(tmp_path / "images" / f"{number}.png", number)
+    table = write_csv(tmp_path / "t.csv", f"id,label,split\n{line}\n1,y,Val\n")
+    with pytest.raises(UserError, match=words):
+        manifest_of(tmp_path / "images", labels=table)
+    write_csv(table, "id,label,split\n0,x,TRAIN\n1,y,Val\n")
+    found = manifest_of(tmp_path / "images", labels=table)
+    assert [row.split for row in found.rows] == ["train", "validation"]
+
+
+def test_an_archive_behind_a_manifest_is_opened_as_safely_as_one_named(tmp_path, monkeypatch):
+    picture(tmp_path / "set" / "0.png", 0)
+    shutil.make_archive(str(tmp_path / "set"), "zip", tmp_path / "set")
+    write_csv(tmp_path / "m.csv", "path,label\nset.zip/0.png,x\n")
+    assert len(read_raw(tmp_path / "m.csv", any_classes=True)) == 1
+    monkeypatch.setattr(files, "LARGEST_FILE", 10)
+    with pytest.raises(UserError, match="unpacks to"):
+        read_raw(tmp_path / "m.csv", any_classes=True)
+    (tmp_path / "set.zip").write_bytes(b"PK, and no archive")
+    with pytest.raises(UserError, match="no complete zip"):
+        read_raw(tmp_path / "m.csv", any_classes=True)
 
 
 def test_a_folder_without_classes_and_with_two_tables_asks_which(tmp_path):
@@ -413,6 +441,8 @@ def test_parquet_as_hugging_face_writes_it_keeps_the_names_of_its_labels(tmp_pat
     raw = read_raw(tmp_path / "m.csv")
     assert sorted(raw.source_split) == ["test"] * 4 + ["train"] * 4
     assert raw.label.tolist() == [2, 3, 0, 1] * 2
+    with pytest.raises(UserError, match="leave out --patient"):
+        main(tmp_path / "hf", tmp_path / "m.csv", patient="x")
     write(tmp_path / "unnamed" / "a.parquet", {})
     with pytest.raises(UserError, match="numbers as labels and does not name them"):
         main(tmp_path / "unnamed", tmp_path / "n.csv")

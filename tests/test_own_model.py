@@ -195,6 +195,8 @@ def test_a_model_of_transformers_brings_its_order_of_classes(tmp_path, monkeypat
     model, wrapping = load_own(f"hf:{tmp_path / 'vit'}")
     assert wrapping.order == (2, 3, 0, 1) and (wrapping.channels, wrapping.size) == (3, 32)
     try_one(wrapped(model, wrapping), torch.rand(1, 1, 64, 64), "hf")
+    order = "Non,Very mild,Mild,Moderate"
+    assert load_own(f"hf:{tmp_path / 'vit'}", order)[1].order == (0, 1, 2, 3)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="hf:no/such could not be loaded"):
         load_own("hf:no/such")

@@ -75,12 +75,12 @@ def short_name(cohort_sha256: str) -> str:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, through symbolic links too, except those that lead back up."""
+    """Every file below a folder, through symbolic links too, except those that lead back up or
+    nowhere."""
     for here, names, files in os.walk(folder, followlinks=True):
         above = {Path(here).resolve(), *Path(here).resolve().parents}
         names[:] = [name for name in names if (Path(here) / name).resolve() not in above]
-        for name in files:
-            yield Path(here) / name
+        yield from (path for name in files if (path := Path(here) / name).is_file())
 
 
 def check_output(path: Path | str | None, *inputs: Path | str | None) -> None:

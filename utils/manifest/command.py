@@ -55,6 +55,7 @@ def main(
             patient=patient,
             session=session,
             labels=labels,
+            path_column=path_column,
             label_column=label_column,
             label=label,
         )

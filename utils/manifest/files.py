@@ -74,7 +74,7 @@ def _folder_files(folder: Path) -> list[ImageFile]:
     return [
         (file.relative_to(folder).as_posix(), file.read_bytes)
         for file in files_below(folder)
-        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        if file.suffix.lower() in IMAGE_SUFFIXES
     ]
 
 

@@ -9,7 +9,15 @@ from pathlib import Path, PurePosixPath
 
 from utils.manifest.files import open_images
 from utils.manifest.layout import places_of
-from utils.manifest.table import MANIFESTS, Manifest, Row, manifest_from, read_manifest, read_table
+from utils.manifest.table import (
+    MANIFESTS,
+    Manifest,
+    Row,
+    manifest_from,
+    read_manifest,
+    read_table,
+    split_named,
+)
 from utils.utils_funcs import UserError, files_below
 
 #: Names of columns that hold labels, and of those that hold patients, in lower case.
@@ -164,7 +172,9 @@ def _labelled(
 ) -> list[Row]:
     """Rows of images whose labels stand in a table."""
     found, label = records_of(table, [keys_of(name) for name in names], path_column, label_column)
-    if missing := [name for name, row in zip(names, found, strict=True) if row is None]:
+    if missing := [
+        name for name, row in zip(names, found, strict=True) if row is None or not row[label]
+    ]:
         raise UserError(
             f"{table} has no label of {len(missing)} of {len(names)} images, such as {missing[0]}: "
             "add them, or leave these images out."
@@ -178,7 +188,7 @@ def _labelled(
             name,
             row[label],
             row[whose] if whose else "",
-            split=row[split] if split else "",
+            split=split_named(row[split], f"{table}, {name},") if split else "",
             name=name,
         )
         for name, row in zip(names, records, strict=True)

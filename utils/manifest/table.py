@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from utils.manifest.files import open_images
 from utils.manifest.layout import SPLITS, in_order
 from utils.utils_funcs import UserError, atomic_path, read_json, write_json
 
@@ -64,7 +63,6 @@ class Manifest:
     classes: tuple[str, ...]
     ordinal: bool = False
     intensity: str = ""
-    notes: list[str] = field(default_factory=list)
 
 
 def manifest_from(base: Path, rows: Sequence[Row], **more: object) -> Manifest:
@@ -171,8 +169,6 @@ def _row(record: dict[str, str], where: str, path: str, names: Sequence[str]) ->
                 'order in the JSON file beside it, as {"classes": ["Non", "Very mild", …]}.'
             )
         label = names[int(label)]
-    if split and split.lower() not in SPLITS:
-        raise UserError(f"{where} has the split {split!r}: expected train, validation or test.")
     if position and not position.lstrip("-").isdigit():
         raise UserError(f"{where} has the slice_index {position!r}: expected a whole number.")
     return Row(
@@ -181,9 +177,20 @@ def _row(record: dict[str, str], where: str, path: str, names: Sequence[str]) ->
         patient_id=record.get("patient_id", ""),
         session=record.get("session", ""),
         slice_index=int(position) if position else None,
-        split=SPLITS.get(split.lower(), ""),
+        split=split_named(split, where),
         name="/".join(part for part in path.split("/") if part != ".."),
     )
+
+
+def split_named(split: str, where: str) -> str:
+    """The part that a table's word means; empty where it has none.
+
+    Raises:
+        UserError: it is no word for one.
+    """
+    if split and split.lower() not in SPLITS:
+        raise UserError(f"{where} has the split {split!r}: expected train, validation or test.")
+    return SPLITS.get(split.lower(), "")
 
 
 @contextlib.contextmanager
@@ -195,7 +202,7 @@ def open_rows(manifest: Manifest) -> Iterator[list[Callable[[], bytes]]]:
         UserError: a file is missing.
     """
     with contextlib.ExitStack() as opened:
-        archives: dict[Path, zipfile.ZipFile] = {}
+        archives: dict[Path, dict[str, Callable[[], bytes]]] = {}
 
         def reader(row: Row) -> Callable[[], bytes]:
             archive, inside = archive_of(manifest.base, row.path)
@@ -205,10 +212,13 @@ def open_rows(manifest: Manifest) -> Iterator[list[Callable[[], bytes]]]:
                     raise UserError(f"There is no {file}, which the manifest names: put it there.")
                 return file.read_bytes
             if archive not in archives:
-                archives[archive] = opened.enter_context(zipfile.ZipFile(archive))
-            if inside not in archives[archive].NameToInfo:
-                raise UserError(f"{archive} holds no {inside}, which the manifest names.")
-            return functools.partial(archives[archive].read, inside)
+                files = opened.enter_context(open_images(archive, "the manifest's images"))
+                archives[archive] = dict(files)
+            if inside not in archives[archive]:
+                raise UserError(
+                    f"{archive} holds no {inside}, which the manifest names: put it there."
+                )
+            return archives[archive][inside]
 
         yield [reader(row) for row in manifest.rows]
 

@@ -72,7 +72,7 @@ def optional(module: str, package: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"These files need the package {package}: install it with `pip install {package}` "
-            "(or all readers with the project's extra `manifest`)."
+            "(env/requirements.txt has all readers)."
         ) from error
 
 
@@ -84,6 +84,7 @@ def import_volumes(
     patient: str | None = None,
     session: str | None = None,
     labels: Path | None = None,
+    path_column: str | None = None,
     label_column: str | None = None,
     label: str | None = None,
 ) -> Manifest:
@@ -95,7 +96,7 @@ def import_volumes(
         patient, session: regular expressions that find ids in paths (None: BIDS's sub- and ses-,
             DICOM's PatientID, or else the file is a patient).
         labels: table of the patients' labels (None: participants.tsv, or class folders).
-        label_column: its column.
+        path_column, label_column: its columns; None: found by their content and names.
         label: the label of all images, where they are of one class.
     """
     files = [raw] if raw.is_file() else sorted(files_below(raw))
@@ -110,10 +111,15 @@ def import_volumes(
     names = [path.relative_to(base).as_posix() for path in files if volume_kind(path.name) == kind]
     folder = out.parent / f"{out.stem}_images"
     if kind == "parquet":
+        if any((patient, session, labels, path_column, label_column, label)):
+            raise UserError(
+                "Parquet files hold their labels and no paths: leave out --patient, --session, "
+                "--labels, its columns and --label."
+            )
         return from_parquet(base, names, folder, out)
     volumes = nifti_volumes(base, names) if kind == "NIfTI" else dicom_series(base, names)
     given = labels or next(iter(sorted(base.glob("participants.tsv"))), None)
-    named = labels_of_volumes(volumes, given, label_column, label)
+    named = labels_of_volumes(volumes, given, path_column, label_column, label)
     rows: list[Row] = []
     for volume, name in zip(progress(volumes, "cutting volumes"), named, strict=True):
         one = ids_in([volume.path], patient, "patient")[0] if patient else volume.patient
@@ -312,7 +318,11 @@ def _as_seen(slice_: np.ndarray) -> np.ndarray:
 
 
 def labels_of_volumes(
-    volumes: Sequence[Volume], table: Path | None, column: str | None, label: str | None
+    volumes: Sequence[Volume],
+    table: Path | None,
+    path_column: str | None,
+    label_column: str | None,
+    label: str | None,
 ) -> list[str]:
     """The class of each volume: `label`, or by a table, or by its class folder.
 
@@ -329,8 +339,12 @@ def labels_of_volumes(
             )
         return [volume.folder for volume in volumes]
     keys = [[*keys_of(volume.path), volume.patient] for volume in volumes]
-    found, name = records_of(table, keys, None, column)
-    if missing := [volume.path for volume, row in zip(volumes, found, strict=True) if row is None]:
+    found, name = records_of(table, keys, path_column, label_column)
+    if missing := [
+        volume.path
+        for volume, row in zip(volumes, found, strict=True)
+        if row is None or not row[name]
+    ]:
         raise UserError(
             f"{table} has no label of {len(missing)} of {len(volumes)} volumes, such as "
             f"{missing[0]}: add them, or leave these volumes out."

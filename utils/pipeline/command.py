@@ -214,6 +214,9 @@ def attack_command(
         suite=suite,
     )
     check_output(card, raw)
+    for name, number in (("--limit", limit), ("--size", size), ("--channels", channels)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}: expected a whole number from 1 on.")
     if model in MODELS:
         workspace = open_workspace(profile, raw)
         test = load_sets(workspace, config)["test"]
@@ -228,7 +231,7 @@ def attack_command(
             "cohort_sha256": workspace.cohort_sha256,
         }
     else:
-        own, wrapping = load_own(model)
+        own, wrapping = load_own(model, classes)
         network = wrapped(
             own, wrapping, channels=channels, size=size, mean=mean, std=std, classes=classes
         )

@@ -82,19 +82,20 @@ class LogitsOf(nn.Module):
 # --- Loading ------------------------------------------------------------------------------------
 
 
-def load_own(spec: str) -> tuple[nn.Module, Wrapping]:
+def load_own(spec: str, classes: str | None = None) -> tuple[nn.Module, Wrapping]:
     """The model that `spec` names, in eval mode, and the wrapping that it says itself.
 
     Args:
         spec: `module:function`, `hf:ORG/NAME` (or a folder), `timm:NAME@checkpoint.safetensors`, or
             a checkpoint of this project.
+        classes: the order of its outputs, where the names that it brings do not say it.
 
     Raises:
         UserError: in one sentence, what is wrong with it.
     """
     kind, _, rest = spec.partition(":")
     if kind == "hf":
-        return from_transformers(rest)
+        return from_transformers(rest, classes)
     if kind == "timm":
         return from_timm(rest)
     if spec.endswith(".safetensors"):
@@ -121,9 +122,9 @@ def model_from_factory(spec: str) -> nn.Module:
     return model.eval()
 
 
-def from_transformers(name: str) -> tuple[nn.Module, Wrapping]:
+def from_transformers(name: str, classes: str | None = None) -> tuple[nn.Module, Wrapping]:
     """An image classifier of the transformers library, by its name on the hub or its folder, with
-    the size and normalization of its preprocessor, and its classes by their names."""
+    the size and normalization of its preprocessor, and its classes by their names, or `classes`."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
@@ -141,7 +142,9 @@ def from_transformers(name: str) -> tuple[nn.Module, Wrapping]:
         size=size.get("height") or size.get("shortest_edge"),
         mean=tuple(processor.image_mean or (0.0,) * channels),
         std=tuple(processor.image_std or (1.0,) * channels),
-        order=order_of(list(model.config.id2label.values()), f"hf:{name}"),
+        order=order_of(
+            classes.split(",") if classes else list(model.config.id2label.values()), f"hf:{name}"
+        ),
     )
     return LogitsOf(model).eval(), wrapping
 
