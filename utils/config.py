@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from utils.utils_funcs import MODELS, UserError
 
 Profile = Literal["demo", "cpu", "paper"]
-Protocol = Literal["slice", "patient"]
+Protocol = Literal["slice", "patient", "within", "within_permuted"]
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,11 @@ class RunConfig:
     model: str = "Resnet"
     """One of Dinov2, Dinov2_atk, Efficientnet, Efficientnet_atk, Resnet, Resnet_atk."""
     protocol: Protocol = "patient"
-    """`slice` is the published split (patients on both sides); `patient` keeps patients apart."""
+    """`slice` is the published split (patients on both sides); `patient` keeps patients apart;
+    `within` tests one model on patients of both kinds, and `within_permuted` does so with labels
+    permuted among patients (`utils.within`)."""
     fold: int = 0
-    """Test fold of the `patient` protocol, 0-4; always 0 under `slice`."""
+    """Test fold, 0-4; always 0 under `slice`."""
     seed: int = 0
     """Seeds weights, batches, augmentation and attacks."""
     profile: Profile = "demo"
@@ -60,6 +62,8 @@ class RunConfig:
     """Stop after so many epochs without a better validation score (0: run all epochs).
 
     The best epoch is kept anyway."""
+    kept_epoch: Literal["best", "last"] = "best"
+    """Which epoch's weights are the model: the best on validation patients, or the last one."""
     ema_decay: float = 0.0
     """Exponential moving average of the weights, per step (0: off)."""
     pretrained: bool = True
@@ -274,6 +278,17 @@ PROFILES: dict[str, dict] = {
         "pgd_steps": 50,
     },
 }
+#: What protocol `within` changes: it asks what remains of answers that were memorized, so it trains
+#: to the end, without augmentation; all of its few test slices are attacked.
+WITHIN = {"kept_epoch": "last", "augmentation": 0.0, "slice_stride": 1, "attack_stride": 1}
+#: Its budgets above `demo`. An eps smaller than elsewhere separates models that nothing protects.
+WITHIN_SIZES = {
+    "input_size": 64,
+    "epochs": 8,
+    "suite": "quick",
+    "eps": ("0.25/255", "0.5/255", "1/255", "2/255", "4/255", "8/255"),
+    "max_steps": 80,
+}
 #: Learning rates of a model, or of a backbone, that differ from the default.
 LEARNING_RATES = {"Dinov2": 1e-4, "Efficientnet": 1e-3, "Efficientnet_atk": 3e-4}
 #: Settings of a model under `cpu`. In its few hundred steps PGD adversarial training of
@@ -321,6 +336,8 @@ def make_config(profile: Profile = "demo", model: str = "Resnet", **overrides: o
             "epochs": 8,
             "slice_stride": 2 if model.endswith("_atk") else 1,
         }
+    if str(overrides.get("protocol")).startswith("within"):
+        settings |= WITHIN | ({} if profile == "demo" else WITHIN_SIZES)
     unknown = set(overrides) - {field.name for field in dataclasses.fields(RunConfig)}
     if unknown:
         raise UserError(

@@ -50,6 +50,8 @@ class ImageSet:
     """SHA-256 of each file's pixels, as in `cohort.csv`."""
     cohort_sha256: str
     """Identity of the cohort that the images belong to; empty where there is none."""
+    parts: tuple[str, ...] = ()
+    """Name of the part of each image, where a set has parts that are scored apart; else empty."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,6 +67,7 @@ class ImageSet:
             slices=self.slices[rows],
             files=[self.files[row] for row in rows.tolist()],
             pixels=[self.pixels[row] for row in rows.tolist()],
+            parts=tuple(self.parts[row] for row in rows.tolist() if self.parts),
         )
 
     def balance(self) -> dict[str, tuple[int, int]]:

@@ -136,6 +136,21 @@ def _quick_plan(config: RunConfig) -> list[Stage]:
     ]
 
 
+def firmness_plan(config: RunConfig) -> list[Stage]:
+    """Noise, FGSM, and on the images that are robust so far PGD and APGD-T over four and over three
+    classes, at every eps: what decides how far right answers hold, and nothing else."""
+    margin = {"steps": config.pgd_steps, "loss": "margin"}
+    pgd, auto = f"pgd{config.pgd_steps}", {"steps": config.pgd_steps}
+    return [
+        Stage("noise", "noise"),
+        Stage("fgsm", "fgsm"),
+        _in_view("pgd", pgd, "four", "standing", "every", margin),
+        _in_view("pgd", pgd, "three", "standing", "every", margin),
+        _in_view("apgd_t", "apgd_t", "four", "standing", "every", auto),
+        _in_view("apgd_t", "apgd_t", "three", "standing", "every", auto),
+    ]
+
+
 def _in_view(attack: str, name: str, view: str, scope: str, eps: str, budget: dict) -> Stage:
     return Stage(attack, str(AttackName(name, view)), view, scope, eps, budget)
 

@@ -80,12 +80,14 @@ def kept_shares(
     *,
     n_boot: int = 2000,
     seed: int = 0,
+    test: bool = False,
 ) -> Scores:
     """How much of what each of two abilities had on clean images it keeps under an attack, and the
     first's share minus the second's.
 
     Args:
         first, second: (before, after), bool (N,) each, row by row of the same images.
+        test: whether to add "p", the p-value of a value of 0, which says something of `difference`.
 
     Returns:
         as `intervals`: `first`, `second`: the share of the rows with `before` that have `after`
@@ -116,7 +118,7 @@ def kept_shares(
         }
 
     problem = Problem(statistic, widths, patient_class, len(labels), {"difference": (-1.0, 1.0)})
-    return intervals(problem, n_boot, seed)
+    return intervals(problem, n_boot, seed, test=test)
 
 
 def _kept_scores(counts: np.ndarray) -> dict[str, np.ndarray]:

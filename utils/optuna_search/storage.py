@@ -29,7 +29,7 @@ def search_paths(folder: Path, config: RunConfig, cohort_sha256: str) -> tuple[P
 
 def search_name(config: RunConfig, cohort_sha256: str) -> str:
     """Name of the Optuna study of a model, protocol and fold at this profile on this cohort."""
-    part = "slice" if config.protocol == "slice" else f"patient_fold{config.fold}"
+    part = "slice" if config.protocol == "slice" else f"{config.protocol}_fold{config.fold}"
     return f"{config.model}-{part}-{config.profile}-{short_name(cohort_sha256)}"
 
 

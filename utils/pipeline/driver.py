@@ -26,7 +26,7 @@ from utils.evaluation import records
 from utils.pipeline import explanations, stages
 from utils.pipeline.store import RunResult, add_machine, add_run, find_matching_run, keep_json
 from utils.pipeline.workspace import Workspace, is_leader, load_sets, process_count
-from utils.utils_funcs import BACKBONES, MODELS, UserError, choose_device, say
+from utils.utils_funcs import BACKBONES, MODELS, PROTOCOLS, UserError, choose_device, say
 
 #: The order of the grid: what costs least comes first.
 GRID_MODELS = tuple(
@@ -240,6 +240,8 @@ class Run:
         print(f"{self}: {self.fit}")
         if not is_leader():
             return None
+        if self.requested.protocol not in PROTOCOLS:  # an experiment on the side: no pictures
+            return add_run(self.workspace, self.result)
         meta = self.result.meta
         _ = self.attack_picture  # drawn as fold 0's is asked for
         result = RunResult(self.result.rows, meta | {"explanation": self.explanation})

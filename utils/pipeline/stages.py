@@ -18,10 +18,10 @@ from utils import data, grad_cam, training
 from utils.attacks.base import Precision
 from utils.config import RunConfig
 from utils.evaluation.measures import sample_measures
-from utils.evaluation.plan import Stage, other_norms_plan, suite_plan
+from utils.evaluation.plan import Stage, firmness_plan, other_norms_plan, suite_plan
 from utils.evaluation.suite import SuiteResult, evaluate_suite
 from utils.metrics.calibration import fit_temperature
-from utils.metrics.scores import to_half
+from utils.metrics.scores import scored, to_half
 from utils.pipeline.store import RunResult, keep_json
 from utils.pipeline.workspace import Workspace
 from utils.utils_funcs import CLASSES, choose_device, environment, git_state, hardware
@@ -93,7 +93,33 @@ def attack(
         "best_epoch": fit.best_epoch,
         "one_class": fit.one_class,
     }
-    return RunResult(rows, meta)
+    return by_part(RunResult(rows, meta), test) if test.parts else RunResult(rows, meta)
+
+
+def by_part(result: RunResult, test: data.ImageSet) -> RunResult:
+    """The same result with each part of its test set as a variant, whose logits are NaN on the rows
+    of other parts."""
+    whose = [name for name in result.rows if result.rows[name].ndim == 2 and name != "file_sha256"]
+    rows = {name: column for name, column in result.rows.items() if name not in whose}
+    variants: dict[str, dict] = {}
+    for part in dict.fromkeys(test.parts):
+        inside = np.array(test.parts) == part
+        for name in whose:
+            rows[f"{part}/{name}"] = np.where(inside[:, None], result.rows[name], np.nan).astype(
+                result.rows[name].dtype
+            )
+        # Costs are of the whole set, and their numbers of images too.
+        variants[part] = {
+            "attacks": {
+                eps: {
+                    name: {key: value for key, value in meta.items() if key != "n_attacked"}
+                    | {"n_set": int((inside & scored(result.rows[f"{eps}:{name}"])).sum())}
+                    for name, meta in attacks.items()
+                }
+                for eps, attacks in result.meta["attacks"].items()
+            }
+        }
+    return RunResult(rows, result.meta | {"variants": variants})
 
 
 def attack_plan(
@@ -106,6 +132,8 @@ def attack_plan(
 
     The region is the fifth of each image that Grad-CAM of the clean image marks most.
     """
+    if attacked.parts:
+        return {}, firmness_plan(config)
     if config.suite == "quick":
         return {}, suite_plan(config)
     maps = grad_cam.explain(model, data.pixels(attacked.images, choose_device())).flatten(1)

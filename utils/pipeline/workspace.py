@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils import data, phantom
+from utils import data, phantom, within
 from utils.backbones import read_metadata
 from utils.cohort.raw import find_raw, read_raw
 from utils.cohort.table import (
@@ -219,6 +219,14 @@ def known_tables(profile: str, kind: str) -> list[Path]:
 
 def load_sets(workspace: Workspace, config: RunConfig) -> dict[str, data.ImageSet]:
     """Training, validation and test set of a run."""
+    if config.protocol in ("within", "within_permuted"):
+        return within.load_sets(
+            workspace.sets,
+            config.fold,
+            permuted=config.protocol == "within_permuted",
+            cohort_sha256=workspace.cohort_sha256,
+            max_train=config.max_train,
+        )
     return data.load_sets(
         workspace.sets,
         config.protocol,

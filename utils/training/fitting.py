@@ -17,7 +17,7 @@ from utils.data import ImageSet, check_cohort
 from utils.provenance import images_seen
 from utils.training.settings import TRAIN_AGAIN, check_settings, training_settings
 from utils.training.trainer import Trainer
-from utils.training.validation import VALIDATION_STEPS, best_epoch
+from utils.training.validation import VALIDATION_STEPS, best_epoch, epoch_to_keep
 from utils.utils_funcs import UserError, atomic_path, say
 
 
@@ -153,7 +153,7 @@ def is_over(history: list[dict], config: RunConfig) -> bool:
 def keep_epoch(trainer: Trainer, best_path: Path, state_path: Path) -> None:
     """Writes what a killed training needs to go on after its last epoch."""
     number = len(trainer.history)
-    if best_epoch(trainer.history)[0] == number:
+    if epoch_to_keep(trainer.history, trainer.config)[0] == number:
         save_model(trainer.model, best_path, {"epoch": number}, trainer.chosen.state_dict())
     with atomic_path(state_path) as temporary:
         torch.save(trainer.state(), temporary)
@@ -186,7 +186,7 @@ def patience_is_over(history: list[dict], patience: int) -> bool:
 def finish(trainer: Trainer, checkpoint: Path, best_path: Path, state_path: Path) -> Fit:
     """Writes the checkpoints of the best and the last epoch, and removes what resuming needed."""
     config, history = trainer.config, trainer.history
-    number, one_class = best_epoch(history)
+    number, one_class = epoch_to_keep(history, config)
     if one_class:
         say(
             f"{config.model} {config.protocol} {config.run_name}: every epoch answered a single "

@@ -35,6 +35,7 @@ TRAINING_FIELDS = (
     "class_weights",
     "gradient_clip",
     "patience",
+    "kept_epoch",
     "ema_decay",
     "pretrained",
     "fine_tune",

@@ -116,3 +116,11 @@ def best_epoch(history: list[dict]) -> tuple[int, bool]:
     if not eligible:
         return history[-1]["epoch"], True
     return min(eligible, key=lambda epoch: epoch["score"])["epoch"], False
+
+
+def epoch_to_keep(history: list[dict], config: RunConfig) -> tuple[int, bool]:
+    """The number of the epoch whose weights are the model, and whether it stands in for a best one
+    that there is not."""
+    if config.kept_epoch == "last":
+        return history[-1]["epoch"], False
+    return best_epoch(history)
