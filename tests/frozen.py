@@ -176,8 +176,11 @@ def phantom_set(name: str, patients: tuple[int, ...], slices: int, seed: int):
     # Sets name their pixels and their cohort since weights are matched by them.
     known = signature(ImageSet).parameters
     named = {"pixels": hashes, "cohort_sha256": "c0ffee00" * 8}
+    images = torch.from_numpy(np.stack(drawn.images))[:, None]
+    # They are rows of shared images since these are stored once.
     return ImageSet(
-        torch.from_numpy(np.stack(drawn.images))[:, None],
+        images,
+        *([torch.arange(len(images))] if "rows" in known else []),
         torch.from_numpy(drawn.label),
         torch.from_numpy(getattr(drawn, "patient" if counts == "patients" else "person")),
         torch.from_numpy(drawn.slice_index),

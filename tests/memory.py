@@ -22,7 +22,7 @@ from PIL import Image
 from tests import killable
 from tests.test_training import DEVICE, small
 from utils import data, prediction, training
-from utils.cohort.raw import read_raw
+from utils.cohort.raw import RawImages, read_raw
 from utils.cohort.table import Cohort
 from utils.training import trainer, validation
 
@@ -107,20 +107,22 @@ def train(folder: Path, checkpoint: Path) -> None:
 
 def hold_theirs() -> None:
     """Has this process hold images as floats, as the original project does; a test forbids it."""
-    stack, load, save = data.stack_images, data.load_set, data.save_set
+    write, load = data.write_images, data.load_set
 
     def theirs(images: torch.Tensor) -> torch.Tensor:
         return F.interpolate(images.float().div_(255), size=(224, 224)).repeat(1, 3, 1, 1)
 
     def load_theirs(*arguments) -> data.ImageSet:
         part = load(*arguments)
-        return replace(part, images=theirs(part.images))
+        return replace(part, stack=theirs(part.images), rows=torch.arange(len(part)))
 
-    data.stack_images, data.load_set = lambda *arguments: theirs(stack(*arguments)), load_theirs
-    # The files keep their form: they are what `load_theirs` reads.
-    data.save_set = lambda part, path: save(
-        replace(part, images=part.images[:, :1, :128, :128].mul(255).byte()), path
-    )
+    def write_theirs(raw: RawImages, path: Path) -> str:
+        held = theirs(data.stack_images(raw))
+        digest = write(raw, path)  # the file keeps its form: it is what `load_theirs` reads
+        assert len(held) == len(raw)
+        return digest
+
+    data.write_images, data.load_set = write_theirs, load_theirs
     for module in (trainer, validation, prediction):
         module.pixels = lambda images, device="cpu": images[:, :1].contiguous()
 

@@ -166,13 +166,14 @@ def test_sets_of_another_cohort_are_refused(raw, tmp_path):
 
 
 @pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
-def test_a_changed_byte_of_prepared_tensors_is_noticed(raw, where):
+@pytest.mark.parametrize("name", ["slice/train_set.pt", "images.npy"])
+def test_a_changed_byte_of_prepared_tensors_is_noticed(raw, where, name):
     opened = experiment.open_workspace("demo", raw)
-    path = data.set_path(opened.sets, "slice", 0, "train")
+    path = opened.sets / name
     content = bytearray(path.read_bytes())
     content[int(where * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"train_set\.pt (is damaged|cannot be read).*prepare"):
+    with pytest.raises(UserError, match=rf"{path.name} (is damaged|cannot be read).*prepare"):
         data.load_set(opened.sets, "slice", 0, "train")
 
 
@@ -228,7 +229,7 @@ def test_the_committed_weights_have_seen_none_of_their_test_patients(model):
     cohort = read_cohort(COMMITTED_COHORT)
     folds = data.read_folds(data.COMMITTED_FOLDS)
     sets = {
-        name: data.set_without_images(cohort, rows, name, COHORT)
+        name: data.set_of_rows(cohort, rows, name, COHORT)
         for name, rows in data.split_patients(cohort, folds, 0).items()
     }
     metadata = read_metadata(ROOT / f"checkpoints/{model}/patient/fold0_seed0_fp16.safetensors")

@@ -30,6 +30,7 @@ def image_set(patients: int = 12, each: int = 3) -> ImageSet:
     patient = torch.arange(count) // each
     return ImageSet(
         torch.zeros(count, 1, 4, 4, dtype=torch.uint8),
+        torch.arange(count),
         patient % 3,
         patient,
         torch.arange(count) % each,

@@ -34,6 +34,7 @@ def striped(count: int, seed: int, cohort_sha256: str = COHORT) -> ImageSet:
     patients = torch.arange(count) // 4 + 1000 * seed
     return ImageSet(
         images.to(torch.uint8),
+        torch.arange(count),
         labels,
         patients,
         torch.arange(count) % 4,

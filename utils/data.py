@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import math
 import pickle
@@ -18,7 +19,15 @@ from torch import Tensor
 from utils.cohort.raw import RawImages
 from utils.cohort.table import COMMITTED_COHORT, Cohort, cohort_identity
 from utils.sampling import bit_reversed_order, classes_in_turn
-from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, content_sha256, short_name
+from utils.utils_funcs import (
+    CLASSES,
+    ROOT,
+    UserError,
+    atomic_path,
+    content_sha256,
+    progress,
+    short_name,
+)
 
 SETS = ("train", "validation", "test")
 N_FOLDS = 5
@@ -33,10 +42,15 @@ class SharedPatientsError(UserError):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One set of one protocol, as it is on disk."""
+    """One set of one protocol: rows of the images that all sets of a data set share.
 
-    images: Tensor
-    """uint8 (N, 1, H, W), native size."""
+    The shared images may be mapped from disk (`load_set`), and are read when they are asked for.
+    """
+
+    stack: Tensor
+    """uint8 (M, 1, H, W), native size: the images of all sets."""
+    rows: Tensor
+    """int64 (N,), which of them are this set's."""
     labels: Tensor
     """int64 (N,), 0-3."""
     patients: Tensor
@@ -56,12 +70,21 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """uint8 (N, 1, H, W), native size: a copy, made anew each time."""
+        return self.stack[self.rows]
+
+    def images_at(self, rows: Tensor) -> Tensor:
+        """The images of some rows of this set, uint8 (n, 1, H, W)."""
+        return self.stack[self.rows[rows]]
+
     def pick(self, rows: Tensor | np.ndarray) -> ImageSet:
         """The images of these rows, in their order."""
         rows = torch.as_tensor(rows, dtype=torch.long)
         return replace(
             self,
-            images=self.images[rows],
+            rows=self.rows[rows],
             labels=self.labels[rows],
             patients=self.patients[rows],
             slices=self.slices[rows],
@@ -271,25 +294,45 @@ def check_patients_apart(sets: dict[str, ImageSet]) -> None:
 # -- files of tensors --------------------------------------------------------------------------
 
 
-def stack_images(raw: RawImages, rows: np.ndarray | None = None) -> Tensor:
-    """The images of `rows` (None: all) as uint8 (N, 1, H, W).
-
-    Their size is the most common one of all raw images; images of other sizes are resized to it.
-    """
+def stacked_size(raw: RawImages) -> tuple[int, int]:
+    """Height and width of prepared images: the most common size of the raw ones."""
     sizes, counts = np.unique([image.shape for image in raw.images], axis=0, return_counts=True)
     height, width = (int(side) for side in sizes[counts.argmax()])
-    rows = np.arange(len(raw.images)) if rows is None else rows
+    return height, width
+
+
+def stack_images(raw: RawImages, rows: np.ndarray | None = None) -> Tensor:
+    """The images of `rows` (None: all) in memory, uint8 (N, 1, H, W) of `stacked_size`."""
+    height, width = stacked_size(raw)
+    rows = np.arange(len(raw)) if rows is None else rows
     stack = np.empty((len(rows), 1, height, width), np.uint8)
     for place, row in enumerate(rows):
-        image = raw.images[row]
-        if image.shape != (height, width):
-            from PIL import Image
-
-            image = np.asarray(
-                Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-            )
-        stack[place, 0] = image
+        stack[place, 0] = _resized(raw.images[row], height, width)
     return torch.from_numpy(stack)
+
+
+def write_images(raw: RawImages, path: Path) -> str:
+    """Writes all images as one array, uint8 (N, 1, H, W), one after the other, so that memory never
+    holds more than one; returns the SHA-256 of the file.
+
+    Images of another size than `stacked_size` are resized to it.
+    """
+    height, width = stacked_size(raw)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(raw), 1, height, width)}
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in progress(raw.images, "writing images"):
+                file.write(_resized(image, height, width).tobytes())
+        return file_sha256(temporary)
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape == (height, width):
+        return image
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def set_path(folder: Path, protocol: str, fold: int, name: str) -> Path:
@@ -297,14 +340,22 @@ def set_path(folder: Path, protocol: str, fold: int, name: str) -> Path:
     return folder / (protocol if protocol == "slice" else f"patient/fold{fold}") / f"{name}_set.pt"
 
 
+def images_path(folder: Path) -> Path:
+    """The file of the images that all prepared sets share."""
+    return folder / "images.npy"
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether every set of both protocols is in the `folder` that `prepare` wrote."""
+    """Whether the images and every set of both protocols are in the `folder` that `prepare`
+    wrote."""
     parts = [("slice", 0), *(("patient", fold) for fold in range(N_FOLDS))]
-    return all(set_path(folder, *part, name).is_file() for part in parts for name in SETS)
+    files = [set_path(folder, *part, name) for part in parts for name in SETS]
+    return all(path.is_file() for path in (images_path(folder), *files))
 
 
 def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
-    """Writes `slice/` and `patient/fold<k>/`, each {train,validation,test}_set.pt, under `folder`.
+    """Writes `images.npy`, all images once, and under `slice/` and `patient/fold<k>/` the
+    {train,validation,test}_set.pt, which say which of them belong to each set.
 
     Raises:
         UserError: a set would be empty, or two sets under `patient` share a patient.
@@ -312,6 +363,7 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
     identity = cohort_identity(cohort)
     plans = {("slice", 0): split_slices(cohort)}
     plans |= {("patient", fold): split_patients(cohort, folds, fold) for fold in range(N_FOLDS)}
+    found: dict[Path, ImageSet] = {}
     for (protocol, fold), parts in plans.items():
         for name in SETS:
             if not len(parts[name]):
@@ -321,28 +373,26 @@ def prepare(raw: RawImages, cohort: Cohort, folds: Folds, folder: Path) -> None:
                     f"found, at least {N_FOLDS} needed)."
                 )
         sets = {
-            name: set_without_images(cohort, rows, f"{protocol} {name}", identity)
+            name: set_of_rows(cohort, rows, f"{protocol} {name}", identity)
             for name, rows in parts.items()
         }
         if protocol == "patient":
             check_patients_apart(sets)
-        for name, part in sets.items():
-            # One set at a time: besides the raw images, memory never holds more than one copy of a
-            # part of them.
-            save_set(
-                replace(part, images=stack_images(raw, parts[name])),
-                set_path(folder, protocol, fold, name),
-            )
+        found |= {set_path(folder, protocol, fold, name): part for name, part in sets.items()}
+    digest = write_images(raw, images_path(folder))
+    for path, part in found.items():
+        save_set(part, digest, path)
 
 
-def set_without_images(cohort: Cohort, rows: np.ndarray, name: str, identity: str) -> ImageSet:
-    """These rows of the table of the cohort `identity` as a set whose `images` are empty."""
+def set_of_rows(cohort: Cohort, rows: np.ndarray, name: str, identity: str) -> ImageSet:
+    """These rows of the table of the cohort `identity` as a set, without the images."""
 
     def column(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.asarray(values)[rows].astype(np.int64))
 
     return ImageSet(
-        images=torch.empty(0, dtype=torch.uint8),
+        stack=torch.empty(0, dtype=torch.uint8),
+        rows=torch.from_numpy(rows.astype(np.int64)),
         labels=column(cohort.label),
         patients=column(cohort.patient_id),
         slices=column(cohort.slice_index),
@@ -353,41 +403,60 @@ def set_without_images(cohort: Cohort, rows: np.ndarray, name: str, identity: st
     )
 
 
-def save_set(part: ImageSet, path: Path) -> None:
-    """Writes a set; `load_set` reads it."""
+def save_set(part: ImageSet, images_sha256: str, path: Path) -> None:
+    """Writes which images are a set's; `load_set` reads it."""
     content: dict[str, Tensor | list[str] | str] = {
-        "images": part.images.contiguous(),
+        "rows": part.rows,
         "labels": part.labels,
         "patients": part.patients,
         "slices": part.slices,
         "files": list(part.files),
         "pixels": list(part.pixels),
         "cohort_sha256": part.cohort_sha256,
+        "images_sha256": images_sha256,
     }
     with atomic_path(path) as temporary:
         torch.save({**content, "sha256": content_sha256(content)}, temporary)
 
 
+#: What to do about prepared files that cannot be used.
+PREPARE_AGAIN = "prepare the sets again (`python -m utils.experiment prepare`)"
+
+
 def load_set(folder: Path, protocol: str, fold: int, name: str) -> ImageSet:
-    """One prepared set of the `folder` that `prepare` wrote."""
-    path = set_path(folder, protocol, fold, name)
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: run dataset/prepare_dataset.ipynb (or `python -m utils.experiment "
-            "prepare`) first."
-        )
-    again = "prepare the sets again (`python -m utils.experiment prepare`)"
+    """One prepared set of the `folder` that `prepare` wrote; its images stay on disk until they are
+    asked for."""
+    path, images = set_path(folder, protocol, fold, name), images_path(folder)
+    for needed in (path, images):
+        if not needed.is_file():
+            raise UserError(
+                f"{needed} is missing: run dataset/prepare_dataset.ipynb (or `python -m "
+                "utils.experiment prepare`) first."
+            )
     try:
         content = torch.load(path, weights_only=True)
     except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): {again}."
+            f"{path} cannot be read ({str(error).splitlines()[0]}): {PREPARE_AGAIN}."
         ) from error
-    if "sha256" not in content:
-        raise UserError(f"{path} is of an older version of this project: {again}.")
+    if not {"sha256", "images_sha256"} <= content.keys():
+        raise UserError(f"{path} is of an older version of this project: {PREPARE_AGAIN}.")
     if content.pop("sha256") != content_sha256(content):
-        raise UserError(f"{path} is damaged, its content is not what was written: {again}.")
-    return ImageSet(name=f"{protocol} {name}", **content)
+        raise UserError(f"{path} is damaged, its content is not what was written: {PREPARE_AGAIN}.")
+    status = images.stat()
+    if content.pop("images_sha256") != _digest_of(images, status.st_size, status.st_mtime_ns):
+        raise UserError(
+            f"{images} is damaged, its content is not what was written: {PREPARE_AGAIN}."
+        )
+    # Copy on write: nothing that is done to the tensor reaches the file.
+    stack = torch.from_numpy(np.load(images, mmap_mode="c"))
+    return ImageSet(name=f"{protocol} {name}", stack=stack, **content)
+
+
+@functools.lru_cache(maxsize=8)
+def _digest_of(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file that has this size and time of change: read once in a process."""
+    return file_sha256(path)
 
 
 def load_sets(
@@ -416,7 +485,7 @@ def load_sets(
             part.cohort_sha256,
             cohort_sha256 or sets["train"].cohort_sha256,
             set_path(folder, protocol, fold, name),
-            "prepare the sets again (`python -m utils.experiment prepare`)",
+            PREPARE_AGAIN,
         )
     if protocol == "patient":
         check_patients_apart(sets)
@@ -479,7 +548,8 @@ def check_cohort(found: str | None, expected: str, path: Path, remedy: str) -> N
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- batches and augmentation ------------------------------------------------------------------

@@ -133,10 +133,11 @@ def _relabeled(part: data.ImageSet, label_of: dict[int, int]) -> data.ImageSet:
 
 
 def joined(parts: list[data.ImageSet], name: str) -> data.ImageSet:
-    """Several sets of one cohort as one, in their order."""
+    """Several sets of one folder of prepared sets as one, in their order."""
     first = parts[0]
     return data.ImageSet(
-        images=torch.cat([part.images for part in parts]),
+        stack=first.stack,
+        rows=torch.cat([part.rows for part in parts]),
         labels=torch.cat([part.labels for part in parts]),
         patients=torch.cat([part.patients for part in parts]),
         slices=torch.cat([part.slices for part in parts]),

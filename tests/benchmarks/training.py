@@ -47,6 +47,7 @@ def random_set(count: int, seed: int) -> ImageSet:
     images = torch.randint(0, 256, (count, 1, 128, 128), generator=generator, dtype=torch.uint8)
     return ImageSet(
         images,
+        torch.arange(count),
         torch.arange(count) % 4,
         torch.arange(count),
         torch.zeros(count, dtype=torch.long),

@@ -16,6 +16,7 @@ from utils.cohort.linking import GAP_LEAST as GAP_LEAST_WITHIN
 from utils.cohort.linking import GAP_RATIO, fisher_z, middle
 from utils.cohort.order import members_of
 from utils.cohort.similarity import NARROW, SEARCH_SIDE, WIDE, features
+from utils.images import Images, StoredImages
 from utils.manifest.files import UNREADABLE, ImageFile, decode, eight_bits, open_images
 from utils.manifest.table import MANIFESTS, open_rows, read_manifest
 from utils.utils_funcs import UserError, progress
@@ -74,7 +75,7 @@ class OtherSet:
         ids: what file names call each patient (P): needed for ages, never shown.
     """
 
-    images: list[np.ndarray] = field(repr=False)
+    images: Images = field(repr=False)
     patient: np.ndarray = field(repr=False)
     ids: tuple[str, ...] = field(repr=False)
 
@@ -108,8 +109,8 @@ def read_other(path: Path, id_pattern: str | None = None) -> OtherSet:
     return OtherSet(images, patient, tuple(ids.tolist()))
 
 
-def _decoded(files: Sequence[ImageFile]) -> list[np.ndarray]:
-    images, unreadable = [], 0
+def _decoded(files: Sequence[ImageFile]) -> Images:
+    images, unreadable = StoredImages(), 0
     for _, read in progress(files, "reading the other set"):
         try:
             images.append(decode(read()))
@@ -388,7 +389,7 @@ def find_shared(raw: RawImages, cohort: Cohort, other: OtherSet) -> SharedPatien
         raise NoGapError(
             "A correlation has to be compared with another patient's: the set needs two or more."
         )
-    squares = [head_square(raw.images[i]) for i in real]
+    squares = [head_square(raw.images[int(i)]) for i in real]
     vectors = features(squares, SIDE)
     heads = [head_square(image) for image in other.images]
     orientation = choose_orientation(vectors, patient, heads)

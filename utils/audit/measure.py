@@ -33,6 +33,7 @@ from utils.cohort.similarity import (
 from utils.controls import baseline_record, nearest_rows, shrunk
 from utils.data import Folds, split_patients, split_slices
 from utils.evaluation.records import Record, read_record, write_record
+from utils.images import chosen, computed
 from utils.utils_funcs import CLASSES, PROTOCOLS, atomic_path, progress
 
 #: Above so many images correlations are measured at the search size only, to stay within memory.
@@ -162,7 +163,7 @@ def stability(
     for side in (64, 128):
         found[f"features of {side} px"] = regroup(features(images, side), patient)
     for name, change in progress(list(_changes(seed).items()), "stability"):
-        found[name] = regroup(features([change(image) for image in images]), patient)
+        found[name] = regroup(features(computed(images, change)), patient)
     return found
 
 
@@ -280,8 +281,8 @@ def _likeness(
 ) -> dict[str, np.ndarray]:
     """What the nearest real images of the rows `synthetic` are: see `synthetic_evidence`."""
     side = 64 if len(cohort) <= FULL_SIZE_LIMIT else SEARCH_SIDE
-    of_real = features([raw.images[i] for i in real], side)
-    of_synthetic = features([raw.images[i] for i in synthetic], side)
+    of_real = features(chosen(raw.images, real), side)
+    of_synthetic = features(chosen(raw.images, synthetic), side)
     tested = cohort.source_split[real] == "test"
     from_test, likeness = np.zeros((len(CLASSES), 2), np.int32), np.zeros(len(synthetic))
     if len(synthetic):
@@ -316,7 +317,7 @@ def leak_arrays(
             fraction of the time.
     """
     real = np.flatnonzero(cohort.kind == "real")
-    images, patient = [raw.images[i] for i in real], cohort.patient_id[real]
+    images, patient = chosen(raw.images, real), cohort.patient_id[real]
     full_size = thorough and len(raw) <= FULL_SIZE_LIMIT
     side = full_side(images) if full_size else SEARCH_SIDE
     links = link_evidence(features(images, side), patient)

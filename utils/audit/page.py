@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import sys
@@ -97,7 +98,7 @@ def copies(raw: RawImages) -> tuple[int, int]:
     parts: dict[bytes, list[int]] = {}
     for image, split in zip(raw.images, raw.source_split, strict=True):
         part = order.index(split) if split in order else -1
-        parts.setdefault(image.tobytes(), []).append(part)
+        parts.setdefault(hashlib.sha256(image.tobytes()).digest(), []).append(part)
     across = sum(
         part > min(known)
         for found in parts.values()

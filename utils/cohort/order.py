@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils.cohort.similarity import SEARCH_SIDE, features
+from utils.images import chosen
 
 #: No scanner makes longer stacks: a longer group is no stack, and its order not worth improving.
 LONGEST_STACK = 600
@@ -131,7 +132,7 @@ def slice_indices(
         members[order_stack(matrix)]
         for members, matrix in zip(members_of(patient), matrices, strict=True)
     ]
-    ordered = [[images[i] for i in order] for order in orders]
+    ordered = [chosen(images, order) for order in orders]
     # Blurs this wide keep the shapes that all heads have in common, by which stacks are aligned.
     stacks = [features(stack, SEARCH_SIDE, narrow=4.0, wide=24.0) for stack in ordered]
     areas = [head_area(stack) for stack in ordered]

@@ -25,6 +25,7 @@ from utils.cohort.linking import (
 )
 from utils.cohort.order import LONGEST_STACK, order_stack
 from utils.cohort.similarity import features, full_side, nearest, usual_background
+from utils.images import chosen
 from utils.utils_funcs import UserError
 
 
@@ -258,7 +259,7 @@ def measure_gap(
     for start in range(0, len(pairs), 256):
         chunk = pairs[start : start + 256]
         rows, place = np.unique(chunk, return_inverse=True)
-        vectors = features([images[i] for i in rows], full_side(images))
+        vectors = features(chosen(images, rows), full_side(images))
         first, second = vectors[place.reshape(chunk.shape)].swapaxes(0, 1)
         strongest = max(strongest, float((first * second).sum(1).max()))
     if strongest >= weakest:

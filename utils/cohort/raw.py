@@ -1,4 +1,4 @@
-"""A folder, a zip or a manifest → grayscale images in memory, with labels, splits and hashes."""
+"""A folder, a zip or a manifest → grayscale images, with labels, splits and hashes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.images import Images, StoredImages
 from utils.manifest.files import (
     EIGHT_BITS,
     IMAGE_SUFFIXES,
@@ -34,7 +35,7 @@ class RawImages:
 
     Attributes:
         paths: below the folders that all files share.
-        images: `uint8` (H, W), each at its native size.
+        images: `uint8` (H, W), each at its native size; read from disk when they are asked for.
         file_sha256: hex digests of the files' bytes.
         source_split: `train`, `validation`, `test` or empty.
         label: (N,) indices into `classes`.
@@ -44,7 +45,7 @@ class RawImages:
     """
 
     paths: list[str]
-    images: list[np.ndarray]
+    images: Images
     file_sha256: list[str]
     source_split: list[str]
     label: np.ndarray
@@ -140,7 +141,7 @@ def read_raw(
     """
     manifest = manifest_of(Path(path))
     labels, classes = _labels_of(path, manifest, any_classes)
-    kept, images, hashes = [], [], []
+    kept, hashes, decoded = [], [], StoredImages()
     unreadable: list[tuple[str, Exception]] = []
     with open_rows(manifest) as readers:
         for row, read in enumerate(progress(readers, "reading images")):
@@ -151,7 +152,7 @@ def read_raw(
                 unreadable.append((manifest.rows[row].name, error))
                 continue
             kept.append(row)
-            images.append(image)
+            decoded.append(image)
             hashes.append(hashlib.sha256(data).hexdigest())
     _report_unreadable(unreadable, skip_unreadable)
     label = np.array([labels[row] for row in kept], np.int64)
@@ -163,7 +164,7 @@ def read_raw(
         )
     rows = [manifest.rows[row] for row in kept]
     paths = [row.name for row in rows]
-    images, intensity = eight_bits(images, paths)
+    images, intensity = eight_bits(decoded, paths)
     return RawImages(
         paths,
         images,

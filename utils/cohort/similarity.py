@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from utils.images import chosen
 from utils.utils_funcs import progress
 
 #: Widths of the two Gaussian blurs, in 1/128 of the image's side: what lies between them is folds,
@@ -51,27 +52,38 @@ def features(
         `float32` (N, side²); zeros for a blank image.
     """
     result = np.empty((len(images), side * side), np.float32)
-    images = [_at_most(image, LARGEST_SIDE) for image in images]
-    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, image in enumerate(images):
-        by_shape[image.shape].append(i)
-    for (height, width), members in by_shape.items():
-        vertical = _two_blurs(height, side, narrow, wide)
-        horizontal = _two_blurs(width, side, narrow, wide).reshape(2 * side, width)
-        for start in range(0, len(members), 64):
-            rows = members[start : start + 64]
-            stack = np.stack([images[i] for i in rows]).astype(np.float32)
-            across = (stack.reshape(-1, width) @ horizontal.T).reshape(len(rows), height, 2, side)
-            sharp, soft = (
-                np.ascontiguousarray(across[:, :, k].transpose(0, 2, 1)).reshape(-1, height)
-                @ vertical[k].T
-                for k in (0, 1)
-            )
-            band = (sharp - soft).reshape(len(rows), -1)
-            band -= band.mean(1, keepdims=True)
-            # A blank image has no direction: its correlation with everything is 0.
-            result[rows] = band / np.maximum(np.linalg.norm(band, axis=1, keepdims=True), 1e-6)
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
+
+    def compute(batch: list[tuple[int, np.ndarray]]) -> None:
+        rows, stack = zip(*batch, strict=True)
+        result[list(rows)] = _features_of_stack(np.stack(stack), side, narrow, wide)
+
+    for row, image in enumerate(images):
+        small = _at_most(image, LARGEST_SIDE)
+        batch = waiting[small.shape]
+        batch.append((row, small))
+        if len(batch) == 64:
+            compute(waiting.pop(small.shape))
+    for batch in waiting.values():
+        compute(batch)
     return result
+
+
+def _features_of_stack(stack: np.ndarray, side: int, narrow: float, wide: float) -> np.ndarray:
+    """`features` of images of one size (N, H, W)."""
+    count, height, width = stack.shape
+    vertical = _two_blurs(height, side, narrow, wide)
+    horizontal = _two_blurs(width, side, narrow, wide).reshape(2 * side, width)
+    across = stack.astype(np.float32).reshape(-1, width) @ horizontal.T
+    across = across.reshape(count, height, 2, side)
+    sharp, soft = (
+        np.ascontiguousarray(across[:, :, k].transpose(0, 2, 1)).reshape(-1, height) @ vertical[k].T
+        for k in (0, 1)
+    )
+    band = (sharp - soft).reshape(count, -1)
+    band -= band.mean(1, keepdims=True)
+    # A blank image has no direction: its correlation with everything is 0.
+    return band / np.maximum(np.linalg.norm(band, axis=1, keepdims=True), 1e-6)
 
 
 def _at_most(image: np.ndarray, side: int) -> np.ndarray:
@@ -109,7 +121,7 @@ def full_side(images: Sequence[np.ndarray]) -> int:
 
 def correlations(images: Sequence[np.ndarray], members: np.ndarray) -> np.ndarray:
     """Full-size correlations (M, M) of some of the images, by their indices (M,)."""
-    vectors = features([images[i] for i in members], full_side(images))
+    vectors = features(chosen(images, members), full_side(images))
     return vectors @ vectors.T
 
 

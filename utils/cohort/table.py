@@ -19,6 +19,7 @@ from utils.cohort.order import members_of, slice_indices
 from utils.cohort.patients import NoPatientsError, Patients, find_patients, measure_gap
 from utils.cohort.raw import RawImages, read_raw
 from utils.cohort.similarity import background, correlations, features
+from utils.images import chosen
 from utils.utils_funcs import CLASSES, ROOT, UserError, atomic_path, check_output, progress
 
 #: The table of the published data set, as this repository holds it.
@@ -123,7 +124,7 @@ def build_cohort(raw: RawImages) -> tuple[Cohort, Recovery]:
     if any(raw.patient):
         return cohort_of_given_patients(raw, pixels, first)
     distinct = np.unique(first)
-    images = [raw.images[i] for i in distinct]
+    images = chosen(raw.images, distinct)
     patients = find_patients(features(images), background(images))
     matrices = [
         correlations(images, members)
@@ -164,7 +165,7 @@ def cohort_of_given_patients(
     number = {name: row for row, name in enumerate(names)}
     given = np.array([number[name] for name in raw.patient])
     distinct = np.unique(first)
-    images = [raw.images[row] for row in distinct]
+    images = chosen(raw.images, distinct)
     try:
         seen = find_patients(features(images), background(images))
     except NoPatientsError:

@@ -61,9 +61,9 @@ def as_rows(images: Iterable[np.ndarray], side: int | None = None) -> np.ndarray
         side: that images are shrunk to; None leaves them as they are, but takes `SEARCH_SIDE` where
             their sizes differ.
     """
-    images = list(images)
-    if side is None and len({image.shape for image in images}) > 1:
-        side = SEARCH_SIDE
+    if side is None:
+        images = list(images)
+        side = SEARCH_SIDE if len({image.shape for image in images}) > 1 else None
     if side is not None:
         images = [shrunk(image, side) for image in images]
     return np.stack([image.ravel() for image in images]).astype(np.float32) / 255 - 0.5

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
+from utils.images import Images, computed
 from utils.utils_funcs import UserError, files_below
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"))
@@ -135,7 +136,7 @@ def decode(data: bytes) -> np.ndarray:
         return np.asarray(turned.convert("L"))
 
 
-def eight_bits(images: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list[np.ndarray], str]:
+def eight_bits(images: Images, names: Sequence[str]) -> tuple[Images, str]:
     """The images as `uint8`, by one rule for the whole set, and that rule in words.
 
     Values of up to 8 bits stay as they are. More bits, and floats from 0 to 1, are scaled by their
@@ -149,11 +150,15 @@ def eight_bits(images: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list
     Raises:
         UserError: some files have 8 bits, and the others another range than 8 or 16 full bits.
     """
-    deep = [image for image in images if image.dtype != np.uint8]
+    deep, low, high, floating = [], float("inf"), float("-inf"), False
+    for row, image in enumerate(images):
+        if image.dtype == np.uint8:
+            continue
+        deep.append(row)
+        low, high = min(low, float(image.min())), max(high, float(image.max()))
+        floating = floating or image.dtype.kind == "f"
     if not deep:
-        return list(images), EIGHT_BITS
-    low, high = min(float(image.min()) for image in deep), max(float(image.max()) for image in deep)
-    floating = any(image.dtype.kind == "f" for image in deep)
+        return images, EIGHT_BITS
     if low < 0 or high > 65535 or floating and high > 255:
         start, end = low, high
     elif floating and high <= 1:
@@ -161,20 +166,19 @@ def eight_bits(images: Sequence[np.ndarray], names: Sequence[str]) -> tuple[list
     else:
         start, end = 0.0, next(full for full in (255.0, 4095.0, 65535.0) if high <= full)
     if len(deep) < len(images) and (start, end) not in {(0.0, 255.0), (0.0, 1.0), (0.0, 65535.0)}:
-        rows = [row for row, image in enumerate(images) if image.dtype != np.uint8]
-        other = next(row for row, image in enumerate(images) if image.dtype == np.uint8)
+        other = min(set(range(len(images))) - set(deep))
         raise UserError(
-            f"{names[rows[0]]} holds values from {low:g} to {high:g} and {names[other]} has 8 "
+            f"{names[deep[0]]} holds values from {low:g} to {high:g} and {names[other]} has 8 "
             "bits, so that no one rule gives both the same gray: convert all files to one depth."
         )
     if (start, end) == (0.0, 255.0):
         rule, factor = EIGHT_BITS, 1.0
     else:
         rule, factor = f"{start:g} to {end:g} scaled to 0 to 255", 255 / max(end - start, 1e-30)
-    scaled = [
-        image
-        if image.dtype == np.uint8
-        else np.rint((image.astype(np.float64) - start) * factor).astype(np.uint8)
-        for image in images
-    ]
-    return scaled, rule
+
+    def scaled(image: np.ndarray) -> np.ndarray:
+        if image.dtype == np.uint8:
+            return image
+        return np.rint((image.astype(np.float64) - start) * factor).astype(np.uint8)
+
+    return computed(images, scaled), rule

@@ -55,6 +55,7 @@ def own_images(raw: str | None, part: str | None = None, limit: int | None = Non
     hashes = [hashlib.sha256(images.images[row].tobytes()).hexdigest() for row in rows]
     found = data.ImageSet(
         data.stack_images(images, rows),
+        torch.arange(len(rows)),
         torch.from_numpy(images.label[rows]),
         torch.from_numpy(patients[rows]),
         torch.from_numpy(slices[rows]),

@@ -35,7 +35,7 @@ from utils.utils_funcs import (
 )
 
 #: Version of the files that `prepare_workspace` writes; others are made anew.
-PREPARED_FORMAT = 2
+PREPARED_FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class Trainer:
         share = self.team.share
         drawn = draw_augmentation(len(chunk), self.config.augmentation, generator)
         images = apply_augmentation(
-            pixels(self.train.images[chunk[share]], self.device),
+            pixels(self.train.images_at(chunk[share]), self.device),
             None if drawn is None else drawn[share],
         )
         return images.contiguous(memory_format=torch.channels_last)
