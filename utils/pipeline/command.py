@@ -22,6 +22,7 @@ from utils.evaluation.sanity import verdict
 from utils.evaluation.suite import evaluate_suite
 from utils.pipeline.attack_again import attack_again, with_more_attacks
 from utils.pipeline.driver import GRID_MODELS, Run, grid_configs, shard_of, start_of
+from utils.pipeline.example import example_command
 from utils.pipeline.explanations import attacks_figure
 from utils.pipeline.own_images import own_images
 from utils.pipeline.own_model import load_own, try_one, wrapped
@@ -330,6 +331,7 @@ def main() -> None:
         "export": export,
         "attack": attack_command,
         "attack-again": attack_again_command,
+        "example": example_command,
     }
     try:
         if sys.argv[1:2] == ["run"]:

@@ -15,7 +15,16 @@ from utils.report.files import (
 )
 from utils.report.model_card import model_card, write_model_card
 from utils.report.original import original_markdown
-from utils.report.page import BEGIN, END, findings_markdown, results_markdown, write_readme
+from utils.report.page import (
+    BEGIN,
+    END,
+    RESULTS_PAGE,
+    findings_markdown,
+    results_markdown,
+    results_page,
+    summary_markdown,
+    write_readme,
+)
 from utils.report.tables import (
     ages,
     attacks_text,
@@ -32,6 +41,7 @@ from utils.report.tables import (
 __all__ = [
     "BEGIN",
     "END",
+    "RESULTS_PAGE",
     "ages",
     "attacks_text",
     "bfloat16_searches",
@@ -52,9 +62,11 @@ __all__ = [
     "recompute",
     "repository_address",
     "results_markdown",
+    "results_page",
     "results_text",
     "runs_text",
     "scores_markdown",
+    "summary_markdown",
     "write_address",
     "write_model_card",
     "write_readme",

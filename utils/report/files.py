@@ -18,6 +18,7 @@ from utils.evaluation.records import (
 from utils.evaluation.rows import TableRow, provenance, table_rows
 from utils.evaluation.schema import Record
 from utils.report import model_figures, result_figures, scans_and_ensembles
+from utils.report.example import example_figure, example_path, read_example
 from utils.report.tables import is_whole
 from utils.utils_funcs import (
     MODELS,
@@ -52,6 +53,17 @@ def draw_result_figures(root: Path | str) -> dict[Path, Figure]:
             figure = draw(rows, list(records.values()))
             drawn[save_figure(figure, Path(root) / "assets" / "results" / f"{name}.png")] = figure
     return drawn
+
+
+def draw_example(root: Path | str) -> dict[Path, Figure]:
+    """Writes and returns README's first picture, path → figure; empty where no example is kept or
+    no network was trained."""
+    rows = compared(without_rehearsals(read_records(root)))[1]
+    if not example_path(root).is_file() or not any(row.trained for row in rows):
+        return {}
+    figure = example_figure(read_example(example_path(root)), rows)
+    path = example_path(root).with_suffix(".png")
+    return {save_figure(figure, path, dpi=110): figure}
 
 
 def compared(records: Records) -> tuple[Records, list[TableRow]]:
@@ -149,6 +161,7 @@ def draw_figures(root: Path | str) -> list[Path]:
     paths = [path for model in models for path in draw_model_figures(root, model)] + list(
         draw_result_figures(root)
     )
+    paths += list(draw_example(root))
     paths += list(draw_explanations(root))
     paths += list(scans_and_ensembles.draw_figures(root))
     folder = Path(root) / "assets" / "Baselines"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from utils.drawing import MISSING, show
 from utils.evaluation.records import Records, without_rehearsals
+from utils.evaluation.schema import Score
 from utils.report.rendering import render
 from utils.report.tables import markdown
 from utils.utils_funcs import PROTOCOLS
@@ -37,6 +40,29 @@ def original_markdown(records: Records) -> str:
             cells = [cell for protocol in PROTOCOLS for cell in _ours(records, model, protocol)]
             table.append([model, *reported, *cells])
     return render("original.md.j2", table=markdown(table))
+
+
+@dataclass(frozen=True)
+class OriginalClaim:
+    """The original project's accuracy of a model under its own PGD, in percent as it was printed,
+    and ours on the same split at the same eps, over all attacks."""
+
+    model: str
+    reported: str
+    ours: Score
+    n_slices: int
+    n_patients: int
+
+
+def original_claim(records: Records) -> OriginalClaim | None:
+    """The claim that differs most from ours: EfficientNet-B0, adversarially trained."""
+    record = records.get(("Efficientnet_atk", "slice"))
+    worst = (record.worst_case or {}).get(ORIGINAL_EPS) if record else None
+    if worst is None or "accuracy" not in worst.scores:
+        return None
+    reported = ORIGINAL["Efficientnet"][3]
+    size = worst.n_slices, worst.n_patients
+    return OriginalClaim("Efficientnet_atk", reported, worst.scores["accuracy"], *size)
 
 
 def _ours(records: Records, model: str, protocol: str) -> tuple[str, str]:

@@ -1,7 +1,11 @@
-"""The generated part of README: values for `templates/results.md.j2`."""
+"""Two generated pages: README's first screen, and `assets/results/README.md` with everything.
+
+Values for `templates/summary.md.j2` and `templates/results.md.j2`."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +15,20 @@ from utils.evaluation.comparisons import Comparisons
 from utils.evaluation.records import Records, read_records, without_rehearsals
 from utils.evaluation.rows import TableRow, provenance, table_rows
 from utils.evaluation.schema import Score
-from utils.report.claims import findings
+from utils.report.claims import Claim, Findings, claims_of, findings, highest
 from utils.report.differences import auroc_table, counterparts_table, sweep_table
+from utils.report.example import example_path
 from utils.report.files import compared, drawable, write_text
 from utils.report.model_card import write_model_card
 from utils.report.model_figures import MODEL_FIGURES, has_content
 from utils.report.notes import planted_evidence, withdrawn_claim, without_search_patients
+from utils.report.original import original_claim
 from utils.report.rendering import render
 from utils.report.tables import (
     BALANCED,
     HEADLINE,
     PATIENT_AUROC,
+    PATIENT_BALANCED,
     WORST,
     age_part,
     bfloat16_searches,
@@ -41,12 +48,115 @@ from utils.utils_funcs import MODELS, PROTOCOLS, ROOT, UserError
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
+#: The page of all results, from the repository's root: GitHub shows it with its folder.
+RESULTS_PAGE = "assets/results/README.md"
+
+#: What README's table shows of controls, beside the constant answer: the linear model whose robust
+#: accuracy is exact, and the one that ranks patients best.
+SUMMARY_CONTROLS = ("robust_linear_32", "kernel_ridge_16")
+#: The control of README's comparison in words.
+LINEAR = "linear_32"
+#: (protocol, column, title) of README's table.
+SUMMARY_COLUMNS = (
+    ("patient", PATIENT_AUROC, "AUROC by patient"),
+    ("patient", PATIENT_BALANCED, "balanced accuracy by patient (%)"),
+    ("patient", WORST, "robust at {eps} (%)"),
+    ("slice", BALANCED, "published split: balanced accuracy (%)"),
+)
+
 #: Figures of ensembles and sequence models that README shows: model → name.
 RUN_FIGURES = {"Ensemble": "relaxation", "Sequence": "slice_budget"}
 
 
+def summary_markdown(records: Records, root: Path | str = ROOT) -> str:
+    """README's generated part: a picture, the findings in a line each, one table.
+
+    Args:
+        root: the tree whose picture is linked.
+    """
+    records = without_rehearsals(records)
+    rows = table_rows(records)
+    if not rows:
+        remedy = "`python reproduce.py` makes one under `runs/` in minutes."
+        return f"*No record is committed yet. {remedy}*"
+    values = findings_values(records, rows)
+    found = values["found"]
+    linear = [
+        pair
+        for pair in (found.controls.pairs if found.controls else ())
+        if pair.row is found.controls.network.row and pair.comparison.second.variant == LINEAR
+    ]
+    clean = [
+        one
+        for one in (found.robustness.networks if found.robustness else ())
+        if found.clean and one.row is found.clean.published.row
+    ]
+    return render(
+        "summary.md.j2",
+        **values,
+        linear=linear[0] if linear else None,
+        attacked=clean[0] if clean else None,
+        age=_age_pair(found),
+        original=original_claim(records),
+        page=RESULTS_PAGE,
+        picture=example_path(root).with_suffix(".png").is_file(),
+        table=summary_table(rows, values["eps"]),
+        sizes=size_of(rows[0].evaluations["patient"].clean),
+    )
+
+
+def _age_pair(found: Findings) -> tuple[Claim, Claim] | None:
+    """Of the network that ranks best, AUROC on all patients and on those of about one age."""
+    if not found.age or not found.controls:
+        return None
+    pairs = zip(found.age.everybody, found.age.part, strict=True)
+    return next((pair for pair in pairs if pair[0].row is found.controls.network.row), None)
+
+
+def summary_table(rows: Sequence[TableRow], eps: str) -> str:
+    """The constant answer, some controls, the networks, and the whole-scan model that ranks
+    patients best; rows of one fold are left to the page of all results."""
+    scans = [row for row in rows if row.counts_patients and is_whole(row)]
+    best = claims_of(scans, "patient", PATIENT_AUROC)
+    shown = [
+        row
+        for row in rows
+        if row is rows[0]
+        or (row.model == "Baselines" and row.variant in SUMMARY_CONTROLS)
+        or (row.model in MODELS and is_whole(row))
+        or (best and row is highest(best).row)
+    ]
+    titles = ["row", *(title.format(eps=eps) for _, _, title in SUMMARY_COLUMNS)]
+    table = [titles]
+    for row in shown:
+        cells = [
+            cell_text(row, protocol, column, brief=True) for protocol, column, _ in SUMMARY_COLUMNS
+        ]
+        name = f"[{row.number}]({RESULTS_PAGE}#row-{row.number}) {row.name}"
+        table.append([name + (" (scans)" if row.counts_patients else ""), *cells])
+    return markdown(table)
+
+
+def results_page(records: Records, root: Path | str = ROOT) -> str:
+    """The page of all results, with links from its own folder."""
+    text = render("results_page.md.j2", results=results_markdown(records, root))
+    return rebased(text, Path(RESULTS_PAGE).parent) + "\n"
+
+
+def rebased(text: str, folder: Path) -> str:
+    """Markdown whose links from the repository's root become links from a folder of it."""
+
+    def moved(match: re.Match[str]) -> str:
+        path, anchor = match["path"], match["anchor"] or ""
+        return match["before"] + Path(os.path.relpath(path, folder)).as_posix() + anchor
+
+    return re.sub(
+        r'(?P<before>\]\(|src=")(?!https?://|#)(?P<path>[^)#"\s]+)(?P<anchor>#[^)"]*)?', moved, text
+    )
+
+
 def results_markdown(records: Records, root: Path | str = ROOT) -> str:
-    """README's generated part: findings, headline figure and table, commands, full tables, figures.
+    """All results: findings, headline figure and table, commands, full tables, figures.
 
     Args:
         root: the tree whose figures of explanations are linked.
@@ -140,9 +250,7 @@ def table_values(
     ]
     return {
         "sizes": "; ".join(sizes),
-        "constant_by_patient": cell_text(
-            rows[0], "patient", "by patient: balanced accuracy, 3 classes (%)"
-        ),
+        "constant_by_patient": cell_text(rows[0], "patient", PATIENT_BALANCED),
         "commands": commands_text(rows),
         "rehearsed_only": rehearsed_only,
         "full_tables": full_tables,
@@ -179,8 +287,13 @@ def _headline_table(rows: Sequence[TableRow], eps: str, with_patients: bool = Fa
         cells = [cell_text(row, protocol, column, brief=True) for protocol, column, _ in columns]
         if with_patients:
             cells.append(row_number(row, "patient"))
-        table.append([str(row.number), row.name, *cells, runs_text(row)])
+        table.append([_anchored(row), row.name, *cells, runs_text(row)])
     return markdown(table)
+
+
+def _anchored(row: TableRow) -> str:
+    """A row's number, to which other pages link."""
+    return f'<a id="row-{row.number}"></a>{row.number}'
 
 
 def _one_fold_table(rows: Sequence[TableRow], eps: str) -> str:
@@ -192,7 +305,7 @@ def _one_fold_table(rows: Sequence[TableRow], eps: str) -> str:
         protocol = next(iter(row.records))
         cells = [cell_text(row, protocol, column) for column in (BALANCED, PATIENT_AUROC, WORST)]
         folds = f"`{protocol}`{folds_text(row, protocol)}"
-        table.append([str(row.number), row.name, *cells, folds, row_number(row, protocol)])
+        table.append([_anchored(row), row.name, *cells, folds, row_number(row, protocol)])
         for record in row.records.values():
             for run in record.runs:
                 members |= run.members
@@ -254,7 +367,8 @@ def model_links(records: Records) -> dict[str, list[tuple[str, str]]]:
 
 
 def write_readme(root: Path | str = ROOT) -> Path:
-    """Rewrites README.md between its markers from the records under `root`, and the model card."""
+    """Rewrites README.md between its markers from the records under `root`, the page of all
+    results, and the model card."""
     path = Path(root) / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -263,7 +377,7 @@ def write_readme(root: Path | str = ROOT) -> Path:
         )
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     write_model_card(root)
-    write_text(
-        path, f"{before}{BEGIN}\n\n{results_markdown(read_records(root), root)}\n\n{END}{after}"
-    )
+    records = read_records(root)
+    write_text(Path(root) / RESULTS_PAGE, results_page(records, root))
+    write_text(path, f"{before}{BEGIN}\n\n{summary_markdown(records, root)}\n\n{END}{after}")
     return path

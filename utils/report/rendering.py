@@ -49,6 +49,11 @@ def named(row: TableRow) -> str:
     return f"`{row.name}` (row {row.number})"
 
 
+def row_link(row: TableRow, page: str) -> str:
+    """A link to the row in a page's tables."""
+    return f"[row {row.number}]({page}#row-{row.number})"
+
+
 def size(claim: Claim) -> str:
     """`n = 1,280 slices of 40 patients, fold 0 of 5`: what a score was counted on."""
     if claim.n_slices is None:
@@ -82,6 +87,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         autoescape=False,  # Markdown
     )
-    for filter_ in (percent, decimal, points, signed, named, size, size_of):
+    for filter_ in (percent, decimal, points, signed, named, row_link, size, size_of):
         environment.filters[filter_.__name__] = filter_
     return blocks(environment.get_template(template).render(**values))

@@ -57,6 +57,9 @@ BALANCED, AUROC, RECALLS = (
 WORST = "worst case at {eps}: balanced accuracy, 3 classes (%)"
 
 
+PATIENT_BALANCED = "by patient: balanced accuracy, 3 classes (%)"
+
+
 PATIENT_AUROC, AGE_AUROC = "by patient: AUROC", "by patient, of 60 years and more: AUROC"
 
 
