@@ -19,8 +19,7 @@ from utils.utils_funcs import ROOT
 STUDIED = ("Dinov2", "Efficientnet", "Resnet")
 
 EPS = "4/255"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-GENERATED = README.split(report.BEGIN)[1].split(report.END)[0]
+RESULTS = (ROOT / report.RESULTS_PAGE).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +69,10 @@ def test_every_claim_is_the_score_of_its_record(found: Findings) -> None:
 def test_every_claim_is_on_the_page_with_its_row_and_interval(found: Findings) -> None:
     for one in found.claims:
         style = "decimal" if "AUROC" in one.column else "percent"
-        assert drawing.show(one.score, style) in GENERATED, one.row.name
-        assert re.search(rf"\(row {one.row.number}[,)]", GENERATED), one.row.name
+        assert drawing.show(one.score, style) in RESULTS, one.row.name
+        assert re.search(rf"\(row {one.row.number}[,)]", RESULTS), one.row.name
         if one.comparison and one.column == WORST:
-            assert drawing.show(one.comparison.score, style, signed=True) in GENERATED or (
+            assert drawing.show(one.comparison.score, style, signed=True) in RESULTS or (
                 one.comparison.second.model == CONSTANT
             )
 

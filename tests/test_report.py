@@ -27,7 +27,7 @@ from utils.evaluation.records import (
 )
 from utils.evaluation.rows import TableRow, table_rows
 from utils.evaluation.schema import Json, Record, Score, attacks_of, variants_of
-from utils.report import model_figures, notes, result_figures
+from utils.report import model_figures, notes, page, result_figures
 from utils.utils_funcs import ROOT, UserError
 
 EPS = ("1/255", "4/255", "8/255")
@@ -596,14 +596,36 @@ def test_tables_work_with_any_subset_of_records(tmp_path: Path) -> None:
 
 
 def test_numbers_in_the_readme_are_those_of_the_records(tree: Path) -> None:
-    text = report.write_readme(tree).read_text(encoding="utf-8")
+    def pages() -> str:
+        report.write_readme(tree)
+        paths = (tree / "README.md", tree / report.RESULTS_PAGE)
+        return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+    text = pages()
     for record in read_records(tree).values():
         score = record.clean.slice["balanced_accuracy_3"]
         assert drawing.show(score) in text and drawing.show(score, brief=True) in text
     assert "not a result" in text, "a demo run must be announced as one"
-    assert report.write_readme(tree).read_text(encoding="utf-8") == text, (
-        "rewriting changes nothing"
+    assert pages() == text, "rewriting changes nothing"
+
+
+def test_links_follow_a_page_into_its_folder() -> None:
+    text = (
+        "[a](README.md#x) ![b](assets/results/b.png) [c](assets/Resnet/c.json) [d](#here) "
+        '[e](https://assets/e) <img src="assets/f.gif" width="1">'
     )
+    assert page.rebased(text, Path("assets/results")) == (
+        "[a](../../README.md#x) ![b](b.png) [c](../Resnet/c.json) [d](#here) "
+        '[e](https://assets/e) <img src="../f.gif" width="1">'
+    )
+
+
+def test_a_page_of_rehearsals_or_of_nothing_is_still_a_page(tmp_path: Path) -> None:
+    assert "No record" in report.summary_markdown({}, tmp_path)
+    write_workspace(tmp_path, ("Resnet",))
+    text = report.summary_markdown(read_records(tmp_path), tmp_path)
+    assert "not a result" in text
+    assert "example.png" not in text, "no example is kept there"
 
 
 def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
@@ -955,7 +977,7 @@ def test_the_age_matched_part_is_a_column_only_for_the_cohort_it_was_made_of(
         "ci": [0.5, 0.75],
         "everybody": {"value": round(everybody, 3), "ci": [0.6, 1.0]},
     }
-    page = {
+    of_age = {
         "schema_version": 1,
         "other": "another set",
         "n_part": 17,
@@ -977,7 +999,7 @@ def test_the_age_matched_part_is_a_column_only_for_the_cohort_it_was_made_of(
         ({"rows": stale}, False),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(page | change), encoding="utf-8")
+        path.write_text(json.dumps(of_age | change), encoding="utf-8")
         report.ages.cache_clear()
         text = report.results_markdown(read_records(tmp_path))
         assert ("60+ (n = 17)" in text) is shown and (

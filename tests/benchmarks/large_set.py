@@ -1,8 +1,8 @@
 """Memory and time of a large set on its way from files to tensors.
 
-    python tests/benchmarks/large_set.py [--patients 2150] [--folder F] [--out large_set.txt]
+    python tests/benchmarks/large_set.py [--patients 2688] [--folder F] [--out large_set.txt]
 
-Draws 86,000 JPEG files of 496 × 248 pixels (40 slices of each of 2,150 patients, phantom), the size
+Draws 86,000 JPEG files of 496 × 248 pixels (32 slices of each of 2,688 patients, phantom), the size
 of the largest public set of Alzheimer slices, and runs three commands on them, each in a process of
 its own whose peak memory is measured: `python -m utils.manifest`, `python -m utils.audit` and
 `python -m utils.experiment prepare`. The pixels alone, decoded, are 10.6 GB."""
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from utils.phantom import draw_patient  # noqa: E402
 
 FOLDERS = ("Non Demented", "Very mild Dementia", "Mild Dementia", "Moderate Dementia")
-SLICES, SIZE = 40, (496, 248)
+SLICES, SIZE = 32, (496, 248)
 
 
 def draw(folder: Path, patient: int) -> None:
@@ -69,7 +69,7 @@ def measure(command: list[str], environment: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--patients", type=int, default=2150)
+    parser.add_argument("--patients", type=int, default=2688)
     parser.add_argument("--folder", type=Path, help="where to draw (default: a temporary folder)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
