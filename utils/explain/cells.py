@@ -30,8 +30,12 @@ def target_layer(model: nn.Module) -> nn.Module:
         *_, last_block = body.get_submodule("layer4").children()
         return last_block
     if hasattr(body, "conv_head"):
-        # timm keeps the normalization and activation after `conv_head` in here
-        return body.get_submodule("bn2")
+        if hasattr(body, "bn2"):
+            # timm keeps the normalization and activation after `conv_head` in here
+            return body.get_submodule("bn2")
+        # MobileNetV3 pools before `conv_head`.
+        *_, last_block = body.get_submodule("blocks").children()
+        return last_block
     convolutions = [module for module in body.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
         raise UserError(f"{type(body).__name__} has no feature map to explain: name the layer.")
