@@ -126,3 +126,49 @@ def without_weights() -> nn.Module:
 
 def needs_an_argument(path: str) -> nn.Module:
     return Quarters()
+
+
+# --- Other classes than this project's four ---
+
+
+def write_stripes(root: Path, classes: tuple[str, ...], each: int = 6) -> Path:
+    """Images of 40 × 60 px: of class k the k-th of as many stripes as classes is brighter."""
+    noise = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        for number in range(each):
+            image = noise.integers(50, 80, (40, 60)).astype(np.uint8)
+            start, end = (60 * (label + step) // len(classes) for step in (0, 1))
+            image[:, start:end] += 25
+            path = root / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+class Stripes(nn.Module):
+    """Reads the class without any training: the mean of each stripe, scaled."""
+
+    def __init__(self, count: int, order: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(60.0))
+        self.count, self.order = count, order or tuple(range(count))
+
+    def forward(self, images: Tensor) -> Tensor:
+        means = nn.functional.adaptive_avg_pool2d(images, (1, self.count)).flatten(1)
+        return (self.scale * (means - 0.25))[:, list(self.order)]
+
+
+def two_stripes() -> nn.Module:
+    return Stripes(2)
+
+
+def three_stripes() -> nn.Module:
+    return Stripes(3)
+
+
+def five_stripes() -> nn.Module:
+    return Stripes(5)
+
+
+def five_backwards() -> nn.Module:
+    return Stripes(5, (4, 3, 2, 1, 0))

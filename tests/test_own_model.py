@@ -48,7 +48,7 @@ def check(text: str, name: str) -> str:
         ("as_tuple", "first part"),
         ("as_dict", "dict with out"),
         ("double", r"model\.float\(\)"),
-        ("five_classes", "four outputs"),
+        ("five_classes", "4 outputs"),
         ("without_weights", r"FileNotFoundError.*module:function"),
         ("needs_an_argument", r"takes nothing"),
         ("absent", "gave no model"),

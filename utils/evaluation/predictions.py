@@ -13,7 +13,7 @@ from utils.attacks.base import group_labels, group_logits
 from utils.data import pixels
 from utils.evaluation.plan import VIEWS
 from utils.sampling import bit_reversed_order, classes_in_proportion
-from utils.utils_funcs import CLASSES, UserError
+from utils.utils_funcs import UserError
 
 # -- decisions -------------------------------------------------------------------------------------
 
@@ -59,8 +59,9 @@ def worst_case(
 def wrong_where_not_finite(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Logits, float32 (N, 4), in which an image whose logits are not finite gets an answer that is
     wrong in every view, since NaN is no right answer."""
-    wrong = np.full((len(labels), len(CLASSES)), -10.0, np.float32)
-    wrong[np.arange(len(labels)), np.where(labels == 0, len(CLASSES) - 1, 0)] = 0
+    classes = logits.shape[1]
+    wrong = np.full((len(labels), classes), -10.0, np.float32)
+    wrong[np.arange(len(labels)), np.where(labels == 0, classes - 1, 0)] = 0
     finite = np.isfinite(logits).all(1)
     return np.where(finite[:, None], logits, wrong).astype(np.float32)
 

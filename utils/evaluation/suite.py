@@ -31,6 +31,8 @@ from utils.utils_funcs import CLASSES, UserError, progress
 #: Attack → what its repetitions take from the attack's defaults instead of the stage's budget: a
 #: step size or a start that suits no model converges nowhere.
 DEFAULTS_OF_REPETITIONS: dict[str, dict] = {"pgd": {"step_size": None, "random_start": True}}
+#: Attacks that aim by the clinical meaning of the four classes.
+OF_RATINGS = ("pgd_clinical",)
 
 
 @dataclass
@@ -72,6 +74,7 @@ def evaluate_suite(
     masks: Mapping[str, Tensor] | None = None,
     time_limit: float | None = None,
     precision: Precision = "fp32",
+    classes: Sequence[str] = CLASSES,
 ) -> SuiteResult:
     """Attacks `model` with a suite at every eps of `config.eps`, then checks the evaluation itself.
 
@@ -87,6 +90,8 @@ def evaluate_suite(
         time_limit: seconds that one batch of one attack may take before the evaluation fails.
         precision: `bf16` lets the attacks search in bfloat16, faster on processors that have it.
             What is misclassified is always decided in float32, and `float32_stages` are added.
+        classes: names of the model's outputs. Of other classes than this project's four no view
+            merges any, and what depends on their meaning is left out.
 
     Raises:
         UserError: an attack raised, ran out of time, or changed no image: a failed evaluation,
@@ -102,11 +107,16 @@ def evaluate_suite(
         masks=dict(masks or {}),
         precision=precision,
         time_limit=time_limit,
+        classes=classes,
     )
     store = BatchStore(state_dir, run)
     if stages is None:
         stages = suite_plan(config, tuple(run.sources), tuple(run.masks))
     plan = [*stages, *(float32_stages(config) if precision != "fp32" else [])]
+    if run.classes != CLASSES:
+        plan = [
+            stage for stage in plan if stage.view in run.views and stage.attack not in OF_RATINGS
+        ]
     sweep = sorted(config.eps, key=parse_eps)
     # Ascending: what is misclassified at a smaller eps, a point of every larger ball, need not be
     # attacked again.
@@ -175,7 +185,7 @@ def repeat_until_converged(
         return
     # Margin PGD ascends towards the k-th nearest class at its k-th start: one start leaves the
     # other classes untried.
-    others = len(VIEWS[stage.view].groups or CLASSES) - 1
+    others = len(VIEWS[stage.view].groups or run.classes) - 1
     restarts = {"restarts": others * stage.budget.get("restarts", 1)}
     budgets = [restarts] * max(1, run.config.max_steps // steps)
     run.last_round["restarts"][key] = _repeat(run, store, stage, eps_text, budgets, outcome)

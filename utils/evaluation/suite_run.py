@@ -60,7 +60,8 @@ class Outcome:
 class Progress:
     """Which images are misclassified so far, in each norm and view, and by which logits.
 
-    Every attack adds to it. Clean errors are misclassified from the beginning.
+    Every attack adds to it. Clean errors are misclassified from the beginning. `views` are those in
+    which images are judged.
 
     Attributes:
         misclassified: (norm, view) → bool (N,).
@@ -68,9 +69,11 @@ class Progress:
             while it is robust.
     """
 
-    def __init__(self, clean: np.ndarray, labels: np.ndarray) -> None:
-        self.labels = labels
-        states = [(norm, view) for norm in NORMS for view in VIEWS]
+    def __init__(
+        self, clean: np.ndarray, labels: np.ndarray, views: Sequence[str] = tuple(VIEWS)
+    ) -> None:
+        self.labels, self.views = labels, views
+        states = [(norm, view) for norm in NORMS for view in views]
         self.misclassified = {
             (norm, view): misclassified(clean, labels, view) for norm, view in states
         }
@@ -78,7 +81,7 @@ class Progress:
 
     def add(self, logits: np.ndarray, norm: Norm) -> None:
         """Counts the images that these logits (N, 4) misclassify, in every view of the norm."""
-        for view in VIEWS:
+        for view in self.views:
             state = norm, view
             new = misclassified(logits, self.labels, view) & ~self.misclassified[state]
             self.logits[state][new] = logits[new]
@@ -150,6 +153,7 @@ class SuiteRun:
         masks: dict[str, Tensor],
         precision: Precision,
         time_limit: float | None,
+        classes: Sequence[str] = CLASSES,
     ) -> None:
         if not (len(pixels) == len(labels) == len(patients)) or not len(pixels):
             raise UserError(
@@ -157,6 +161,7 @@ class SuiteRun:
                 f"{len(patients)} patients: give one of each for every image, and at least one."
             )
         self.model, self.pixels, self.labels = model, pixels, labels
+        self.classes = tuple(classes)
         self.config, self.headline = config, headline_of(config)
         self.sources, self.masks = sources, masks
         self.precision: Precision = precision
@@ -165,20 +170,26 @@ class SuiteRun:
         self.modes = [module.training for module in model.modules()]
         self.nonfinite = 0
         clean = self.predict(pixels).numpy()
-        if clean.shape != (len(labels), len(CLASSES)):
+        if clean.shape != (len(labels), len(self.classes)):
             raise UserError(
-                f"The model returned {clean.shape[1:]} for an image: expected {len(CLASSES)} "
+                f"The model returned {clean.shape[1:]} for an image: expected {len(self.classes)} "
                 "logits."
             )
         self.clean = self.finite(clean, labels)
         self.sample = stratified_sample(labels, patients, config.sample)
-        self.progress = Progress(self.clean, labels)
+        self.progress = Progress(self.clean, labels, self.views)
         self.kept = KeptImages(self.sample, pixels, self.clean)
         self.logits: dict[Key, np.ndarray] = {}
         self.meta: dict[Key, dict] = {}
         self.attacked: dict[Key, np.ndarray] = {}
         self.first_round: dict[Key, np.ndarray] = {}
         self.last_round: dict[str, dict[Key, list[int] | None]] = {"steps": {}, "restarts": {}}
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of these classes: only the four of this project can be merged; `four` then
+        stands for all classes, as they are."""
+        return tuple(VIEWS) if self.classes == CLASSES else ("four",)
 
     def eps_of(self, stage: Stage, sweep: Sequence[str]) -> list[str]:
         """At which eps a stage runs, as written."""

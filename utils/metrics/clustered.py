@@ -170,6 +170,34 @@ def score_robust(
     return intervals(problem, n_boot, seed)
 
 
+def score_flags(
+    flags: np.ndarray,
+    labels: np.ndarray,
+    patients: np.ndarray,
+    n_classes: int,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Scores:
+    """Scores of any classes from flags, bool (N,): whether each decision is right, or robust.
+
+    Returns:
+        as `intervals`: balanced_accuracy (the mean over classes of the share of true flags),
+            accuracy.
+    """
+    flags, labels = np.asarray(flags, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    identity, patient = np.unique(np.asarray(patients), return_inverse=True)
+    counts = flag_counts(flags, labels, patient, (len(identity), n_classes))
+    view = View(counts, np.zeros(n_classes, dtype=np.int64), _share_scores)
+    problem = Problem(
+        view_statistic(view),
+        lambda weights: view_widths(view, weights),
+        classes_of_patients(view),
+        len(flags),
+    )
+    return intervals(problem, n_boot, seed)
+
+
 def share_by_class(
     flags: np.ndarray,
     labels: np.ndarray,
@@ -278,12 +306,12 @@ def flag_views(
     )
 
 
-def _share_scores(four: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores of (slices with the flag, slices without) by class: sums (B, 4, 2) to two scores, each
+def _share_scores(by_class: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of (slices with the flag, slices without) by class: sums (B, K, 2) to two scores, each
     (B,)."""
     return {
-        "balanced_accuracy": mean_present(ratio(four[..., 0], four.sum(axis=-1))),
-        "accuracy": ratio(four[..., 0].sum(axis=-1), four.sum(axis=(-2, -1))),
+        "balanced_accuracy": mean_present(ratio(by_class[..., 0], by_class.sum(axis=-1))),
+        "accuracy": ratio(by_class[..., 0].sum(axis=-1), by_class.sum(axis=(-2, -1))),
     }
 
 

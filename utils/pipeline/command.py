@@ -24,15 +24,16 @@ from utils.pipeline.attack_again import attack_again, with_more_attacks
 from utils.pipeline.driver import GRID_MODELS, Run, grid_configs, shard_of, start_of
 from utils.pipeline.example import example_command
 from utils.pipeline.explanations import attacks_figure
-from utils.pipeline.own_images import own_images
+from utils.pipeline.other_classes import attack_other_classes, card_of_other, other_text
+from utils.pipeline.own_images import OwnImages, classes_of, own_images
 from utils.pipeline.own_model import load_own, try_one, wrapped
 from utils.pipeline.stages import suite_rows
 from utils.pipeline.store import RunResult, add_run
-from utils.pipeline.texts import sanity_text
+from utils.pipeline.texts import checks_text, sanity_text
 from utils.pipeline.workspace import half_of, load_sets, open_workspace
 from utils.provenance import seen_before
-from utils.report.card import write_card
-from utils.utils_funcs import MODELS, UserError, check_output, choose_device
+from utils.report.card import card_of, write_card
+from utils.utils_funcs import CLASSES, MODELS, UserError, check_output, choose_device
 
 
 def prepare(raw: str | None = None, profile: Profile = "demo") -> None:
@@ -185,7 +186,8 @@ def attack_command(
     """Attacks a trained model and prints the table and the checks that say whether to believe it.
 
     A model of your own gets float32 pixels (N, 1, H, W) in [0, 1] and returns logits (N, 4) in the
-    order Non, Very mild, Mild, Moderate. One image is tried first.
+    order Non, Very mild, Mild, Moderate; or, on data of K other classes, (N, K) in the order of
+    `--classes`. One image is tried first.
 
     Args:
         model: a model of this repository by its name, on the test set of its protocol and fold; or,
@@ -232,13 +234,27 @@ def attack_command(
             "cohort_sha256": workspace.cohort_sha256,
         }
     else:
-        own, wrapping = load_own(model, classes)
+        wanted = classes_of(raw)
+        if wanted != CLASSES and classes is None:
+            raise UserError(
+                f"{raw} has the classes {', '.join(wanted)}, which are not the four of this "
+                "project: say with --classes in which order your model's outputs stand, such as "
+                f"{','.join(wanted)}."
+            )
+        own, wrapping = load_own(model, classes, wanted)
         network = wrapped(
-            own, wrapping, channels=channels, size=size, mean=mean, std=std, classes=classes
+            own,
+            wrapping,
+            channels=channels,
+            size=size,
+            mean=mean,
+            std=std,
+            classes=classes,
+            wanted=wanted,
         )
         images = own_images(raw, part, limit)
         test, notes, known = images.part, images.notes, images.patients_known
-        try_one(network, data.pixels(test.images[:1]), model)
+        try_one(network, data.pixels(test.images[:1]), model, wanted)
         metadata = read_metadata(model) if model.endswith(".safetensors") else {}
         notes.append(
             str(seen_before(metadata, test))
@@ -252,6 +268,9 @@ def attack_command(
             "cohort_sha256": test.cohort_sha256,
         }
     network = network.to(choose_device())
+    if model not in MODELS and wanted != CLASSES:
+        _attack_other(network, images, config, model, notes, card)
+        return
     result = _evaluated(network, test, config, {"model": model, **origin})
     record = records.summarize(result.rows, [result.meta])
     print("\n".join(f"{note[0].upper()}{note[1:]}." for note in notes))
@@ -259,7 +278,28 @@ def attack_command(
     print(verdict(result.meta["sanity"]))
     if card is not None:
         example = attacks_figure(network, test, config, f"{model} · your images")
-        kept = write_card(card, record, notes, example, patients_known=known)
+        kept = write_card(card, card_of(record), notes, example, patients_known=known)
+        print(f"written to {card} and {kept}")
+
+
+def _attack_other(
+    network: nn.Module,
+    images: OwnImages,
+    config: RunConfig,
+    model: str,
+    notes: list[str],
+    card: Path | None,
+) -> None:
+    """`attack` on data with other classes than this project's four."""
+    result = attack_other_classes(network, images.part, images.classes, config, model)
+    print("\n".join(f"{note[0].upper()}{note[1:]}." for note in notes))
+    print(f"\n{other_text(result)}\n\n{checks_text(result.sanity)}\n")
+    print(verdict(result.sanity))
+    if card is not None:
+        label = f"{model} · your images"
+        example = attacks_figure(network, images.part, config, label, images.classes)
+        content = card_of_other(result)
+        kept = write_card(card, content, notes, example, patients_known=images.patients_known)
         print(f"written to {card} and {kept}")
 
 

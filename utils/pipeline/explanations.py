@@ -3,6 +3,7 @@ trusted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,13 @@ def draw_attacks(
     save_figure(attacks_figure(model, test, config, label), path, dpi=90, colors=32)
 
 
-def attacks_figure(model: nn.Module, test: data.ImageSet, config: RunConfig, label: str) -> Figure:
+def attacks_figure(
+    model: nn.Module,
+    test: data.ImageSet,
+    config: RunConfig,
+    label: str,
+    classes: Sequence[str] = CLASSES,
+) -> Figure:
     """What each attack of `SHOWN_ATTACKS` does to one test slice, of those shown the first that is
     classified correctly."""
     few = test.pick(data.spread(test, SHOWN_SLICES))
@@ -70,11 +77,11 @@ def attacks_figure(model: nn.Module, test: data.ImageSet, config: RunConfig, lab
         )
         probability = predict(model, made).softmax(1)[0]
         size = {"l2": f"L2 {eps}", "l0": "5 pixels"}.get(ATTACKS[name].norm, eps)
-        called = f"{CLASSES[int(probability.argmax())]} {probability.max():.0%}"
+        called = f"{classes[int(probability.argmax())]} {probability.max():.0%}"
         shown[f"{name}, {size}"] = made[0, 0].numpy(), called
     answer = training.predict(model, one.images, choose_device()).softmax(1)[0]
     title = (
-        f"A {CLASSES[int(one.labels[0])]} slice, called {CLASSES[int(answer.argmax())]} "
+        f"A {classes[int(one.labels[0])]} slice, called {classes[int(answer.argmax())]} "
         f"({answer.max():.0%}) before the attack"
     )
     return attacked_images_figure(clean[0, 0].numpy(), shown, title=title, label=label)

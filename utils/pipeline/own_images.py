@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from utils import data
 from utils.cohort.patients import NoPatientsError
 from utils.cohort.raw import RawImages, find_raw, read_raw
 from utils.cohort.table import COMMITTED_COHORT, build_cohort, cohort_identity, known_cohort
-from utils.utils_funcs import UserError
+from utils.manifest.layout import class_of_folder
+from utils.manifest.sources import manifest_of
+from utils.utils_funcs import CLASSES, UserError
 
 PARTS = ("train", "validation", "test")
 
@@ -26,11 +29,38 @@ class OwnImages:
     Attributes:
         notes: sentences on which images were taken and how intervals count them.
         patients_known: whether the images' patients are known; else each image counts as one.
+        classes: what labels index: this project's four, or those of the data.
     """
 
     part: data.ImageSet
     notes: list[str]
     patients_known: bool
+    classes: tuple[str, ...] = CLASSES
+
+
+def classes_of(raw: str | None) -> tuple[str, ...]:
+    """The classes of images: this project's four where the folders or labels are these; else those
+    of the data, in their order.
+
+    Three of the four beside a name that is none of them are the four with a mistake, which reading
+    them names.
+
+    Raises:
+        UserError: no images.
+    """
+    found = manifest_of(_found(raw)).classes
+    known = {label for name in found if (label := class_of_folder(name)) is not None}
+    misspelled = len(known) == 3 and len(found) > 3
+    return CLASSES if len(known) == len(CLASSES) or misspelled else found
+
+
+def _found(raw: str | None) -> Path:
+    folder = find_raw(raw)
+    if folder is None:
+        raise UserError(
+            "Your own model needs images: give a folder or zip of class folders with --raw."
+        )
+    return folder
 
 
 def own_images(raw: str | None, part: str | None = None, limit: int | None = None) -> OwnImages:
@@ -44,12 +74,8 @@ def own_images(raw: str | None, part: str | None = None, limit: int | None = Non
     Raises:
         UserError: no images, or none of that part.
     """
-    folder = find_raw(raw)
-    if folder is None:
-        raise UserError(
-            "Your own model needs images: give a folder or zip of class folders with --raw."
-        )
-    images = read_raw(folder)
+    classes = classes_of(raw)
+    images = read_raw(_found(raw), any_classes=classes != CLASSES)
     rows, taken = rows_of_part(images.source_split, part)
     patients, slices, identity, alone = patients_of_images(images)
     hashes = [hashlib.sha256(images.images[row].tobytes()).hexdigest() for row in rows]
@@ -71,7 +97,9 @@ def own_images(raw: str | None, part: str | None = None, limit: int | None = Non
             f"a sample of {len(found):,} of these {len(rows):,} images, spread over classes, then "
             "patients, then slices (--limit)"
         )
-    return OwnImages(found, notes, identity is not None)
+    if classes != CLASSES:
+        notes.append(f"the classes are those of the data, {', '.join(classes)}, none is merged")
+    return OwnImages(found, notes, identity is not None, classes)
 
 
 def rows_of_part(splits: Sequence[str], part: str | None) -> tuple[np.ndarray, str]:

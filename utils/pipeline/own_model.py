@@ -1,12 +1,13 @@
 """A model of one's own, made to fit the evaluation: loaded, wrapped, tried on one image.
 
-The evaluation asks a model for one thing: float32 pixels (N, 1, H, W) in [0, 1] in, logits (N, 4)
-out, in the order Non, Very mild, Mild, Moderate.
+The evaluation asks a model for one thing: float32 pixels (N, 1, H, W) in [0, 1] in, logits (N, K)
+out, in the order of the K classes: Non, Very mild, Mild, Moderate, or those of the data.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,14 @@ from utils.utils_funcs import CLASSES, UserError
 
 #: Sizes that models commonly take, tried where an image's own is refused.
 COMMON_SIZES = (224, 128, 256, 384, 299, 96, 64, 32)
-CONTRACT = (
-    "the evaluation gives float32 pixels (N, 1, H, W) in [0, 1] and expects logits (N, 4) in the "
-    "order " + ", ".join(CLASSES)
-)
+
+
+def contract(wanted: Sequence[str] = CLASSES) -> str:
+    """What the evaluation asks of a model, for messages."""
+    return (
+        "the evaluation gives float32 pixels (N, 1, H, W) in [0, 1] and expects logits "
+        f"(N, {len(wanted)}) in the order {', '.join(wanted)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,18 @@ class Wrapping:
         channels: the gray image is repeated so many times.
         size: side in pixels that images are resized to (bilinear); None: as they are.
         mean, std: of each channel, subtracted and divided by.
-        order: which output is the logit of each class, 0 to 3.
+        order: which output is the logit of each class; empty: they stand in the classes' order.
     """
 
     channels: int = 1
     size: int | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
-    order: tuple[int, ...] = (0, 1, 2, 3)
+    order: tuple[int, ...] = ()
 
 
 class WrappedModel(nn.Module):
-    """A model behind its `Wrapping`: pixels (N, 1, H, W) in [0, 1] → logits (N, 4)."""
+    """A model behind its `Wrapping`: pixels (N, 1, H, W) in [0, 1] → logits (N, K)."""
 
     mean: Tensor
     std: Tensor
@@ -58,13 +63,13 @@ class WrappedModel(nn.Module):
         self.register_buffer("std", torch.tensor(wrapping.std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 4), in the order of the classes."""
+        """Logits (N, K), in the order of the classes."""
         wrapping = self.wrapping
         if wrapping.size is not None:
             side = (wrapping.size, wrapping.size)
             images = F.interpolate(images, side, mode="bilinear", align_corners=False)
         found = self.model((images.expand(-1, wrapping.channels, -1, -1) - self.mean) / self.std)
-        return found if wrapping.order == Wrapping.order else found[:, list(wrapping.order)]
+        return found[:, list(wrapping.order)] if wrapping.order else found
 
 
 class LogitsOf(nn.Module):
@@ -82,22 +87,25 @@ class LogitsOf(nn.Module):
 # --- Loading ------------------------------------------------------------------------------------
 
 
-def load_own(spec: str, classes: str | None = None) -> tuple[nn.Module, Wrapping]:
+def load_own(
+    spec: str, classes: str | None = None, wanted: Sequence[str] = CLASSES
+) -> tuple[nn.Module, Wrapping]:
     """The model that `spec` names, in eval mode, and the wrapping that it says itself.
 
     Args:
         spec: `module:function`, `hf:ORG/NAME` (or a folder), `timm:NAME@checkpoint.safetensors`, or
             a checkpoint of this project.
         classes: the order of its outputs, where the names that it brings do not say it.
+        wanted: the classes of the data.
 
     Raises:
         UserError: in one sentence, what is wrong with it.
     """
     kind, _, rest = spec.partition(":")
     if kind == "hf":
-        return from_transformers(rest, classes)
+        return from_transformers(rest, classes, wanted)
     if kind == "timm":
-        return from_timm(rest)
+        return from_timm(rest, len(wanted))
     if spec.endswith(".safetensors"):
         return load_model(spec), Wrapping()
     return model_from_factory(spec), Wrapping()
@@ -122,7 +130,9 @@ def model_from_factory(spec: str) -> nn.Module:
     return model.eval()
 
 
-def from_transformers(name: str, classes: str | None = None) -> tuple[nn.Module, Wrapping]:
+def from_transformers(
+    name: str, classes: str | None = None, wanted: Sequence[str] = CLASSES
+) -> tuple[nn.Module, Wrapping]:
     """An image classifier of the transformers library, by its name on the hub or its folder, with
     the size and normalization of its preprocessor, and its classes by their names, or `classes`."""
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -143,13 +153,15 @@ def from_transformers(name: str, classes: str | None = None) -> tuple[nn.Module,
         mean=tuple(processor.image_mean or (0.0,) * channels),
         std=tuple(processor.image_std or (1.0,) * channels),
         order=order_of(
-            classes.split(",") if classes else list(model.config.id2label.values()), f"hf:{name}"
+            classes.split(",") if classes else list(model.config.id2label.values()),
+            f"hf:{name}",
+            wanted,
         ),
     )
     return LogitsOf(model).eval(), wrapping
 
 
-def from_timm(text: str) -> tuple[nn.Module, Wrapping]:
+def from_timm(text: str, n_classes: int = len(CLASSES)) -> tuple[nn.Module, Wrapping]:
     """A model of the timm library with the weights of a file, and its own normalization."""
     import timm
     from timm.data import resolve_data_config
@@ -164,12 +176,12 @@ def from_timm(text: str) -> tuple[nn.Module, Wrapping]:
     try:
         state = load_state_dict(file)
         first = next(value for value in state.values() if value.ndim == 4)
-        model = timm.create_model(name, num_classes=len(CLASSES), in_chans=first.shape[1])
+        model = timm.create_model(name, num_classes=n_classes, in_chans=first.shape[1])
         model.load_state_dict(state)
     except Exception as error:  # noqa: BLE001  timm and torch raise many kinds
         raise UserError(
             f"timm:{text} could not be loaded ({_short(error)}): name timm's model that the "
-            "weights are of, with four classes."
+            f"weights are of, with {n_classes} classes."
         ) from error
     config = resolve_data_config({}, model=model)
     channels = int(first.shape[1])
@@ -177,19 +189,33 @@ def from_timm(text: str) -> tuple[nn.Module, Wrapping]:
     return model.eval(), Wrapping(channels=channels, mean=mean, std=std)
 
 
-def order_of(names: Sequence[str], source: str) -> tuple[int, ...]:
+def order_of(names: Sequence[str], source: str, wanted: Sequence[str] = CLASSES) -> tuple[int, ...]:
     """Which output is the logit of each class, from the names of the outputs in their order.
 
+    Args:
+        wanted: the classes of the data.
+
     Raises:
-        UserError: they are not the four classes, each once.
+        UserError: they are not these classes, each once.
     """
-    found = [class_of_folder(name) for name in names]
-    if sorted(found, key=str) != [0, 1, 2, 3]:
+    if tuple(wanted) == CLASSES:
+        found = [class_of_folder(name) for name in names]
+        expected = "the four of this project"
+    else:
+        place = {_plain(name): label for label, name in enumerate(wanted)}
+        found = [place.get(_plain(name)) for name in names]
+        expected = f"the {len(wanted)} of the data, {', '.join(wanted)},"
+    if sorted(found, key=str) != sorted(range(len(wanted)), key=str):
         raise UserError(
-            f"{source} has the classes {', '.join(map(str, names))}: expected the four of this "
-            f"project in any order; say with --classes which they are, as {','.join(CLASSES)}."
+            f"{source} has the classes {', '.join(map(str, names))}: expected {expected} in any "
+            f"order; say with --classes which they are, as {','.join(wanted)}."
         )
-    return tuple(found.index(label) for label in range(len(CLASSES)))
+    return tuple(found.index(label) for label in range(len(wanted)))
+
+
+def _plain(name: str) -> str:
+    """A class's name as far as its letters and digits say it."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 # --- One image first ----------------------------------------------------------------------------
@@ -204,6 +230,7 @@ def wrapped(
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     classes: str | None = None,
+    wanted: Sequence[str] = CLASSES,
 ) -> nn.Module:
     """The model behind its own wrapping, changed by what the command line asks for."""
     channels = channels or wrapping.channels
@@ -217,23 +244,26 @@ def wrapped(
             )
     if any(value <= 0 for value in std):
         raise UserError(f"--std holds {min(std)}: expected positive numbers.")
-    order = order_of(classes.split(","), "--classes") if classes else wrapping.order
+    order = order_of(classes.split(","), "--classes", wanted) if classes else wrapping.order
+    if order == tuple(range(len(wanted))):
+        order = ()
     asked = Wrapping(channels, size or wrapping.size, mean or own_mean, std or own_std, order)
     return model if asked == Wrapping() else WrappedModel(model, asked).eval()
 
 
-def try_one(model: nn.Module, image: Tensor, spec: str) -> None:
+def try_one(model: nn.Module, image: Tensor, spec: str, wanted: Sequence[str] = CLASSES) -> None:
     """Shows the model one image, and says what is wrong where it does not answer as it must.
 
     Args:
         image: float32 (1, 1, H, W) in [0, 1].
+        wanted: the classes of the data.
 
     Raises:
         UserError: in one sentence, what was found and what to give instead.
     """
     if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
         raise UserError(
-            f"{spec} is in double precision and {CONTRACT}: return model.float() instead."
+            f"{spec} is in double precision and {contract(wanted)}: return model.float() instead."
         )
     try:
         with torch.no_grad():
@@ -242,9 +272,9 @@ def try_one(model: nn.Module, image: Tensor, spec: str) -> None:
         remedy = _remedy(model, image)
         raise UserError(
             f"{spec} does not take an image of shape {tuple(image.shape)} ({_short(error)}), and "
-            f"{CONTRACT}: {remedy}."
+            f"{contract(wanted)}: {remedy}."
         ) from error
-    _check_answer(found, spec)
+    _check_answer(found, spec, wanted)
 
 
 def _remedy(model: nn.Module, image: Tensor) -> str:
@@ -265,8 +295,8 @@ def _remedy(model: nn.Module, image: Tensor) -> str:
     return "no usual number of channels or size helps; wrap it in a module that takes such images"
 
 
-def _check_answer(found: object, spec: str) -> None:
-    """Refuses an answer (to one image) that is no row of four logits."""
+def _check_answer(found: object, spec: str, wanted: Sequence[str]) -> None:
+    """Refuses an answer (to one image) that is no row of a logit a class."""
     if not isinstance(found, Tensor):
         if hasattr(found, "logits"):
             what, remedy = type(found).__name__, "return output.logits"
@@ -277,11 +307,11 @@ def _check_answer(found: object, spec: str) -> None:
             what, remedy = type(found).__name__, "return its first part, if that is the logits"
         else:
             what, remedy = type(found).__name__, "return a tensor"
-        raise UserError(f"{spec} answers with a {what}, and {CONTRACT}: {remedy}.")
-    if tuple(found.shape) != (1, len(CLASSES)) or not found.is_floating_point():
+        raise UserError(f"{spec} answers with a {what}, and {contract(wanted)}: {remedy}.")
+    if tuple(found.shape) != (1, len(wanted)) or not found.is_floating_point():
         raise UserError(
             f"{spec} answers one image with {found.dtype} of shape {tuple(found.shape)}, and "
-            f"{CONTRACT}: give a model with four outputs."
+            f"{contract(wanted)}: give a model with {len(wanted)} outputs."
         )
 
 

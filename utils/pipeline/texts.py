@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,12 @@ def _defaults_rows(known: dict, attacked: bool) -> list[str]:
 
 def sanity_text(result: RunResult) -> str:
     """The sanity checks of one evaluation with their verdicts."""
+    return checks_text(result.meta["sanity"])
+
+
+def checks_text(checks: Sequence[dict]) -> str:
+    """Checks with their verdicts, in a line each."""
     return "\n".join(
         f"{'ok' if check['passed'] else 'LOOK':>4}  {check['check']:<28} {check['note']}"
-        for check in result.meta["sanity"]
+        for check in checks
     )

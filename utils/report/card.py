@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,59 @@ from utils.config import parse_eps
 from utils.drawing import canvas, show, styled
 from utils.evaluation.records import Record
 from utils.evaluation.sanity import verdict
+from utils.evaluation.schema import Scores
 from utils.report.rendering import TEMPLATES
 from utils.utils_funcs import atomic_path, write_json
 
 
+@dataclass(frozen=True)
+class Card:
+    """What a card shows.
+
+    Attributes:
+        clean: name of a score → it; worst: eps → the same of what withstood every attack.
+        shown: scores of the table, by name, as a reader reads them.
+        checks: rows of the sanity table.
+        content: of the JSON file.
+    """
+
+    model: str
+    suite: str
+    clean: Scores
+    worst: dict[str, Scores]
+    shown: dict[str, str]
+    checks: list[dict]
+    n_slices: int
+    n_patients: int
+    content: dict
+
+
+def card_of(record: Record) -> Card:
+    """The card of a record."""
+    evaluation = record.evaluation
+    suite = record.config.get("suite", "")
+    return Card(
+        model=record.model,
+        suite=suite if isinstance(suite, str) else ", ".join(suite),
+        clean=evaluation.clean.slice,
+        worst={eps: worst.scores for eps, worst in evaluation.worst_case.items()},
+        shown=SHOWN,
+        checks=[check.to_json() for check in record.sanity],
+        n_slices=evaluation.clean.n_slices,
+        n_patients=evaluation.clean.n_patients,
+        content=record.to_json(),
+    )
+
+
 def write_card(
     path: Path,
-    record: Record,
+    card: Card,
     notes: Sequence[str],
     example: Figure | None,
     *,
     patients_known: bool = True,
 ) -> Path:
-    """Writes the page, and beside it the record as JSON; returns the latter's path.
+    """Writes the page, and beside it the same as JSON; returns the latter's path.
 
     Args:
         path: of the page.
@@ -38,28 +79,23 @@ def write_card(
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined
     )
-    evaluation = record.evaluation
-    checks = [check.to_json() for check in record.sanity]
     page = environment.get_template("card.html.j2").render(
-        record=record,
+        card=card,
         notes=notes,
-        clean={name: show(score, "percent") for name, score in evaluation.clean.slice.items()},
-        n_slices=evaluation.clean.n_slices,
-        n_patients=evaluation.clean.n_patients if patients_known else None,
+        clean={name: show(score, "percent") for name, score in card.clean.items()},
+        n_patients=card.n_patients if patients_known else None,
         worst={
-            eps: [show(worst.scores[name], "percent") for name in SHOWN]
-            for eps, worst in evaluation.worst_case.items()
+            eps: [show(scores[name], "percent") for name in card.shown]
+            for eps, scores in card.worst.items()
         },
-        shown=SHOWN,
-        checks=checks,
-        verdict=verdict(checks),
-        curve=as_image(curve_figure(record)),
+        verdict=verdict(card.checks),
+        curve=as_image(curve_figure(card)),
         example=None if example is None else as_image(example),
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     json_path = path.with_suffix(".json")
-    write_json(json_path, record.to_json())
+    write_json(json_path, card.content)
     return json_path
 
 
@@ -71,16 +107,12 @@ SHOWN = {
 
 
 @styled
-def curve_figure(record: Record) -> Figure:
+def curve_figure(card: Card) -> Figure:
     """Accuracy against eps under the worst case, with its interval."""
-    evaluation = record.evaluation
-    points = [(0.0, evaluation.clean.slice["accuracy"])]
-    points += [
-        (255 * parse_eps(eps), worst.scores["accuracy"])
-        for eps, worst in evaluation.worst_case.items()
-    ]
+    points = [(0.0, card.clean["accuracy"])]
+    points += [(255 * parse_eps(eps), scores["accuracy"]) for eps, scores in card.worst.items()]
     points.sort(key=lambda point: point[0])
-    figure, axes = canvas(1, 1, (5.5, 3.4), "", record.model)
+    figure, axes = canvas(1, 1, (5.5, 3.4), "", card.model)
     panel = axes[0, 0]
     eps = np.array([point[0] for point in points])
     values = np.array([100 * (score.value or 0) for _, score in points])

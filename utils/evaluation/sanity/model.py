@@ -20,12 +20,11 @@ from utils.evaluation.sanity.rows import (
 from utils.evaluation.suite_run import SuiteRun
 from utils.model_state import frozen
 from utils.prediction import predict
-from utils.utils_funcs import CLASSES
 
 #: How often the same images are predicted: a model that draws one of five sizes at random gives the
 #: same answers as often once in ten million evaluations.
 PREDICTIONS = 10
-#: How far the sum of four probabilities may lie from 1: bfloat16 has eight bits.
+#: How far the sum of probabilities may lie from 1: bfloat16 has eight bits.
 SUM_OF_PROBABILITIES = 0.02
 
 
@@ -76,7 +75,8 @@ def classes_in_order(run: SuiteRun) -> dict:
 
     `figure`: balanced accuracy in the given order and in the best one.
     """
-    counts = np.zeros((len(CLASSES), len(CLASSES)))
+    classes = run.classes
+    counts = np.zeros((len(classes), len(classes)))
     np.add.at(counts, (run.labels, decisions(run.clean)), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     present = counts.sum(1) > 0
@@ -88,14 +88,14 @@ def classes_in_order(run: SuiteRun) -> dict:
     more = counts[labels, outputs].sum() - np.diag(counts).sum()
     swapped = best > given + 0.25 and more > 3 * np.sqrt(counts.sum())
     wrong = (decisions(run.clean) != run.labels).sum()
-    below = wrong - (1 - 1 / len(CLASSES)) * counts.sum() > 3 * np.sqrt(counts.sum()) / 2
+    below = wrong - (1 - 1 / len(classes)) * counts.sum() > 3 * np.sqrt(counts.sum()) / 2
     note = "the outputs stand in the order of the classes"
     if swapped:
-        order = [CLASSES[label] for label in np.argsort(outputs)]
+        order = [classes[label] for label in np.argsort(outputs)]
         note = (
             f"the model seems to answer in the order {', '.join(order)}: in that order "
             f"{best:.0%} are right and not {given:.0%}, so reorder its outputs to "
-            f"{', '.join(CLASSES)}"
+            f"{', '.join(classes)}"
         )
     elif below:
         note = (
@@ -167,7 +167,7 @@ def batch_independent(run: SuiteRun) -> dict:
 
 def not_constant(run: SuiteRun) -> dict:
     """Whether the answers differ between images."""
-    counts = np.bincount(decisions(run.clean), minlength=len(CLASSES))
+    counts = np.bincount(decisions(run.clean), minlength=len(run.classes))
     share = float(counts.max() / len(run.labels))
     passed = share < 0.99 or len(np.unique(run.labels)) == 1
     note = "the model gives different images different answers"
