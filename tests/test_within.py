@@ -83,7 +83,10 @@ def config_of(fold: int, protocol: str = "within", **changes: object) -> RunConf
 
 
 def test_the_parts_hold_the_same_images_of_the_same_patients(workspace):
-    sets = [load_sets(workspace, config_of(fold, max_train=None)) for fold in range(data.N_FOLDS)]
+    sets = [
+        load_sets(workspace, config_of(fold, max_train=None, max_test=None))
+        for fold in range(data.N_FOLDS)
+    ]
     pixels: dict[str, set[str]] = {part: set() for part in within.PARTS}
     for one in sets:
         test, trained = one["test"], set(one["train"].patients.tolist())
@@ -103,7 +106,7 @@ def test_permuted_patients_keep_one_label_in_all_sets_and_folds(workspace):
     changed = False
     for fold in (0, 1):
         plain, permuted = (
-            load_sets(workspace, config_of(fold, protocol, max_train=None))
+            load_sets(workspace, config_of(fold, protocol, max_train=None, max_test=None))
             for protocol in ("within", "within_permuted")
         )
         for name, part in permuted.items():

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -354,12 +355,10 @@ def environment() -> dict[str, str]:
 
 
 def print_environment() -> None:
-    """Prints hardware, device and versions in one line; every notebook starts with it."""
-    versions = environment()
-    print(
-        f"{hardware()} · device {choose_device()} · "
-        + " · ".join(f"{name} {version}" for name, version in versions.items())
-    )
+    """Prints hardware, device and versions; every notebook starts with it."""
+    versions = [f"{name} {version}" for name, version in environment().items()]
+    text = " · ".join([hardware(), f"device {choose_device()}", *versions])
+    print(textwrap.fill(text, 96, break_on_hyphens=False))
 
 
 def git_state() -> dict[str, str | bool]:

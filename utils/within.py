@@ -71,6 +71,7 @@ def load_sets(
     permuted: bool,
     cohort_sha256: str | None = None,
     max_train: int | None = None,
+    max_test: int | None = None,
 ) -> dict[str, data.ImageSet]:
     """Training, validation and test set of one fold, from the prepared sets of protocol `patient`.
 
@@ -78,6 +79,7 @@ def load_sets(
         permuted: labels are permuted among patients, so that nothing can be learned but who a
             patient is: a control.
         max_train: train on only so many slices (None: all), chosen by `data.spread`.
+        max_test: validate, and test in each part, on only so many (None: all), chosen likewise.
 
     Raises:
         UserError: a set is missing, damaged or of another cohort, or the patients have too few
@@ -107,8 +109,10 @@ def load_sets(
                 f"Protocol within finds no slice for its part {name!r} in fold {fold}: patients "
                 f"have too few slices (expected about {PERIOD} or more each)."
             )
-    if max_train is not None:
-        chosen["train"] = chosen["train"].pick(data.spread(chosen["train"], max_train))
+    limits = {"train": max_train} | dict.fromkeys(("validation", "same", "other"), max_test)
+    for name, limit in limits.items():
+        if limit is not None:
+            chosen[name] = chosen[name].pick(data.spread(chosen[name], limit))
     test = joined([chosen["same"], chosen["other"]], "within test")
     return {"train": chosen["train"], "validation": chosen["validation"], "test": test}
 

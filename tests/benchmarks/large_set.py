@@ -81,7 +81,8 @@ def main() -> None:
         rows = [
             measure(command, environment)
             for command in (
-                ["utils.manifest", str(folder / "raw"), "--out", manifest],
+                # As in that set, the files' names say whose they are.
+                ["utils.manifest", str(folder / "raw"), "--out", manifest, "--patient", r"P_\d+"],
                 ["utils.audit", manifest, "--out", str(folder / "audit.html")],
                 ["utils.experiment", "prepare", "--raw", manifest],
             )

@@ -377,7 +377,8 @@ def _audit_one(images: RawImages, raw: Path, out: Path) -> None:
     if not found:
         print(
             f"No patients can be told apart in {raw}: its images show no gap between groups of "
-            "slices.",
+            "slices. Augmented copies (turned, shifted or noisy) fill the gap: leave them out, or "
+            "give patient ids in a manifest.",
             file=sys.stderr,
         )
         sys.exit(NO_PATIENTS)

@@ -87,7 +87,8 @@ def find_patients(vectors: np.ndarray, levels: np.ndarray) -> Patients:
         raise NoPatientsError(
             f"No gap separates patients in these {len(vectors)} images: their links thin out "
             "evenly, so patients cannot be told apart from the pixels; expected several "
-            "neighboring slices of each of several patients.",
+            "neighboring slices of each of several patients, without augmented copies (turned, "
+            "shifted or noisy ones fill the gap: leave them out), or patient ids in a manifest.",
             tree[:, 2],
         )
     group = np.full(len(vectors), -1)

@@ -26,7 +26,7 @@ from utils.pipeline.example import example_command
 from utils.pipeline.explanations import attacks_figure
 from utils.pipeline.other_classes import attack_other_classes, card_of_other, other_text
 from utils.pipeline.own_images import OwnImages, classes_of, own_images
-from utils.pipeline.own_model import load_own, try_one, wrapped
+from utils.pipeline.own_model import is_factory, load_own, try_one, wrapped
 from utils.pipeline.stages import suite_rows
 from utils.pipeline.store import RunResult, add_run
 from utils.pipeline.texts import checks_text, sanity_text
@@ -234,6 +234,8 @@ def attack_command(
             "cohort_sha256": workspace.cohort_sha256,
         }
     else:
+        # A function of yours is called before any data are read; other models need the classes.
+        given = load_own(model) if is_factory(model) else None
         wanted = classes_of(raw)
         if wanted != CLASSES and classes is None:
             raise UserError(
@@ -241,7 +243,7 @@ def attack_command(
                 "project: say with --classes in which order your model's outputs stand, such as "
                 f"{','.join(wanted)}."
             )
-        own, wrapping = load_own(model, classes, wanted)
+        own, wrapping = given or load_own(model, classes, wanted)
         network = wrapped(
             own,
             wrapping,

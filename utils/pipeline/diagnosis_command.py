@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Literal
 
 import tyro
@@ -35,7 +36,8 @@ def run_available(
                 else run_sequence(workspace, fold, retrain=retrain)
             )
         except MissingMembersError as error:
-            print(f"{model} · {protocol} fold {fold} is left out: {error}")
+            text = f"{model} · {protocol} fold {fold} is left out: {error}"
+            print(textwrap.fill(text, 96, subsequent_indent="  ", break_on_hyphens=False))
     return record
 
 

@@ -87,6 +87,11 @@ class LogitsOf(nn.Module):
 # --- Loading ------------------------------------------------------------------------------------
 
 
+def is_factory(spec: str) -> bool:
+    """Whether a model is named as `module:function`."""
+    return not (spec.startswith(("hf:", "timm:")) or spec.endswith(".safetensors"))
+
+
 def load_own(
     spec: str, classes: str | None = None, wanted: Sequence[str] = CLASSES
 ) -> tuple[nn.Module, Wrapping]:

@@ -223,9 +223,8 @@ def _sources_to_run(
         members_of(workspace, config, missing[-1])  # raises, and names the command that trains them
     if left_out := [" + ".join(source) for source in missing if source not in trained]:
         print(
-            f"Sequence patient {config.run_name}: without the features of {', '.join(left_out)}, "
-            "whose models are not "
-            "trained here.",
+            f"Sequence patient {config.run_name}: without the features of\n  "
+            f"{', '.join(left_out)}, whose models are not trained here.",
             flush=True,
         )
     return trained

@@ -16,6 +16,7 @@ from utils.pipeline.driver import Run, on_fold_0
 from utils.pipeline.stages import search_label
 from utils.pipeline.store import RunResult
 from utils.pipeline.workspace import Workspace, load_sets
+from utils.report.tables import markdown
 from utils.utils_funcs import CLASSES, ROOT, read_json
 
 # --- Data ---------------------------------------------------------------------------------------
@@ -138,8 +139,29 @@ def search_text(runs: list[Run]) -> str:
     profile = runs[0].workspace.profile
     return (
         "\n\n".join(texts)
-        or f"no search in profile {profile}, or its trials are on another machine"
+        or f"No search in profile {profile}, or its trials are on another machine: the settings "
+        "are those of utils/config.py."
     )
+
+
+def fits_markdown(runs: list[Run]) -> str:
+    """How each run was trained, a line each, as Markdown."""
+    table = [["run", "epoch kept", "validation balanced accuracy", "arithmetic", "init", "seconds"]]
+    for run in runs:
+        fit, config = run.fit, run.requested
+        kept = fit.history[fit.best_epoch - 1]
+        table.append(
+            [
+                f"`{config.protocol}` fold {config.fold}, seed {config.seed}",
+                f"{fit.best_epoch} of {len(fit.history)}"
+                + (" (answered one class)" if fit.one_class else ""),
+                f"{kept['validation_balanced_accuracy']:.3f}",
+                fit.precision,
+                fit.init,
+                f"{fit.seconds:,.0f}",
+            ]
+        )
+    return markdown(table)
 
 
 def search_figures(runs: list[Run]) -> list[Figure]:

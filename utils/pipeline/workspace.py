@@ -226,6 +226,7 @@ def load_sets(workspace: Workspace, config: RunConfig) -> dict[str, data.ImageSe
             permuted=config.protocol == "within_permuted",
             cohort_sha256=workspace.cohort_sha256,
             max_train=config.max_train,
+            max_test=config.max_test,
         )
     return data.load_sets(
         workspace.sets,

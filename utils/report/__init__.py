@@ -14,6 +14,15 @@ from utils.report.files import (
     explained_path,
 )
 from utils.report.model_card import model_card, write_model_card
+from utils.report.notebook import (
+    checks_markdown,
+    folded,
+    maps_markdown,
+    model_findings_markdown,
+    model_scores_markdown,
+    sweep_markdown,
+    text_as_markdown,
+)
 from utils.report.original import original_markdown
 from utils.report.page import (
     BEGIN,
@@ -39,6 +48,13 @@ from utils.report.tables import (
 )
 
 __all__ = [
+    "text_as_markdown",
+    "sweep_markdown",
+    "model_scores_markdown",
+    "model_findings_markdown",
+    "maps_markdown",
+    "folded",
+    "checks_markdown",
     "BEGIN",
     "END",
     "RESULTS_PAGE",
