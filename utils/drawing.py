@@ -168,7 +168,9 @@ def picture(path: Path | str, width: int = 900) -> ShownImage:
 
     file = io.BytesIO()
     with Image.open(path) as image:
-        image.convert("RGB").save(file, format="jpeg", quality=80, optimize=True)
+        shown = image.convert("RGB")
+        shown.thumbnail((width, 10 * width))
+        shown.save(file, format="jpeg", quality=80, optimize=True)
     return Shown(data=file.getvalue(), format="jpeg", width=width)
 
 
