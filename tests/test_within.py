@@ -14,6 +14,7 @@ from utils.evaluation import records
 from utils.evaluation.within import gaps, same_slices
 from utils.pipeline.driver import Run
 from utils.pipeline.workspace import Workspace, load_sets
+from utils.report import read_within, within_markdown
 from utils.training.validation import epoch_to_keep
 from utils.utils_funcs import UserError
 
@@ -144,10 +145,14 @@ def test_a_run_leaves_a_record_whose_variants_are_the_parts(workspace, protocol)
     assert [gap.eps for gap in found] == [None, "1/255", "4/255"]
     for gap in found:
         assert gap.difference.value == pytest.approx(gap.same.value - gap.other.value, abs=2e-6)
+    text = within_markdown([record])
+    assert f"`Resnet`, `{protocol}`" in text
+    assert "| 4/255 |" in text
     robust = [gap.same.value for gap in found]
     assert robust == sorted(robust, reverse=True)
     assert (workspace.root / "assets" / "Resnet" / f"{protocol}.json").is_file()
     assert records.read_records(workspace.root) == {}  # no row of the result tables
+    assert protocol in [one.protocol for one in read_within(workspace.root)]
 
 
 # -- gaps of predictions whose answers are known ---------------------------------------------------
@@ -232,3 +237,4 @@ def test_a_record_without_matching_folds_has_no_gaps():
     rows["file_sha256"][:120] = 255
     object.__setattr__(record, "predictions", rows)
     assert gaps(record, n_boot=10) == []
+    assert "fold k + 2" in within_markdown([record])

@@ -170,7 +170,7 @@ def picture(path: Path | str, width: int = 900) -> ShownImage:
     with Image.open(path) as image:
         shown = image.convert("RGB")
         shown.thumbnail((width, 10 * width))
-        shown.save(file, format="jpeg", quality=80, optimize=True)
+        shown.save(file, format="jpeg", quality=70, optimize=True)
     return Shown(data=file.getvalue(), format="jpeg", width=width)
 
 

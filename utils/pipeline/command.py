@@ -68,7 +68,8 @@ def run_command(arguments: list[str]) -> None:
     )
     workspace = open_workspace(command.config.profile, command.raw)
     if record := Run(workspace, command.config, retrain=command.retrain).save():
-        print(report.results_text([record]))
+        within = record.protocol in report.WITHIN
+        print(report.within_markdown([record]) if within else report.results_text([record]))
 
 
 def train_command(

@@ -46,8 +46,12 @@ from utils.report.tables import (
     runs_text,
     scores_markdown,
 )
+from utils.report.within import WITHIN, read_within, within_markdown
 
 __all__ = [
+    "WITHIN",
+    "read_within",
+    "within_markdown",
     "text_as_markdown",
     "sweep_markdown",
     "model_scores_markdown",

@@ -17,6 +17,7 @@ from utils.report.address import write_address
 from utils.report.files import draw_figures
 from utils.report.page import write_readme
 from utils.report.tables import results_text
+from utils.report.within import read_within, within_markdown
 from utils.utils_funcs import (
     ROOT,
     UserError,
@@ -95,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "command", choices=("figures", "readme", "table", "recompute", "address", "publish")
+        "command",
+        choices=("figures", "readme", "table", "within", "recompute", "address", "publish"),
     )
     parser.add_argument(
         "--root", type=Path, help="tree that holds assets/ (for publish: the run to publish)"
@@ -107,6 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.command == "table":
             print(results_text([*read_records(root).values()]))
+            return
+        if options.command == "within":
+            print(within_markdown(read_within(root)))
             return
         written = {
             "figures": draw_figures,
