@@ -33,7 +33,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import textwrap
 import threading
 import time
 import tomllib
@@ -48,8 +47,6 @@ MARKER = "alzheimer-environment.json"
 NEWEST_TESTED = (3, 13)
 
 PREPARE = "dataset/prepare_dataset.ipynb"
-#: Of a folder with more files than this, the list of what a run wrote gives their number.
-LISTED = 24
 #: Every notebook of the study in the order in which it runs; each reads what those before it wrote.
 NOTEBOOKS = (
     PREPARE,
@@ -184,24 +181,15 @@ def first_error(notebook: dict) -> str | None:
     return None
 
 
-def describe_files(files: Sequence[Path], root: Path) -> list[str]:
-    """The names of `files`, a paragraph for each folder, wrapped at 118 characters."""
-    folders: dict[str, list[str]] = {}
-    for file in sorted(files):
-        folders.setdefault(file.relative_to(root).parent.as_posix(), []).append(file.name)
-    lines = []
-    for folder, names in folders.items():
-        if len(names) > LISTED:
-            names = [*names[:3], f"… {len(names):,} files"]
-        lines += textwrap.wrap(
-            f"{folder}/: {', '.join(names)}",
-            118,
-            initial_indent="  ",
-            subsequent_indent="      ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return lines
+def where_to_look(root: Path, files: Sequence[Path]) -> list[str]:
+    """Three lines that say where a run left what a reader wants to see."""
+    notebooks = sum(file.suffix == ".ipynb" for file in files)
+    return [
+        f"notebooks with their outputs ({notebooks}): {root / 'models'} and {root / 'dataset'}; "
+        "results.ipynb compares all models",
+        f"figures and records: {root / 'assets'}, a folder a model",
+        f"all of it, {len(files):,} files: {root}",
+    ]
 
 
 def written_files(root: Path, since: float) -> list[Path]:
@@ -255,16 +243,23 @@ def write_atomically(path: Path, text: str) -> None:
 STOP = threading.Event()
 
 
-class ProgressLine:
-    """Tells on standard output that some work runs, and at its end how long it took.
+#: Seconds after which a step that runs says so again.
+SILENT = 12
 
-    On a terminal it is one line that counts the seconds. Where other work runs at the same time
-    (`alone` is False) the start and the end are lines of their own.
+
+class ProgressLine:
+    """Tells on standard output that some work runs, how far it is, and at its end how long it took.
+
+    On a terminal it is one line that counts the seconds; elsewhere it says every `SILENT` seconds
+    that it runs. Where other work runs at the same time (`alone` is False) the start and the end
+    are lines of their own.
     """
 
     def __init__(self, text: str, alone: bool = True) -> None:
         self.text, self.start, self.alone = text, time.monotonic(), alone
+        self.said = self.start
         self.live = alone and sys.stdout.isatty()
+        self.open = alone  # whether the cursor stands at the end of the line that was begun
         if alone:
             print(f"{text} … ", end="", flush=True)
         else:
@@ -275,16 +270,21 @@ class ProgressLine:
         passed = time.monotonic() - self.start
         return f"{passed:.0f} s" if passed < 600 else f"{passed / 60:.0f} min"
 
-    def tick(self) -> None:
-        """Shows the time on the line of the step, in a terminal."""
+    def tick(self, detail: str = "") -> None:
+        """Shows the time, and what the step is at (`detail`), where it was silent for long."""
+        words = f"{detail}, {self.seconds()}" if detail else self.seconds()
         if self.live:
-            print(f"\r{self.text} … {self.seconds()} ", end="", flush=True)
+            print(f"\r{self.text} … {words} \033[K", end="", flush=True)
+        elif time.monotonic() - self.said >= SILENT:
+            self.said = time.monotonic()
+            print(("\n" if self.open else "") + f"    {self.text}: {words}", flush=True)
+            self.open = False
 
     def done(self, word: str = "") -> None:
         """Ends the line; `word` says how the work ended where it was no success."""
-        start = "" if self.alone and not self.live else f"{self.text} … "
+        start = "" if self.open and not self.live else f"{self.text} … "
         if self.live:
-            start = f"\r{start}"
+            start = f"\r{start}\033[K"
         print(f"{start}{word}{' after ' if word else ''}{self.seconds()}", flush=True)
 
 
@@ -294,11 +294,15 @@ def run_module(
     *arguments: str,
     line: ProgressLine | None = None,
     environment: dict[str, str] | None = None,
+    detail: Callable[[], str] = str,
 ) -> subprocess.CompletedProcess:
     """Runs `python -m module arguments` from the root; it ends when this process does."""
     script = [str(ROOT / "reproduce.py"), "--as-module", str(os.getpid())]
     return run_quietly(
-        [str(python), *script, module, *arguments], line=line, environment=environment
+        [str(python), *script, module, *arguments],
+        line=line,
+        environment=environment,
+        detail=detail,
     )
 
 
@@ -307,8 +311,10 @@ def run_quietly(
     *,
     line: ProgressLine | None = None,
     environment: dict[str, str] | None = None,
+    detail: Callable[[], str] = str,
 ) -> subprocess.CompletedProcess:
-    """Runs a command from the root and returns its output, while `line` counts the seconds."""
+    """Runs a command from the root and returns its output, while `line` counts the seconds and
+    shows what `detail` says of how far it is."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -329,7 +335,7 @@ def run_quietly(
                 if STOP.is_set():
                     raise KeyboardInterrupt from None
                 if line:
-                    line.tick()
+                    line.tick(detail())
     except BaseException:
         process.terminate()
         try:
@@ -714,10 +720,13 @@ def run_notebook(
         kernel,
         "--no-progress-bar",
         "--no-log-output",
+        "--autosave-cell-every",
+        "5",
         "--cwd",
         str((ROOT / notebook).parent),
         line=line,
         environment=environment,
+        detail=lambda: how_far(after),
     )
     executed = source
     # It may have ended before it wrote, or while it wrote.
@@ -739,6 +748,28 @@ def run_notebook(
         raise ReproduceError(f"{notebook} failed: {reason}\nWhat it did so far: {failed}")
     failed.unlink(missing_ok=True)
     line.done()
+
+
+def how_far(executing: Path) -> str:
+    """Which cell of a notebook runs, of how many, and under which heading, from the copy that
+    papermill keeps of it: `cell 7 of 12, Attack`. Empty where that says nothing yet."""
+    try:
+        cells = json.loads(executing.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return ""  # it is not there yet, or is being written
+    heading, number, count, found = "", 0, 0, ""
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and source.startswith("## "):
+            heading = source[3:].split("\n")[0]
+        if cell["cell_type"] == "code":
+            count += 1
+            if not found:
+                number = count
+                status = cell.get("metadata", {}).get("papermill", {}).get("status")
+                if status != "completed":
+                    found = heading or "set-up"
+    return f"cell {number} of {count}, {found}" if found else ""
 
 
 def read_notebook(path: Path) -> dict:
@@ -849,9 +880,7 @@ def run_workspace(python: Path, options: argparse.Namespace, environment: dict[s
         if root == ROOT:
             report(python, environment, "readme")
         files = written_files(root, start)
-        print(
-            f"\nWritten under {root} ({len(files)} files):", *describe_files(files, root), sep="\n"
-        )
+        print("", *where_to_look(root, files), sep="\n")
 
 
 def report(python: Path, environment: dict[str, str], *arguments: str) -> None:

@@ -453,7 +453,7 @@ def test_an_exception_is_reported_without_its_type():
     assert reproduce.last_line(text) == "No data."
 
 
-def test_what_was_written_is_listed_by_folder(tmp_path):
+def test_what_was_written_is_said_in_three_lines(tmp_path):
     for name in (
         "assets/Resnet/slice.json",
         "assets/Resnet/patient.json",
@@ -463,10 +463,59 @@ def test_what_was_written_is_listed_by_folder(tmp_path):
     ):
         reproduce.write_atomically(tmp_path / name, "x")
     files = reproduce.written_files(tmp_path, since=0)
-    assert reproduce.describe_files(files, tmp_path) == [
-        "  assets/Resnet/: patient.json, slice.json",
-        "  models/: a.ipynb",
+    lines = reproduce.where_to_look(tmp_path, files)
+    assert len(lines) == 3
+    assert "outputs (1)" in lines[0]
+    assert "3 files" in lines[2]
+
+
+def papermill_copy(*cells: tuple[str, str, str]) -> str:
+    return json.dumps(
+        {
+            "cells": [
+                {
+                    "cell_type": kind,
+                    "source": [source],
+                    "metadata": {"papermill": {"status": status}} if status else {},
+                }
+                for kind, source, status in cells
+            ]
+        }
+    )
+
+
+def test_a_notebook_says_which_cell_runs(tmp_path):
+    path = tmp_path / "copy.ipynb"
+    assert reproduce.how_far(path) == ""
+    path.write_text('{"cells": [', encoding="utf-8")
+    assert reproduce.how_far(path) == "", "it is being written"
+    cells = [
+        ("markdown", "# Title", ""),
+        ("code", "import sys", "completed"),
+        ("markdown", "## Attack\n\nText.", ""),
+        ("code", "attack()", "running"),
+        ("markdown", "## Record", ""),
+        ("code", "save()", "pending"),
     ]
+    path.write_text(papermill_copy(*cells), encoding="utf-8")
+    assert reproduce.how_far(path) == "cell 2 of 3, Attack"
+    done = [(kind, source, status and "completed") for kind, source, status in cells]
+    path.write_text(papermill_copy(*done), encoding="utf-8")
+    assert reproduce.how_far(path) == ""
+
+
+def test_a_long_step_is_never_silent(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
+    line = reproduce.ProgressLine("step")
+    for second in range(1, 31):
+        now[0] = second
+        line.tick("cell 1 of 2, Data")
+    line.done()
+    assert capsys.readouterr().out == (
+        "step … \n    step: cell 1 of 2, Data, 12 s\n    step: cell 1 of 2, Data, 24 s\n"
+        "step … 30 s\n"
+    )
 
 
 def members_of_the_demo() -> set[str]:
