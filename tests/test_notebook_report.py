@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 
 import pytest
 
 from utils import report
 from utils.evaluation.records import Records, read_records, without_rehearsals
-from utils.evaluation.schema import Record
+from utils.evaluation.schema import Record, Run
+from utils.report.scans_and_ensembles import choice_of_slices
 from utils.utils_funcs import MODELS, ROOT
 
 
@@ -90,6 +93,26 @@ def test_maps_of_all_runs_are_counted(committed):
     assert rows["better than a random map by ROAD"][0] == str(above)
     assert all(sum(map(int, counts)) == len(runs) for counts in rows.values())
     assert "No maps" in report.maps_markdown({"fold 0": {}})
+
+
+@pytest.mark.parametrize(
+    "shift, sooner, later", [(-1, True, False), (0, False, False), (1, False, True)]
+)
+def test_a_choice_of_slices_that_flips_sooner_or_later_is_told(committed, shift, sooner, later):
+    """The committed record with the gradient's numbers of slices made those of chance, shifted."""
+    record = committed["Sequence", "patient"]
+    runs = copy.deepcopy([run.source for run in record.runs])
+    for run in runs:
+        for variant in run["variants"].values():
+            if budget := variant.get("slice_budget"):
+                count = len(budget["labels"])
+                budget["least"]["random"] = [8] * count
+                budget["least"]["gradient"] = [{-1: 1, 0: 8, 1: 32}[shift]] * count
+    changed = dataclasses.replace(record, runs=[Run.from_json(run, "run") for run in runs])
+    found = choice_of_slices(changed)
+    assert (found.sooner > 0, found.later > 0) == (sooner, later)
+    assert found.n_patients == choice_of_slices(record).n_patients == 30
+    assert choice_of_slices(committed["Resnet", "patient"]) is None
 
 
 def test_aligned_text_becomes_a_table_and_other_lines_stay():

@@ -24,6 +24,7 @@ from utils.report.model_figures import MODEL_FIGURES, has_content
 from utils.report.notes import planted_evidence, withdrawn_claim, without_search_patients
 from utils.report.original import original_claim
 from utils.report.rendering import render
+from utils.report.scans_and_ensembles import choice_of_slices
 from utils.report.tables import (
     BALANCED,
     HEADLINE,
@@ -330,7 +331,8 @@ def figure_values(
     """
     if not any(row.trained for row in rows):
         names = ("result_figures", "run_figures", "explained", "animated", "models")
-        return dict.fromkeys(names, ()) | {"planted": None}
+        return dict.fromkeys(names, ()) | {"planted": None, "slices": None}
+    scans = records.get(("Sequence", "patient"))
     shown = drawable(*compared(records))
     return {
         "result_figures": [name for name in shown if name != "headline"],
@@ -348,6 +350,7 @@ def figure_values(
             model for model in MODELS if (root / "assets" / model / "person_patient.gif").is_file()
         ],
         "planted": planted_evidence(root),
+        "slices": None if scans is None else choice_of_slices(scans),
         "models": model_links(everything),
     }
 

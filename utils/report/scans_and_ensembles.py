@@ -300,6 +300,64 @@ def pooled_budgets(record: Record, variant: str, choice: str) -> PooledBudgets:
     return PooledBudgets(budgets, scores, len(labels), parts[0]["eps"])
 
 
+@dataclass(frozen=True)
+class ChoiceOfSlices:
+    """Whether slices chosen by gradient flip a scan's diagnosis sooner than slices at random, over
+    all variants and budgets of more than no and fewer than all slices.
+
+    sooner, later: in how many comparisons fewer, or more, patients are robust against slices chosen
+        by gradient, by an uncorrected paired interval that excludes zero; least, most: the
+        smallest and the largest difference of robust shares, gradient minus random.
+    """
+
+    n_comparisons: int
+    sooner: int
+    later: int
+    least: float
+    most: float
+    n_patients: int
+
+
+def choice_of_slices(record: Record) -> ChoiceOfSlices | None:
+    """The comparison of both choices; None where no scan was attacked slice by slice."""
+    differences: list[Score] = []
+    n_patients = 0
+    for variant in record.variants:
+        parts = [
+            part for run in record.runs if (part := run.of_variant(variant).get("slice_budget"))
+        ]
+        if not parts:
+            continue
+        labels, patients = (
+            np.concatenate([part[key] for part in parts]) for key in ("labels", "people")
+        )
+        n_patients = max(n_patients, len(np.unique(patients)))
+        least = {
+            choice: np.concatenate([part["least"][choice] for part in parts])
+            for choice in ("gradient", "random")
+        }
+        for budget in parts[0]["budgets"][1:-1]:
+            chosen, at_random = (
+                (least[choice] < 0) | (least[choice] > budget) for choice in ("gradient", "random")
+            )
+            found = metrics.paired_robust_difference(
+                (chosen, chosen), (at_random, at_random), labels, patients
+            )["accuracy"]
+            differences.append(Score.from_json(found, "difference"))
+    if not differences:
+        return None
+    values = [score.value or 0.0 for score in differences]
+    bounds = [score.bounds or (0.0, 0.0) for score in differences]
+    return ChoiceOfSlices(
+        len(differences),
+        sum(high < 0 for _, high in bounds),
+        sum(low > 0 for low, _ in bounds),
+        min(values),
+        max(values),
+        n_patients,
+    )
+
+
 def _panels_of_sources(
     record: Record, title: str
 ) -> tuple[Figure, np.ndarray, dict[str, list[tuple[str, str]]]]:
