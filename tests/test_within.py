@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,8 @@ def test_patients_of_few_slices_are_refused(workspace, monkeypatch):
 @pytest.mark.parametrize(
     "protocol", ["within", pytest.param("within_permuted", marks=pytest.mark.slow)]
 )
-def test_a_run_leaves_a_record_whose_variants_are_the_parts(workspace, protocol):
+def test_a_run_leaves_a_record_whose_variants_are_the_parts(workspace, protocol, monkeypatch):
+    monkeypatch.setattr(records, "summarize", functools.partial(records.summarize, n_boot=20))
     # Patients of fold 0 are in the training of fold 3, and tested there as known ones.
     for fold in (0, 3):
         Run(workspace, config_of(fold, protocol)).save()
