@@ -80,6 +80,9 @@ def test_findings_are_of_the_models_own_record(committed):
         assert f"{100 * score.value:.1f} [" in text
         assert ("clean counterpart keeps" in text) == model.endswith("_atk")
     assert "rehearsal" not in text
+    alone = report.model_findings_markdown("Resnet", [committed["Resnet", "patient"]])
+    assert "published split" not in alone, "a demo runs some models under one protocol"
+    assert "No record" in report.model_findings_markdown("Resnet", [committed["Resnet", "slice"]])
     assert "No record" in report.model_findings_markdown("Resnet", [])
     assert "No records" in report.model_scores_markdown([])
 
