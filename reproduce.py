@@ -270,13 +270,16 @@ class ProgressLine:
         passed = time.monotonic() - self.start
         return f"{passed:.0f} s" if passed < 600 else f"{passed / 60:.0f} min"
 
-    def tick(self, detail: str = "") -> None:
-        """Shows the time, and what the step is at (`detail`), where it was silent for long."""
-        words = f"{detail}, {self.seconds()}" if detail else self.seconds()
+    def tick(self, detail: Callable[[], str] = str) -> None:
+        """Shows the time, and what `detail` says of how far the step is, where it was silent for
+        long; on a terminal always."""
+        if not self.live and time.monotonic() - self.said < SILENT:
+            return
+        self.said = time.monotonic()
+        words = ", ".join(filter(None, (detail(), self.seconds())))
         if self.live:
             print(f"\r{self.text} … {words} \033[K", end="", flush=True)
-        elif time.monotonic() - self.said >= SILENT:
-            self.said = time.monotonic()
+        else:
             print(("\n" if self.open else "") + f"    {self.text}: {words}", flush=True)
             self.open = False
 
@@ -335,7 +338,7 @@ def run_quietly(
                 if STOP.is_set():
                     raise KeyboardInterrupt from None
                 if line:
-                    line.tick(detail())
+                    line.tick(detail)
     except BaseException:
         process.terminate()
         try:

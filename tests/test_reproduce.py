@@ -510,7 +510,7 @@ def test_a_long_step_is_never_silent(capsys, monkeypatch):
     line = reproduce.ProgressLine("step")
     for second in range(1, 31):
         now[0] = second
-        line.tick("cell 1 of 2, Data")
+        line.tick(lambda: "cell 1 of 2, Data")
     line.done()
     assert capsys.readouterr().out == (
         "step … \n    step: cell 1 of 2, Data, 12 s\n    step: cell 1 of 2, Data, 24 s\n"

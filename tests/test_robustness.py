@@ -167,7 +167,8 @@ def a_curve_does_not_rise(curve: tuple[float, ...]) -> bool:
         for eps_text, share in zip(sweep, curve, strict=True)
     }
     labels = np.zeros(100, np.int64)
-    return falls_with_eps(labels, logits, [Stage("pgd", "pgd8")], sweep)["passed"]
+    (row,) = falls_with_eps(labels, logits, [Stage("pgd", "pgd8")], sweep)
+    return row["passed"]
 
 
 def counts_by_image(aggregate: Callable[[dict, np.ndarray], float]) -> bool:

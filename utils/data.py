@@ -52,7 +52,7 @@ class ImageSet:
     rows: Tensor
     """int64 (N,), which of them are this set's."""
     labels: Tensor
-    """int64 (N,), 0-3."""
+    """int64 (N,), number of the class: 0-3, or of other classes in somebody's own data."""
     patients: Tensor
     """int64 (N,), patient id, -1 where unknown (synthetic images)."""
     slices: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
@@ -14,7 +15,24 @@ from utils.utils_funcs import UserError
 Images = Sequence[np.ndarray]
 
 
-class StoredImages(Sequence[np.ndarray]):
+class LazyImages(Sequence[np.ndarray]):
+    """Images that are made when they are asked for; a slice of them asks for none."""
+
+    @abstractmethod
+    def read(self, row: int) -> np.ndarray:
+        """The image of a row, counted from 0 or, if negative, from the end."""
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Images:
+        if isinstance(index, slice):
+            return chosen(self, range(*index.indices(len(self))))
+        return self.read(index)
+
+
+class StoredImages(LazyImages):
     """Images in one temporary file, which are appended one by one and read one by one.
 
     The file lies where the system keeps temporary files (`TMPDIR`) and is gone with the process.
@@ -43,20 +61,15 @@ class StoredImages(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> Images: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | Images:
-        if isinstance(index, slice):
-            return chosen(self, range(*index.indices(len(self))))
-        start, shape, dtype = self._places[index]
+    def read(self, row: int) -> np.ndarray:
+        """The image of a row."""
+        start, shape, dtype = self._places[row]
         self._file.seek(start)
         content = self._file.read(int(np.prod(shape)) * dtype.itemsize)
         return np.frombuffer(content, dtype).reshape(shape)
 
 
-class Computed(Sequence[np.ndarray]):
+class Computed(LazyImages):
     """Some images of a sequence, each passed through a function when it is asked for."""
 
     def __init__(
@@ -70,14 +83,9 @@ class Computed(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> Images: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | Images:
-        if isinstance(index, slice):
-            return Computed(self._images, self._rows[index], self._function)
-        image = self._images[self._rows[index]]
+    def read(self, row: int) -> np.ndarray:
+        """The image of a row, passed through the function."""
+        image = self._images[self._rows[row]]
         return image if self._function is None else self._function(image)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from torch import nn
 
@@ -25,11 +26,11 @@ from utils.pipeline.driver import GRID_MODELS, Run, grid_configs, shard_of, star
 from utils.pipeline.example import example_command
 from utils.pipeline.explanations import attacks_figure
 from utils.pipeline.other_classes import attack_other_classes, card_of_other, other_text
-from utils.pipeline.own_images import OwnImages, classes_of, own_images
+from utils.pipeline.own_images import classes_of, own_images
 from utils.pipeline.own_model import is_factory, load_own, try_one, wrapped
 from utils.pipeline.stages import suite_rows
 from utils.pipeline.store import RunResult, add_run
-from utils.pipeline.texts import checks_text, sanity_text
+from utils.pipeline.texts import sanity_text
 from utils.pipeline.workspace import half_of, load_sets, open_workspace
 from utils.provenance import seen_before
 from utils.report.card import card_of, write_card
@@ -221,89 +222,104 @@ def attack_command(
     for name, number in (("--limit", limit), ("--size", size), ("--channels", channels)):
         if number is not None and number < 1:
             raise UserError(f"{name} is {number}: expected a whole number from 1 on.")
-    if model in MODELS:
-        workspace = open_workspace(profile, raw)
-        test = load_sets(workspace, config)["test"]
-        path = workspace.weights(config) or workspace.checkpoint(config)
-        trained, notes = load_model(path), [str(seen_before(read_metadata(path), test))]
-        network: nn.Module = trained
-        known = True
-        origin = {
-            "protocol": protocol,
-            "data": workspace.data,
-            "init": trained.init,
-            "cohort_sha256": workspace.cohort_sha256,
-        }
+    options = {"channels": channels, "size": size, "mean": mean, "std": std}
+    subject = (
+        _of_repository(model, config, raw)
+        if model in MODELS
+        else _of_ones_own(model, raw, part, limit, classes, options)
+    )
+    network = subject.network.to(choose_device())
+    if subject.classes == CLASSES:
+        result = _evaluated(network, subject.test, config, {"model": model, **subject.origin})
+        record = records.summarize(result.rows, [result.meta])
+        text, checks, content = report.attacks_text(record), result.meta["sanity"], card_of(record)
     else:
-        # A function of yours is called before any data are read; other models need the classes.
-        given = load_own(model) if is_factory(model) else None
-        wanted = classes_of(raw)
-        if wanted != CLASSES and classes is None:
-            raise UserError(
-                f"{raw} has the classes {', '.join(wanted)}, which are not the four of this "
-                "project: say with --classes in which order your model's outputs stand, such as "
-                f"{','.join(wanted)}."
-            )
-        own, wrapping = given or load_own(model, classes, wanted)
-        network = wrapped(
-            own,
-            wrapping,
-            channels=channels,
-            size=size,
-            mean=mean,
-            std=std,
-            classes=classes,
-            wanted=wanted,
-        )
-        images = own_images(raw, part, limit)
-        test, notes, known = images.part, images.notes, images.patients_known
-        try_one(network, data.pixels(test.images[:1]), model, wanted)
-        metadata = read_metadata(model) if model.endswith(".safetensors") else {}
-        notes.append(
-            str(seen_before(metadata, test))
-            if metadata
-            else "nothing is known of the images that this model was trained on"
-        )
-        origin = {
-            "protocol": "your images",
-            "data": "your images",
-            "init": "unknown",
-            "cohort_sha256": test.cohort_sha256,
-        }
-    network = network.to(choose_device())
-    if model not in MODELS and wanted != CLASSES:
-        _attack_other(network, images, config, model, notes, card)
-        return
-    result = _evaluated(network, test, config, {"model": model, **origin})
-    record = records.summarize(result.rows, [result.meta])
-    print("\n".join(f"{note[0].upper()}{note[1:]}." for note in notes))
-    print(f"\n{report.attacks_text(record)}\n{sanity_text(result)}\n")
-    print(verdict(result.meta["sanity"]))
+        other = attack_other_classes(network, subject.test, subject.classes, config, model)
+        text, checks, content = other_text(other), other.sanity, card_of_other(other)
+    print("\n".join(f"{note[0].upper()}{note[1:]}." for note in subject.notes))
+    print(f"\n{text}\n{sanity_text(checks)}\n\n{verdict(checks)}")
     if card is not None:
-        example = attacks_figure(network, test, config, f"{model} · your images")
-        kept = write_card(card, card_of(record), notes, example, patients_known=known)
+        label = f"{model} · {subject.origin['data']}"
+        example = attacks_figure(network, subject.test, config, label, subject.classes)
+        known = subject.patients_known
+        kept = write_card(card, content, subject.notes, example, patients_known=known)
         print(f"written to {card} and {kept}")
 
 
-def _attack_other(
-    network: nn.Module,
-    images: OwnImages,
-    config: RunConfig,
+@dataclass(frozen=True)
+class Subject:
+    """What `attack` attacks.
+
+    Attributes:
+        notes: sentences on the images, the patients and what the model has seen.
+        patients_known: whether intervals are over patients, or each image counts as one.
+        origin: what a record says of where the model and the images come from.
+    """
+
+    network: nn.Module
+    test: data.ImageSet
+    notes: list[str]
+    patients_known: bool
+    origin: dict[str, str]
+    classes: tuple[str, ...] = CLASSES
+
+
+def _of_repository(model: str, config: RunConfig, raw: str | None) -> Subject:
+    """A model of this repository, on the test set of its protocol and fold."""
+    workspace = open_workspace(config.profile, raw)
+    test = load_sets(workspace, config)["test"]
+    path = workspace.weights(config) or workspace.checkpoint(config)
+    trained = load_model(path)
+    origin = {
+        "protocol": config.protocol,
+        "data": workspace.data,
+        "init": trained.init,
+        "cohort_sha256": workspace.cohort_sha256,
+    }
+    notes = [str(seen_before(read_metadata(path), test))]
+    return Subject(trained, test, notes, patients_known=True, origin=origin)
+
+
+def _of_ones_own(
     model: str,
-    notes: list[str],
-    card: Path | None,
-) -> None:
-    """`attack` on data with other classes than this project's four."""
-    result = attack_other_classes(network, images.part, images.classes, config, model)
-    print("\n".join(f"{note[0].upper()}{note[1:]}." for note in notes))
-    print(f"\n{other_text(result)}\n\n{checks_text(result.sanity)}\n")
-    print(verdict(result.sanity))
-    if card is not None:
-        label = f"{model} · your images"
-        example = attacks_figure(network, images.part, config, label, images.classes)
-        content = card_of_other(result)
-        kept = write_card(card, content, notes, example, patients_known=images.patients_known)
-        print(f"written to {card} and {kept}")
+    raw: str | None,
+    part: str | None,
+    limit: int | None,
+    classes: str | None,
+    options: dict[str, Any],
+) -> Subject:
+    """A model of one's own, tried on one image, with images of one's own.
+
+    Args:
+        options: of `wrapped`, as the command line gives them.
+    """
+    # A function of yours is called before any data are read; other models need the classes.
+    given = load_own(model) if is_factory(model) else None
+    wanted = classes_of(raw)
+    if wanted != CLASSES and classes is None:
+        raise UserError(
+            f"{raw} has the classes {', '.join(wanted)}, which are not the four of this project: "
+            "say with --classes in which order your model's outputs stand, such as "
+            f"{','.join(wanted)}."
+        )
+    own, wrapping = given or load_own(model, classes, wanted)
+    network = wrapped(own, wrapping, **options, classes=classes, wanted=wanted)
+    images = own_images(raw, part, limit, wanted)
+    try_one(network, data.pixels(images.part.images_at(torch.tensor([0]))), model, wanted)
+    metadata = read_metadata(model) if model.endswith(".safetensors") else {}
+    seen = (
+        str(seen_before(metadata, images.part))
+        if metadata
+        else "nothing is known of the images that this model was trained on"
+    )
+    origin = {
+        "protocol": "your images",
+        "data": "your images",
+        "init": "unknown",
+        "cohort_sha256": images.part.cohort_sha256,
+    }
+    notes = [*images.notes, seen]
+    return Subject(network, images.part, notes, images.patients_known, origin, wanted)
 
 
 def _evaluated(

@@ -14,7 +14,7 @@ from utils.grad_cam import explain
 from utils.report.example import Example, example_path, write_example
 from utils.utils_funcs import ROOT, UserError
 
-#: One gray level: nobody sees it.
+#: One gray level, the smallest change that an image file can hold.
 EPS = "1/255"
 
 

@@ -63,18 +63,24 @@ def _found(raw: str | None) -> Path:
     return folder
 
 
-def own_images(raw: str | None, part: str | None = None, limit: int | None = None) -> OwnImages:
+def own_images(
+    raw: str | None,
+    part: str | None = None,
+    limit: int | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> OwnImages:
     """Images of class folders as one set.
 
     Args:
         raw: folder or zip; None: see `utils.cohort.find_raw`.
         part: `train`, `validation`, `test` or `all`; None takes `test` where there is one.
         limit: take a sample of so many, spread over classes, then patients, then slices.
+        classes: what `classes_of` says of them (None: it is asked).
 
     Raises:
         UserError: no images, or none of that part.
     """
-    classes = classes_of(raw)
+    classes = classes_of(raw) if classes is None else classes
     images = read_raw(_found(raw), any_classes=classes != CLASSES)
     rows, taken = rows_of_part(images.source_split, part)
     patients, slices, identity, alone = patients_of_images(images)

@@ -14,7 +14,6 @@ from utils.cohort.table import COMMITTED_COHORT, Cohort, read_cohort
 from utils.config import RunConfig
 from utils.pipeline.driver import Run, on_fold_0
 from utils.pipeline.stages import search_label
-from utils.pipeline.store import RunResult
 from utils.pipeline.workspace import Workspace, load_sets
 from utils.report.tables import markdown
 from utils.utils_funcs import CLASSES, ROOT, read_json
@@ -255,12 +254,7 @@ def _defaults_rows(known: dict, attacked: bool) -> list[str]:
 # --- Checks -------------------------------------------------------------------------------------
 
 
-def sanity_text(result: RunResult) -> str:
-    """The sanity checks of one evaluation with their verdicts."""
-    return checks_text(result.meta["sanity"])
-
-
-def checks_text(checks: Sequence[dict]) -> str:
+def sanity_text(checks: Sequence[dict]) -> str:
     """Checks with their verdicts, in a line each."""
     return "\n".join(
         f"{'ok' if check['passed'] else 'LOOK':>4}  {check['check']:<28} {check['note']}"

@@ -117,7 +117,7 @@ def _draw_slices(figure: SubFigure, example: Example) -> None:
     for panel, image, heat in zip(panels[1, ::2], (before, after), example.maps, strict=True):
         panel.imshow(image, cmap="gray", vmin=0, vmax=255)
         panel.imshow(heat, cmap="inferno", vmin=0, vmax=255, alpha=0.5)
-        panel.set_xlabel("where it looks (Grad-CAM)", fontsize=8)
+        panel.set_xlabel("Grad-CAM of that answer", fontsize=8)
     largest = int(np.abs(after - before).max())
     panels[1, 1].text(
         0.5,

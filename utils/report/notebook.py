@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from utils.drawing import MISSING, show, size_of
 from utils.evaluation.plan import AttackName
@@ -61,7 +62,7 @@ def model_scores_markdown(records: Sequence[Record]) -> str:
     )
 
 
-def model_findings_markdown(model: str, records: Sequence[Record], root: object = ROOT) -> str:
+def model_findings_markdown(model: str, records: Sequence[Record], root: Path | str = ROOT) -> str:
     """What a model's own record shows, in three sentences.
 
     Args:
@@ -70,7 +71,7 @@ def model_findings_markdown(model: str, records: Sequence[Record], root: object 
     found = {record.protocol: record for record in records if record.clean}
     if "patient" not in found:
         return "*No record with patients kept apart yet.*"
-    others: Records = without_rehearsals(read_records(str(root)))
+    others: Records = without_rehearsals(read_records(root))
     counterpart = others.get((model.removesuffix("_atk"), "patient"))
     eps = found["patient"].headline_eps
     return render(

@@ -29,7 +29,8 @@ class Fit:
     history: list[dict]
     """Scores of each epoch, in order."""
     best_epoch: int
-    """Number (from 1) of the epoch whose weights the checkpoint holds."""
+    """Number (from 1) of the epoch whose weights the checkpoint holds: the best one, or the last
+    where `kept_epoch` says so."""
     init: str
     """Which weights it started from: `imagenet1k`, `lvd142m` or `random`."""
     precision: str
@@ -44,7 +45,7 @@ class Fit:
     def __str__(self) -> str:
         best = self.history[self.best_epoch - 1]
         parts = [
-            f"best epoch {self.best_epoch} of {len(self.history)}",
+            f"epoch {self.best_epoch} of {len(self.history)} kept",
             f"validation balanced accuracy {best['validation_balanced_accuracy']:.3f}",
             self.precision,
             f"init {self.init}",

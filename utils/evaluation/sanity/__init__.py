@@ -34,7 +34,7 @@ def sanity_table(run: SuiteRun, plan: Sequence[Stage], sweep: Sequence[str]) -> 
         model.gradients_present(run),
         model.eps_zero(run),
         *attacks.attack_order(run.clean, run.labels, run.first_round, run.meta, sweep),
-        attacks.falls_with_eps(run.labels, run.first_round, plan, sweep),
+        *attacks.falls_with_eps(run.labels, run.first_round, plan, sweep),
         attacks.eps_one(run),
         attacks.converged(run, "steps", "twice the steps"),
         attacks.converged(run, "restarts", "another start towards each other class"),
